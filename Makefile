@@ -1,0 +1,70 @@
+# Two commands need nothing but Python >= 3.11, make and a package registry: `make run` and `make test`.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+PY ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+V := .venv
+BIN := $(V)/bin
+
+.PHONY: help run test install format lint types unit upgrade revision schema-diff freeze lock build clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(V)/.run: requirements/run.txt pyproject.toml
+	@test -n "$(PY)" || { echo "Python 3.11 or newer is needed"; exit 1; }
+	$(PY) -m venv $(V)
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(V)/.test: $(V)/.run requirements/test.txt requirements/clients.txt tests/clients/js/package-lock.json tests/install-parts
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/test.txt
+	tests/install-parts
+	@touch $@
+
+install: $(V)/.run ## everything the server needs, in .venv
+
+run: $(V)/.run ## start everything: PostgreSQL, migrations, server
+	@exec $(BIN)/realtime-server run
+
+test: $(V)/.test lint types ## every check and every test
+	$(BIN)/python -m pytest
+
+unit: $(V)/.test ## the tests without I/O
+	$(BIN)/python -m pytest tests/unit
+
+format: $(V)/.test ## rewrite code in the project's form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check -q --fix .
+
+lint: $(V)/.test ## ruff, import contract, SQL checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python tests/lint_sql.py
+
+types: $(V)/.test ## mypy, strict
+	$(BIN)/mypy
+
+upgrade: $(V)/.run ## migrate the database of REALTIME_DATABASE_URL, samples too
+	$(BIN)/realtime-server migrate
+
+revision: $(V)/.run ## new migration: make revision branch=core name=add_something
+	$(BIN)/python -m realtime_server.schema revision $(branch) $(name)
+
+schema-diff: $(V)/.test ## difference between sql/ and the migrations: nothing when they agree
+	$(BIN)/python -m pytest -q tests/database/test_schema.py -k equals
+
+freeze: $(V)/.run ## record the digests of released migrations
+	$(BIN)/python -m realtime_server.schema freeze
+
+lock: ## resolve requirements/*.txt again (needs uv)
+	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --extra embedded -o requirements/run.txt
+	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --all-extras --group test -c requirements/run.txt --no-emit-package realtime-server -o requirements/test.txt
+	uv pip compile requirements/clients.in -q --universal --python-version 3.11 --generate-hashes -o requirements/clients.txt
+
+build: $(V)/.test ## wheel and sdist in dist/
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
+clean: ## remove what make made; keeps .realtime/ (data)
+	rm -rf $(V) .venv-clients dist tests/clients/js/node_modules .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,203 @@
+-- Chat between two users: what is stored.
+
+create table public.chat_threads (
+    thread_id text primary key,
+    user_a_mongo_id text not null,
+    user_b_mongo_id text not null,
+    user_a_supabase_id uuid not null,
+    user_b_supabase_id uuid not null,
+    created_at timestamptz not null default now(),
+    last_message_at timestamptz,
+    constraint chat_threads_two_users check (user_a_mongo_id <> user_b_mongo_id)
+);
+comment on table public.chat_threads is 'A conversation of two users, made by the application''s backend.';
+comment on column public.chat_threads.thread_id is 'The two application ids, sorted and joined by "__".';
+comment on column public.chat_threads.user_a_mongo_id is 'First user''s id in the application.';
+comment on column public.chat_threads.user_b_mongo_id is 'Second user''s id in the application.';
+comment on column public.chat_threads.user_a_supabase_id is 'First user''s id in tokens (claim "sub").';
+comment on column public.chat_threads.user_b_supabase_id is 'Second user''s id in tokens (claim "sub").';
+comment on column public.chat_threads.created_at is 'When the thread was made.';
+comment on column public.chat_threads.last_message_at is 'Time of the newest message; null while there is none.';
+
+create table public.chat_messages (
+    id uuid primary key default gen_random_uuid(),
+    thread_id text not null references public.chat_threads (thread_id) on delete cascade,
+    sender_supabase_id uuid not null,
+    sender_mongo_id text not null,
+    recipient_mongo_id text not null,
+    body text not null,
+    created_at timestamptz not null default now(),
+    constraint chat_messages_body_length check (length(body) between 1 and 10000)
+);
+comment on table public.chat_messages is 'Messages of the threads; each is broadcast to its thread''s topic by a trigger.';
+comment on column public.chat_messages.id is 'Identity of the message.';
+comment on column public.chat_messages.thread_id is 'Thread that the message belongs to.';
+comment on column public.chat_messages.sender_supabase_id is 'Who wrote it, by token.';
+comment on column public.chat_messages.sender_mongo_id is 'Who wrote it, by application id.';
+comment on column public.chat_messages.recipient_mongo_id is 'The other user of the thread.';
+comment on column public.chat_messages.body is 'Text, 1 to 10,000 characters.';
+comment on column public.chat_messages.created_at is 'When it was written.';
+
+create index chat_messages_thread_id_created_at_idx on public.chat_messages (thread_id, created_at);
+create index chat_messages_thread_id_id_idx on public.chat_messages (thread_id, id);
+
+alter table public.chat_threads enable row level security;
+alter table public.chat_messages enable row level security;
+
+grant select on public.chat_threads to authenticated;
+grant select, insert on public.chat_messages to authenticated;
+grant select, insert, update, delete on public.chat_threads, public.chat_messages to service_role;
+
+-- Chat between two users: who sees what, and how a row becomes a message.
+
+drop policy if exists chat_threads_of_members on public.chat_threads;
+create policy chat_threads_of_members on public.chat_threads
+    for select
+    to authenticated
+    using ((select auth.uid()) in (user_a_supabase_id, user_b_supabase_id));
+
+drop policy if exists chat_threads_of_service on public.chat_threads;
+create policy chat_threads_of_service on public.chat_threads
+    for all
+    to service_role
+    using (true)
+    with check (true);
+
+drop policy if exists chat_messages_of_members on public.chat_messages;
+create policy chat_messages_of_members on public.chat_messages
+    for select
+    to authenticated
+    using (exists (select from public.chat_threads as t where t.thread_id = chat_messages.thread_id));
+
+drop policy if exists chat_messages_by_members on public.chat_messages;
+create policy chat_messages_by_members on public.chat_messages
+    for insert
+    to authenticated
+    with check (
+        sender_supabase_id = (select auth.uid())
+        and exists (
+            select
+            from public.chat_threads as t
+            where t.thread_id = chat_messages.thread_id
+                and (
+                    (
+                        t.user_a_supabase_id = sender_supabase_id
+                        and t.user_a_mongo_id = sender_mongo_id
+                        and t.user_b_mongo_id = recipient_mongo_id
+                    )
+                    or (
+                        t.user_b_supabase_id = sender_supabase_id
+                        and t.user_b_mongo_id = sender_mongo_id
+                        and t.user_a_mongo_id = recipient_mongo_id
+                    )
+                )
+        )
+    );
+
+drop policy if exists chat_messages_of_service on public.chat_messages;
+create policy chat_messages_of_service on public.chat_messages
+    for all
+    to service_role
+    using (true)
+    with check (true);
+
+-- Topic chat:<thread_id>. The topic column is compared, not realtime.topic(): a session may set that one as it likes.
+-- Threads are themselves under row-level security, so "exists" means "is a member of".
+drop policy if exists chat_members_receive on realtime.messages;
+create policy chat_members_receive on realtime.messages
+    for select
+    to authenticated
+    using (
+        starts_with(topic, 'chat:')
+        and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 6))
+    );
+
+drop policy if exists chat_members_send on realtime.messages;
+create policy chat_members_send on realtime.messages
+    for insert
+    to authenticated
+    with check (
+        starts_with(topic, 'chat:')
+        and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 6))
+    );
+
+-- Definer: what the table tells its members does not depend on the writer's right to send.
+create or replace function public.broadcast_chat_message()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform realtime.broadcast_changes(
+        'chat:' || new.thread_id, tg_op, tg_op, tg_table_name, tg_table_schema, new, old
+    );
+    return null;
+end
+$$;
+comment on function public.broadcast_chat_message() is 'Tells the thread''s topic of a new message.';
+revoke all on function public.broadcast_chat_message() from public;
+
+create or replace trigger broadcast_chat_message
+    after insert on public.chat_messages
+    for each row
+    execute function public.broadcast_chat_message();
+comment on trigger broadcast_chat_message on public.chat_messages is 'Tells the thread''s topic of a new message.';
+
+-- Definer, so that callers need no right to the tables; it checks itself that the caller is who the row says.
+create or replace function public.insert_chat_message(
+    _thread_id text,
+    _sender_mongo_id text,
+    _recipient_mongo_id text,
+    _body text
+)
+returns public.chat_messages
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_caller uuid := auth.uid();
+    v_row public.chat_messages;
+begin
+    if v_caller is null then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            message = 'no caller: claim "sub" is missing',
+            hint = 'Call with a user''s token; in psql: set request.jwt.claims = ''{"sub": "..."}''.';
+    end if;
+
+    update public.chat_threads as t
+    set last_message_at = now()
+    where t.thread_id = _thread_id
+        and (
+            (
+                t.user_a_supabase_id = v_caller
+                and t.user_a_mongo_id = _sender_mongo_id
+                and t.user_b_mongo_id = _recipient_mongo_id
+            )
+            or (
+                t.user_b_supabase_id = v_caller
+                and t.user_b_mongo_id = _sender_mongo_id
+                and t.user_a_mongo_id = _recipient_mongo_id
+            )
+        );
+    if not found then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            message = 'you are not that sender in that thread',
+            hint = 'The thread must exist, with you as the sender and the other user as the recipient.';
+    end if;
+
+    insert into public.chat_messages (thread_id, sender_supabase_id, sender_mongo_id, recipient_mongo_id, body)
+    values (_thread_id, v_caller, _sender_mongo_id, _recipient_mongo_id, _body)
+    returning * into v_row;
+    return v_row;
+end
+$$;
+comment on function public.insert_chat_message(text, text, text, text) is
+    'Writes a chat message as the caller, who must be the named sender of the thread. Returns the row.';
+revoke all on function public.insert_chat_message(text, text, text, text) from public;
+grant execute on function public.insert_chat_message(text, text, text, text) to authenticated;

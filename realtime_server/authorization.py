@@ -1,0 +1,113 @@
+"""What a client may do on a private topic: asked of PostgreSQL, many questions in one round trip.
+
+The answer is row-level security's own (`realtime.authorize`); nothing here repeats a rule. Questions that arrive while others are being
+answered leave together as the next batch. Answers are not kept: they live as long as the channel that asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import structlog
+from psycopg_pool import AsyncConnectionPool
+
+from realtime_server import database
+from realtime_server.claims import Claims
+from realtime_server.database import Database
+from realtime_server.errors import DatabaseUnavailable
+
+QUESTIONS_AT_ONCE: Final = 50
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The computed rights of one client on one topic."""
+
+    can_read_broadcast: bool = False
+    can_write_broadcast: bool = False
+    can_read_presence: bool = False
+    can_write_presence: bool = False
+
+
+EVERYTHING: Final = Policy(True, True, True, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`topic` without `realtime:`; `headers` are the socket's `x-` headers, which policies may read."""
+
+    topic: str
+    claims: Claims
+    headers: Mapping[str, str]
+
+
+class Authorization:
+    def __init__(self, pool: AsyncConnectionPool[Database]) -> None:
+        self._pool = pool
+        self._waiting: list[tuple[Question, asyncio.Future[Policy]]] = []
+        self._wanted = asyncio.Event()
+
+    async def authorize(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy:
+        """Ask, and wait for the answer. A policy that raises allows nothing. Raises: DatabaseUnavailable, QueryCanceled."""
+        answer: asyncio.Future[Policy] = asyncio.get_running_loop().create_future()
+        self._waiting.append((Question(topic, claims, headers), answer))
+        self._wanted.set()
+        return await answer
+
+    async def run(self) -> None:
+        """Answer questions until cancelled, on as many connections as the pool has."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._pool.max_size):
+                tasks.create_task(self._answer_batches())
+
+    async def _answer_batches(self) -> None:
+        while True:
+            await self._wanted.wait()
+            batch, self._waiting = self._waiting[:QUESTIONS_AT_ONCE], self._waiting[QUESTIONS_AT_ONCE:]
+            if not self._waiting:
+                self._wanted.clear()
+            if batch:
+                await self._answer(batch)
+
+    async def _answer(self, batch: list[tuple[Question, asyncio.Future[Policy]]]) -> None:
+        try:
+            policies = await self._ask([question for question, _ in batch])
+        except Exception as error:
+            if len(batch) == 1 or isinstance(error, DatabaseUnavailable):
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+            else:
+                # One slow policy, one topic that is no text to PostgreSQL: each is asked again by itself.
+                for single in batch:
+                    await self._answer([single])
+        else:
+            for (_, answer), policy in zip(batch, policies, strict=True):
+                if not answer.done():
+                    answer.set_result(policy)
+
+    async def _ask(self, questions: list[Question]) -> list[Policy]:
+        with database.errors():
+            async with self._pool.connection() as db:
+                cursor = await db.execute(
+                    "select * from realtime.authorize_batch(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[])",
+                    (
+                        [question.topic for question in questions],
+                        [question.claims.role for question in questions],
+                        [question.claims.json for question in questions],
+                        [msgspec.json.encode(question.headers).decode() for question in questions],
+                    ),
+                )
+                rows = await cursor.fetchall()
+        rights: list[dict[str, bool]] = [{} for _ in questions]
+        for number, extension, can_read, can_write, problem in rows:
+            rights[number - 1] |= {f"can_read_{extension}": can_read, f"can_write_{extension}": can_write}
+            if problem is not None:
+                log.warning("policy could not be evaluated", topic=questions[number - 1].topic, problem=problem)
+        return [Policy(**right) for right in rights]

@@ -1,0 +1,315 @@
+"""The command `realtime-server`. Commands import what is heavy only when they run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import msgspec
+import structlog
+import typer
+
+from realtime_server import __version__, claims, config
+from realtime_server.config import Settings
+from realtime_server.errors import RealtimeError, SettingsError
+
+if TYPE_CHECKING:
+    from realtime_server.embedded import EmbeddedPostgres
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A realtime server on plain PostgreSQL. Settings come from the environment, prefix REALTIME_.",
+)
+
+
+def main() -> None:
+    try:
+        app()
+    except (RealtimeError, OSError) as error:
+        _fail(str(error))
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run() -> None:
+    """Serve. Without REALTIME_DATABASE_URL: on an embedded PostgreSQL, everything installed."""
+    from realtime_server import server
+    from realtime_server.app import make_app
+
+    # uvicorn handles these signals while it serves and then raises them again; what is open here must still be closed.
+    signal.signal(signal.SIGTERM, _exit_quietly)
+    signal.signal(signal.SIGINT, _exit_quietly)
+    settings = config.load()
+    _configure_log(settings.log_level)
+    listener = _listen(settings)
+    with contextlib.closing(listener), _database(settings) as (url, shown_url):
+        secret = _secret(settings)
+        anon_key, service_key = _api_keys(settings, secret)
+        port = listener.getsockname()[1]
+        app = make_app(settings, database_url=url, secret=secret, anon_key=anon_key)
+
+        def announce() -> None:
+            _announce(f"http://{settings.host}:{port}", shown_url, anon_key, service_key)
+
+        server.serve(app, settings, listener, announce)
+
+
+@app.command()
+def migrate(
+    samples: Annotated[list[str] | None, typer.Argument(help="Sample systems to install beside the core.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The core and every sample system.")] = False,
+    sql: Annotated[bool, typer.Option("--sql", help="Print the script instead of running it.")] = False,
+) -> None:
+    """Install or upgrade what the server keeps in the database of REALTIME_DATABASE_URL."""
+    from realtime_server import schema
+
+    unknown = set(samples or ()) - set(schema.SAMPLES)
+    if unknown:
+        raise SettingsError(f"unknown sample: {', '.join(sorted(unknown))}; there are: {', '.join(schema.SAMPLES)}")
+    targets = ["heads"] if everything else ["core@head", *(f"{sample}@head" for sample in samples or ())]
+    if sql:
+        for target in targets:
+            schema.upgrade(None, target, offline=True)
+        return
+    url = config.load().database_url
+    if url is None:
+        raise SettingsError(
+            'set REALTIME_DATABASE_URL ("realtime-server run" migrates the embedded database by itself)'
+        )
+    if statements := schema.missing_role_statements(url.get_secret_value()):
+        print("An administrator of this PostgreSQL must run this first; then migrate again:\n")
+        print("\n".join(statements))
+        raise typer.Exit(1)
+    _migrate(url.get_secret_value(), targets)
+
+
+@app.command()
+def keys(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Print URL, API keys, secret and database of this server."""
+    settings = config.load()
+    secret = _secret(settings)
+    anon_key, service_key = _api_keys(settings, secret)
+    facts = {
+        "url": f"http://{settings.host}:{settings.port}",
+        "anon_key": anon_key,
+        "service_role_key": service_key,
+        "jwt_secret": secret,
+        "database_url": _embedded(settings).administrator_url
+        if settings.database_url is None
+        else settings.database_url.get_secret_value(),
+    }
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(facts)).decode())
+    else:
+        for name, value in facts.items():
+            print(f"{name:<18}{value}")
+
+
+@app.command()
+def token(
+    role: Annotated[str, typer.Option(help="Database role.")] = "authenticated",
+    sub: Annotated[str | None, typer.Option(help="User id, a UUID: what auth.uid() returns.")] = None,
+    expires_in: Annotated[int, typer.Option(help="Seconds from now.")] = 3600,
+    claim: Annotated[
+        list[str] | None, typer.Option(help="Further claim, as name=value; a JSON value is read as such.")
+    ] = None,
+) -> None:
+    """Print a token (JWT) that this server accepts."""
+    now = int(time.time())
+    payload: dict[str, object] = {"role": role, "iat": now, "exp": now + expires_in}
+    if sub is not None:
+        payload["sub"] = sub
+    for item in claim or ():
+        name, separator, text = item.partition("=")
+        if not separator or not name:
+            raise SettingsError(f"--claim must be name=value, not {item!r}")
+        try:
+            payload[name] = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            payload[name] = text
+    print(claims.sign(payload, _secret(config.load())))
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"realtime-server: {sentence}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _exit_quietly(number: int, frame: object) -> None:
+    sys.exit(0)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    from realtime_server.server import listen
+
+    try:
+        return listen(settings.host, settings.port)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; set REALTIME_HOST or REALTIME_PORT"
+        ) from None
+
+
+@contextlib.contextmanager
+def _database(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The URL to serve and the one to show: started and migrated if it is ours, checked if it is not."""
+    from realtime_server import schema
+    from realtime_server.embedded import EmbeddedError, lock_data_dir
+
+    if settings.database_url is not None:
+        url = settings.database_url.get_secret_value()
+        _check_schema(url)
+        yield url, _without_password(url)
+        return
+    try:
+        with lock_data_dir(settings.data_dir):
+            _progress(f"starting PostgreSQL in {settings.data_dir}/ ...")
+            with _embedded(settings) as postgres:
+                _progress("migrating ...")
+                _migrate(postgres.url, [f"{schema.CORE}@head", "heads"])
+                yield postgres.url, postgres.administrator_url
+    except EmbeddedError as error:
+        _fail(str(error))
+
+
+def _embedded(settings: Settings) -> EmbeddedPostgres:
+    from realtime_server.embedded import EmbeddedPostgres
+
+    return EmbeddedPostgres(settings.data_dir)
+
+
+def _check_schema(url: str) -> None:
+    import psycopg
+
+    from realtime_server import schema
+
+    try:
+        schema.check(url)
+    except psycopg.OperationalError as error:
+        _fail(f"no connection to the database: {error}")
+
+
+def _migrate(url: str, targets: list[str]) -> None:
+    from realtime_server import schema
+
+    for target in targets:
+        schema.upgrade(url, target)
+    _progress(f"database is at {', '.join(schema.revisions(url))}")
+
+
+def _secret(settings: Settings) -> str:
+    """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder."""
+    if settings.jwt_secret is not None:
+        return settings.jwt_secret.get_secret_value()
+    if settings.database_url is not None:
+        raise SettingsError(
+            "set REALTIME_JWT_SECRET to the secret that signs your users' tokens, at least 32 bytes "
+            '(for a new one: python3 -c "import secrets; print(secrets.token_urlsafe(48))")'
+        )
+    file = settings.data_dir / "jwt_secret"
+    if not file.exists():
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(file, "x", opener=_private_opener) as new:
+            new.write(secrets.token_urlsafe(48))
+    return file.read_text()
+
+
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _api_keys(settings: Settings, secret: str) -> tuple[str, str]:
+    """The keys of roles anon and service_role."""
+    anon, service = settings.anon_key, settings.service_key
+    return (
+        anon.get_secret_value() if anon else claims.api_key("anon", secret),
+        service.get_secret_value() if service else claims.api_key("service_role", secret),
+    )
+
+
+def _without_password(url: str) -> str:
+    from psycopg import conninfo
+
+    facts = conninfo.conninfo_to_dict(url)
+    return " ".join(f"{name}={facts[name]}" for name in ("host", "port", "dbname", "user") if name in facts)
+
+
+def _configure_log(level: str) -> None:
+    """One line an event on standard error: readable on a terminal, JSON elsewhere. Other libraries' records take the same way."""
+    shared: list[structlog.types.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    renderer: structlog.types.Processor = (
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # uvicorn tells of every socket and of its own start and stop at INFO, migrations of every step.
+    for chatty in ("uvicorn", "alembic", "psycopg.pool"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _announce(url: str, database_url: str, anon_key: str, service_key: str) -> None:
+    facts = {
+        "page": f"{url}/",
+        "client URL": url,
+        "WebSocket": f"{url.replace('http', 'ws', 1)}/realtime/v1/websocket",
+        "database": database_url,
+        "anon key": anon_key,
+        "service key": service_key,
+        "mode": "relay: snapshot reads with doorbell (NOTIFY) · bus: in-process · workers: 1",
+    }
+    width = max(map(len, facts))
+    print(f"\nrealtime-server {__version__} is ready\n")
+    for name, value in facts.items():
+        print(f"  {name:<{width}}  {value}")
+    print("\nTry next:")
+    print(f"  1. open {url}/ and join the topic room:1")
+    print(
+        f"  2. psql '{database_url}' -c \"select realtime.send('{{\\\"hello\\\": \\\"world\\\"}}', 'greeting', 'room:1', false)\""
+    )
+    print(
+        f"  3. curl {url}/realtime/v1/api/broadcast -H 'apikey: {anon_key}' -H 'content-type: application/json' \\\n"
+        '       -d \'{"messages": [{"topic": "room:1", "event": "greeting", "payload": {"hello": "curl"}}]}\'\n',
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""One client's way out: frames in, one write a loop tick out, a bound on what may wait.
+
+Under the bundled server, finished frames go straight to the socket's transport through the ASGI extension `EXTENSION`. Under any other
+ASGI server the same frames leave through `send`, by a task that `run` is. A reader that lets more than `max_buffered_bytes` wait is
+closed with code `SLOW_READER`; other readers never notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final, Protocol
+
+from realtime_server.protocol.frames import Frame, encode
+from realtime_server.protocol.messages import Message, Version
+
+EXTENSION: Final = "realtime.frames"
+
+NORMAL: Final = 1000
+RESTARTING: Final = 1012
+SLOW_READER: Final = 1013
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """What the bundled server offers for a socket under `scope["extensions"][EXTENSION]`."""
+
+    def write(self, data: bytes) -> None:
+        """Write finished frames; ignored once the closing handshake has begun."""
+
+    def buffered(self) -> int:
+        """Bytes that the peer has not taken yet."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the closing handshake; the transport is aborted if the peer does not take part."""
+
+    def last_received(self) -> float:
+        """Loop time of the last bytes from the peer, pings included."""
+
+
+class AsgiTransport:
+    """The same for any ASGI server, through `send`; `run` must run as long as the socket lives."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._queue: asyncio.Queue[Frame | tuple[int, str]] = asyncio.Queue()
+        self._buffered = 0
+        self._last_received = asyncio.get_running_loop().time()
+
+    def write_frame(self, frame: Frame) -> None:
+        self._buffered += len(frame.data)
+        self._queue.put_nowait(frame)
+
+    def buffered(self) -> int:
+        return self._buffered
+
+    def close(self, code: int, reason: str) -> None:
+        self._queue.put_nowait((code, reason))
+
+    def received(self) -> None:
+        self._last_received = asyncio.get_running_loop().time()
+
+    def last_received(self) -> float:
+        return self._last_received
+
+    async def run(self) -> None:
+        """Send what is written, until closed."""
+        while isinstance(item := await self._queue.get(), Frame):
+            self._buffered -= len(item.data)
+            body = {"text": item.data.decode()} if item.is_text else {"bytes": item.data}
+            await self._send({"type": "websocket.send", **body})
+        await self._send({"type": "websocket.close", "code": item[0], "reason": item[1]})
+
+
+class Connection:
+    """One socket. All frames of all its channels leave here, in the order they were sent."""
+
+    def __init__(self, version: Version, transport: Transport | AsgiTransport, *, max_buffered_bytes: int) -> None:
+        self.version = version
+        self.transport = transport
+        self.is_closed = False
+        self._max_buffered_bytes = max_buffered_bytes
+        self._waiting: list[Frame] = []
+        self._waiting_bytes = 0
+        self._loop = asyncio.get_running_loop()
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame for the end of this loop tick. Ignored once closed."""
+        if self.is_closed:
+            return
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(frame)
+        self._waiting_bytes += len(frame.data)
+        if self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes:
+            self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
+
+    def push(self, message: Message) -> None:
+        self.send(encode(message, self.version))
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Flush and begin to close. Harmless when closed already."""
+        if self.is_closed:
+            return
+        if code != SLOW_READER:
+            self._flush()
+        self.is_closed = True
+        self._waiting.clear()
+        self.transport.close(code, reason)
+
+    def _flush(self) -> None:
+        frames, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        if self.is_closed or not frames:
+            return
+        if isinstance(self.transport, AsgiTransport):
+            for frame in frames:
+                self.transport.write_frame(frame)
+        else:
+            self.transport.write(b"".join([frame.wire for frame in frames]))

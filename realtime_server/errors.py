@@ -1,0 +1,202 @@
+"""Everything that can go wrong by somebody else's doing, in one tree.
+
+    RealtimeError
+    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic
+    ├── AuthError           MissingKey  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
+    │                       InvalidClaims  Unauthorized
+    ├── LimitError          TooManyChannels  PayloadTooLarge
+    ├── Restarting
+    ├── DatabaseUnavailable
+    ├── SchemaMismatch
+    └── SettingsError
+
+`code` is the stable name that clients see in join replies (`<code>: <sentence>`); the sentence may change. `status` is the HTTP status
+of the same error on REST and at the handshake. Where a code or sentence is Supabase Realtime's own, it is kept to the letter, because
+clients compare it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RealtimeError(Exception):
+    code: ClassVar[str] = "UnknownErrorOnChannel"
+    status: ClassVar[int] = 500
+
+    @property
+    def reason(self) -> str:
+        """The error as a join reply carries it."""
+        return f"{self.code}: {self}"
+
+
+class ProtocolError(RealtimeError):
+    status = 400
+
+
+class MalformedFrame(ProtocolError):
+    """A frame that is no message of the protocol version. It is dropped and logged; the socket lives on."""
+
+    code = "MalformedWebSocketMessage"
+
+
+class TopicNameRequired(ProtocolError):
+    code = "TopicNameRequired"
+
+    def __str__(self) -> str:
+        return "You must provide a topic name"
+
+
+class UnmatchedTopic(ProtocolError):
+    """A message to a topic that this socket has not joined, or that is none of ours."""
+
+    code = "unmatched topic"
+
+    @property
+    def reason(self) -> str:
+        return "unmatched topic"
+
+
+class AuthError(RealtimeError):
+    status = 401
+
+
+class MissingKey(AuthError):
+    code = "MissingAPIKey"
+
+    def __str__(self) -> str:
+        return "API key is missing"
+
+
+class MalformedToken(AuthError):
+    code = "MalformedJWT"
+
+    def __str__(self) -> str:
+        return "The token provided is not a valid JWT"
+
+
+class MissingClaims(AuthError):
+    code = "InvalidJWTToken"
+
+    def __str__(self) -> str:
+        return "Fields `role` and `exp` are required in JWT"
+
+
+class TokenExpired(AuthError):
+    code = "InvalidJWTToken"
+
+    def __init__(self, seconds_ago: int) -> None:
+        super().__init__(seconds_ago)
+        self.seconds_ago = seconds_ago
+
+    def __str__(self) -> str:
+        return f"Token has expired {self.seconds_ago} seconds ago"
+
+
+class InvalidSignature(AuthError):
+    code = "JwtSignatureError"
+
+    def __str__(self) -> str:
+        return "Failed to validate JWT signature"
+
+
+class NoSigningKey(AuthError):
+    """No key of ours fits the token's algorithm (which is also the fate of `alg: none`) or key id."""
+
+    code = "JwtSignerError"
+
+    def __init__(self, kid: str | None = None) -> None:
+        super().__init__(kid)
+        self.kid = kid
+
+    def __str__(self) -> str:
+        of_key = "" if self.kid is None else f' for key ID (kid) "{self.kid}"'
+        return f"Failed to generate JWT signer{of_key}, check your JWT secret or JWKS configuration"
+
+
+class InvalidClaims(AuthError):
+    """A claim of the wrong type, or a role that is not on the allow-list."""
+
+    code = "InvalidJWTToken"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class Unauthorized(AuthError):
+    code = "Unauthorized"
+    status = 403
+
+    def __init__(self, topic: str) -> None:
+        super().__init__(topic)
+        self.topic = topic
+
+    def __str__(self) -> str:
+        return f"You do not have permissions to read from this Channel topic: {self.topic}"
+
+
+class LimitError(RealtimeError):
+    status = 429
+
+
+class TooManyChannels(LimitError):
+    code = "ChannelRateLimitReached"
+
+    def __str__(self) -> str:
+        return "Too many channels"
+
+
+class PayloadTooLarge(LimitError):
+    code = "payload_size_exceeded"
+    status = 413
+
+    @property
+    def reason(self) -> str:
+        return self.code
+
+
+class Restarting(RealtimeError):
+    code = "RealtimeRestarting"
+    status = 503
+
+    def __str__(self) -> str:
+        return "Realtime is restarting, please standby"
+
+
+class DatabaseUnavailable(RealtimeError):
+    code = "UnableToConnectToProject"
+    status = 503
+
+    def __str__(self) -> str:
+        return "Realtime was unable to connect to the project database"
+
+
+class QueryCanceled(RealtimeError):
+    """A policy took longer than the statement timeout."""
+
+    code = "QueryCanceled"
+    status = 422
+
+    def __str__(self) -> str:
+        return "Query was cancelled, please try again"
+
+
+class SchemaMismatch(RealtimeError):
+    """The database is not at the revision this server was made for."""
+
+    code = "SchemaMismatch"
+
+    def __init__(self, found: str | None, expected: str) -> None:
+        super().__init__(found, expected)
+        self.found = found
+        self.expected = expected
+
+    def __str__(self) -> str:
+        found = f"is at revision {self.found}" if self.found else "has no realtime schema"
+        return f'the database {found}, this server needs {self.expected}: run "realtime-server migrate"'
+
+
+class SettingsError(RealtimeError):
+    """A setting is missing or wrong; the sentence says which and what to do."""
+
+    code = "SettingsError"

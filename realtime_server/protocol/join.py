@@ -1,0 +1,85 @@
+"""The payload of `phx_join`: what a client may ask for, read with the looseness that clients rely on.
+
+A field of the wrong type never fails a join: it takes its default and is named in `problems`, for the log; its siblings still apply.
+Source: Supabase Realtime `Realtime.Channels.Join` (schema and casts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    private: bool = False
+    ack: bool = False
+    receive_own: bool = False
+    presence_enabled: bool = False
+    bindings: tuple[dict[str, Any], ...] = ()
+    access_token: str | None = None
+    user_token: str | None = None
+    problems: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def token(self) -> str | None:
+        """The token that identifies the channel; None: the connection's API key does."""
+        if (self.access_token or self.user_token or "").startswith("sb_"):
+            return None
+        return self.user_token if self.user_token is not None else self.access_token
+
+
+def parse(payload: dict[str, Any] | None) -> Join:
+    """Read a join payload; None (not an object) counts as empty."""
+    reader = _Reader()
+    payload = payload or {}
+    config = reader.mapping(payload, "config")
+    broadcast = reader.mapping(config, "broadcast")
+    presence = reader.mapping(config, "presence")
+    return Join(
+        private=reader.flag(config, "private"),
+        ack=reader.flag(broadcast, "ack"),
+        receive_own=reader.flag(broadcast, "self"),
+        presence_enabled=reader.flag(presence, "enabled"),
+        bindings=reader.bindings(config),
+        access_token=reader.text(payload, "access_token"),
+        user_token=reader.text(payload, "user_token"),
+        problems=tuple(reader.problems),
+    )
+
+
+class _Reader:
+    """Takes fields out of client objects and remembers which had the wrong type."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def mapping(self, parent: dict[str, Any], key: str) -> dict[str, Any]:
+        value = parent.get(key)
+        return value if isinstance(value, dict) else self._default(key, value, "an object", {})
+
+    def flag(self, parent: dict[str, Any], key: str) -> bool:
+        match parent.get(key):
+            case bool(value):
+                return value
+            case str(text) if text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            case other:
+                return self._default(key, other, "true or false", False)
+
+    def text(self, parent: dict[str, Any], key: str) -> str | None:
+        value = parent.get(key)
+        return value if isinstance(value, str) else self._default(key, value, "a string", None)
+
+    def bindings(self, config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+        value = config.get("postgres_changes")
+        if not isinstance(value, list):
+            return self._default("postgres_changes", value, "a list", ())
+        return tuple(binding for binding in value if isinstance(binding, dict))
+
+    def _default(self, key: str, value: object, expected: str, default: T) -> T:
+        if value is not None:
+            self.problems.append(f"{key}: expected {expected}, got {type(value).__name__}")
+        return default

@@ -1,0 +1,173 @@
+"""The vocabulary of the wire, and the text frames of both protocol versions.
+
+A text frame is a JSON object in version 1.0.0 and an array in version 2.0.0. Payloads stay JSON text: the server carries most of them
+without reading them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+import msgspec
+
+from realtime_server.errors import MalformedFrame, TopicNameRequired, UnmatchedTopic
+
+TOPIC_PREFIX: Final = "realtime:"
+PHOENIX: Final = "phoenix"
+
+# client to server
+JOIN: Final = "phx_join"
+LEAVE: Final = "phx_leave"
+HEARTBEAT: Final = "heartbeat"
+ACCESS_TOKEN: Final = "access_token"  # noqa: S105 -- an event's name
+# both ways
+BROADCAST: Final = "broadcast"
+PRESENCE: Final = "presence"
+# server to client
+REPLY: Final = "phx_reply"
+CLOSE: Final = "phx_close"
+ERROR: Final = "phx_error"
+SYSTEM: Final = "system"
+
+# Opaque to the server: chosen by the client, echoed as it came.
+Ref = str | int | None
+
+
+class Version(Enum):
+    """Serializer of a socket, chosen by `vsn` at the handshake."""
+
+    V1 = "1.0.0"
+    V2 = "2.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One logical message of a text frame. `topic` as on the wire, `payload` is JSON text."""
+
+    join_ref: Ref
+    ref: Ref
+    topic: str
+    event: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastPush:
+    """A broadcast that came as a binary frame (kind 3). `payload` is JSON text if `is_json`, else any bytes."""
+
+    join_ref: Ref
+    ref: Ref
+    topic: str
+    user_event: str
+    payload: bytes
+    is_json: bool
+
+
+def version(vsn: str | None) -> Version | None:
+    """The version that a `vsn` parameter asks for, 1.0.0 when absent; None when there is no such version."""
+    parts = (vsn or "1.0.0").split(".")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts) or parts[1] != "0":
+        return None
+    return {"1": Version.V1, "2": Version.V2}.get(parts[0])
+
+
+def sub_topic(topic: str) -> str:
+    """What follows `realtime:`. Raises: UnmatchedTopic, TopicNameRequired."""
+    if not topic.startswith(TOPIC_PREFIX):
+        raise UnmatchedTopic
+    if topic == TOPIC_PREFIX:
+        raise TopicNameRequired
+    return topic.removeprefix(TOPIC_PREFIX)
+
+
+class _ObjectFrame(msgspec.Struct):
+    topic: str
+    event: str
+    payload: msgspec.Raw
+    ref: Ref
+    join_ref: Ref = None
+
+
+class _ArrayFrame(msgspec.Struct, array_like=True):
+    join_ref: Ref
+    ref: Ref
+    topic: str
+    event: str
+    payload: msgspec.Raw
+
+
+_object_frame: Final = msgspec.json.Decoder(_ObjectFrame)
+_array_frame: Final = msgspec.json.Decoder(_ArrayFrame)
+_any: Final = msgspec.json.Decoder()
+_object: Final = msgspec.json.Decoder(dict[str, Any])
+
+
+def decode_text(frame: str, version: Version) -> Message:
+    """Decode a text frame; version 2 arrays may have more than five elements. Raises: MalformedFrame."""
+    decoder: msgspec.json.Decoder[_ObjectFrame] | msgspec.json.Decoder[_ArrayFrame]
+    decoder = _object_frame if version is Version.V1 else _array_frame
+    try:
+        fields = decoder.decode(frame)
+        # Lone surrogates pass as escapes but can never be sent on.
+        (fields.topic + fields.event).encode()
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise MalformedFrame(str(error)) from None
+    return Message(fields.join_ref, fields.ref, fields.topic, fields.event, bytes(fields.payload))
+
+
+def encode_text(message: Message, version: Version) -> bytes:
+    """Encode a text frame. Version 1 frames always have a `ref`, null included, and never a `join_ref`: the Python client drops others."""
+    topic, event, ref = dumps(message.topic), dumps(message.event), dumps(message.ref)
+    if version is Version.V1:
+        return b'{"topic":%b,"event":%b,"payload":%b,"ref":%b}' % (topic, event, message.payload, ref)
+    return b"[%b,%b,%b,%b,%b]" % (dumps(message.join_ref), ref, topic, event, message.payload)
+
+
+def reply(push: Message | BroadcastPush, join_ref: Ref, response: object, *, ok: bool = True) -> Message:
+    """The `phx_reply` to a push. `response` is an object: the Python client cannot parse others."""
+    payload = dumps({"status": "ok" if ok else "error", "response": response})
+    return Message(join_ref, push.ref, push.topic, REPLY, payload)
+
+
+def system(topic: str, join_ref: Ref, message: str, *, ok: bool, extension: str = "system") -> Message:
+    """A `system` message. All four keys are always there: the Python client drops others."""
+    payload = {
+        "extension": extension,
+        "status": "ok" if ok else "error",
+        "message": message,
+        "channel": topic.removeprefix(TOPIC_PREFIX),
+    }
+    return Message(join_ref, None, topic, SYSTEM, dumps(payload))
+
+
+def closed(topic: str, join_ref: Ref) -> Message:
+    """The `phx_close` of a channel; clients compare its ref with their join ref, in both versions."""
+    return Message(join_ref, join_ref, topic, CLOSE, b"{}")
+
+
+def crashed(topic: str, join_ref: Ref) -> Message:
+    """The `phx_error` of a channel: clients join again."""
+    return Message(join_ref, join_ref, topic, ERROR, b'{"reason":"channel_crash"}')
+
+
+def dumps(value: object) -> bytes:
+    return msgspec.json.encode(value)
+
+
+def loads_object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object in `text`; None when it holds anything else."""
+    try:
+        return _object.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def is_json(text: bytes) -> bool:
+    """Whether `text` is one JSON document in UTF-8."""
+    try:
+        _any.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return False
+    return True

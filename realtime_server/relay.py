@@ -1,0 +1,220 @@
+"""Database to hub: what became visible in `realtime.messages` since the last read, in order, none twice, none skipped.
+
+**The position is a snapshot.** Each read returns the rows that were not visible in the last snapshot and are visible now, and the snapshot
+to go on from. Transactions that commit out of order, run for hours or roll back need no special care. Primary only: the snapshot of a
+standby does not list what is in progress.
+
+**The bell is only a hint.** A relay that falls asleep takes the doorbell lock first, and then reads on until every transaction that was
+running at that moment has ended: a writer that found the lock free, and so kept silent, is among them. From then on every writer finds the
+lock taken and rings. What a bell that was lost would have told, the safety read every few seconds finds. Where several relays sleep, one
+holds the lock and the others stand in its queue; writers ring for either.
+
+**After a lost connection** the relay listens again and goes on from its snapshot. A read that broke off in the middle is repeated; what was
+handed on already is dropped by its sequence number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString
+from uuid import UUID
+
+import structlog
+
+from realtime_server import database
+from realtime_server.database import Database
+from realtime_server.errors import DatabaseUnavailable
+
+NOTIFY_CHANNEL: Final = "realtime"
+
+# Awake: the pause between reads is the latency under load. It grows while nothing comes, until the relay falls asleep.
+SHORTEST_PAUSE_S: Final = 0.002
+LONGEST_PAUSE_S: Final = 0.02
+AWAKE_S: Final = 0.25
+# Falling asleep: a transaction older than the lock may still commit silently; this bounds how late its messages can be.
+LONGEST_DRAIN_PAUSE_S: Final = 0.1
+SAFETY_READ_S: Final = 5.0
+SHORTEST_BACKOFF_S: Final = 0.1
+LONGEST_BACKOFF_S: Final = 5.0
+ROWS_AT_ONCE: Final = 500
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One committed message. `payload` is jsonb text as PostgreSQL wrote it, or `binary_payload` is set instead."""
+
+    seq: int
+    id: UUID
+    topic: str
+    event: str
+    private: bool
+    payload: str | None
+    binary_payload: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A `pg_snapshot`: `text` as PostgreSQL writes it; every transaction below `xmin` has ended, none from `xmax` on had begun."""
+
+    text: str
+    xmin: int
+    xmax: int
+
+    @classmethod
+    def parse(cls, text: str) -> Snapshot:
+        xmin, xmax, _ = text.split(":")
+        return cls(text, int(xmin), int(xmax))
+
+
+class Relay:
+    """Reads for one process. `publish` is called for each row and must not wait; it must not raise."""
+
+    def __init__(self, url: str, publish: Callable[[Row], None], *, timeout_s: float) -> None:
+        self._url = url
+        self._publish = publish
+        self._timeout_s = timeout_s
+        self._position: Snapshot | None = None
+        # Sequence numbers handed on by a read that has not reached its new snapshot yet.
+        self._handed_on: set[int] = set()
+        self.is_ready = False
+        self.is_asleep = False
+
+    async def run(self) -> None:
+        """Relay until cancelled, through any loss of the database."""
+        backoff_s = SHORTEST_BACKOFF_S
+        while True:
+            try:
+                reader = await database.connect(self._url, name="relay", timeout_s=self._timeout_s)
+                async with reader:
+                    with database.errors():
+                        await self._begin(reader)
+                        backoff_s = SHORTEST_BACKOFF_S
+                        await self._relay(reader)
+            except DatabaseUnavailable as error:
+                log.warning("relay has no database", error=str(error.__cause__), retry_in_s=round(backoff_s, 1))
+                self.is_ready = False
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
+                backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+
+    async def _begin(self, reader: Database) -> None:
+        """Listen, and only then take up the position: between the two nothing can pass unheard."""
+        await reader.execute(f"listen {NOTIFY_CHANNEL}")
+        current = await self._current(reader)
+        if self._position is None:
+            self._position = current
+        elif current.xmax < self._position.xmax:
+            log.error("the database went back in time, messages may be missing; going on from now")
+            self._position = current
+            self._handed_on.clear()
+
+    async def _relay(self, reader: Database) -> None:
+        while True:
+            await self._stay_awake(reader)
+            async with self._doorbell(reader):
+                if await self._is_drained(reader):
+                    self.is_asleep = True
+                    await self._sleep(reader)
+            self.is_asleep = False
+
+    async def _stay_awake(self, reader: Database) -> None:
+        """Read again and again, until nothing has come for a while."""
+        pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
+        while time.monotonic() - quiet_since < AWAKE_S:
+            if await self._read(reader):
+                pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
+            else:
+                pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+            self.is_ready = True
+            await asyncio.sleep(pause_s)
+
+    @contextlib.asynccontextmanager
+    async def _doorbell(self, reader: Database) -> AsyncIterator[None]:
+        """Hold the doorbell lock; where another relay sleeps with it, stand in the queue for it on a connection of its own."""
+        if await _scalar(reader, "select pg_try_advisory_lock(realtime.doorbell_key())"):
+            # On the listening connection, so that neither is lost without the other.
+            try:
+                yield
+            finally:
+                if not reader.closed:
+                    await reader.execute("select pg_advisory_unlock(realtime.doorbell_key())")
+            return
+        queue = await database.connect(self._url, name="doorbell", timeout_s=self._timeout_s)
+        async with queue:
+            waiting = asyncio.create_task(_scalar(queue, "select pg_advisory_lock(realtime.doorbell_key())"))
+            try:
+                while not await _scalar(reader, "select realtime.doorbell_is_held(%s)", queue.info.backend_pid):
+                    if waiting.done():
+                        await waiting
+                    await asyncio.sleep(SHORTEST_PAUSE_S)
+                yield
+            finally:
+                # A backend in a queue does not notice that its client is gone: it must be told.
+                if not waiting.done():
+                    await queue.cancel_safe(timeout=self._timeout_s)
+                with contextlib.suppress(database.Canceled):
+                    await waiting
+
+    async def _is_drained(self, reader: Database) -> bool:
+        """Read until every transaction that may have kept silent has ended; False as soon as messages come meanwhile."""
+        last_silent = (await self._current(reader)).xmax
+        pause_s = SHORTEST_PAUSE_S
+        while not await self._read(reader):
+            assert self._position is not None, "a read leaves a position"
+            if self._position.xmin >= last_silent:
+                return True
+            await self._bell_rang(reader, pause_s)
+            pause_s = min(pause_s * 2, LONGEST_DRAIN_PAUSE_S)
+        return False
+
+    async def _sleep(self, reader: Database) -> None:
+        """Wait for the bell; now and then look whether one was lost."""
+        while not await self._bell_rang(reader, SAFETY_READ_S):
+            if await self._read(reader):
+                log.warning("messages came without a bell; is the trigger ring_doorbell enabled?")
+                return
+
+    async def _bell_rang(self, reader: Database, timeout_s: float) -> bool:
+        rang = False
+        async for _ in reader.notifies(timeout=timeout_s, stop_after=1):
+            rang = True
+        return rang
+
+    async def _current(self, reader: Database) -> Snapshot:
+        return Snapshot.parse(await _scalar(reader, "select pg_current_snapshot()::text"))
+
+    async def _read(self, reader: Database) -> int:
+        """Hand on what became visible since the position and move it; how many rows. Memory is bounded by rows on the way."""
+        assert self._position is not None, "the position is set when connected"
+        count = 0
+        async with reader.cursor() as cursor:
+            rows = cursor.stream(
+                "select * from realtime.messages_since(%s::pg_snapshot)", (self._position.text,), size=ROWS_AT_ONCE
+            )
+            async for *fields, snapshot in rows:
+                if snapshot is not None:
+                    self._position = Snapshot.parse(snapshot)
+                    self._handed_on.clear()
+                    continue
+                row = Row(*fields)
+                if row.seq not in self._handed_on:
+                    self._handed_on.add(row.seq)
+                    self._publish(row)
+                    count += 1
+                    if count % ROWS_AT_ONCE == 0:
+                        # Rows that are here already would keep the loop to themselves, and no frame would leave.
+                        await asyncio.sleep(0)
+        return count
+
+
+async def _scalar(db: Database, query: LiteralString, *arguments: object) -> Any:
+    cursor = await db.execute(query, arguments)
+    row = await cursor.fetchone()
+    assert row is not None, "these queries return one row"
+    return row[0]

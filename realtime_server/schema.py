@@ -1,0 +1,132 @@
+"""What the server keeps in the database: `sql/` is today's truth, `alembic/` its frozen history. Finds both, runs both.
+
+In the repository they are the folders beside the package, in an installed wheel they lie inside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, LiteralString, cast
+
+import psycopg
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from psycopg import sql
+
+from alembic import command, op
+from realtime_server.errors import SchemaMismatch
+
+CORE: Final = "core"
+SAMPLES: Final = ("chat",)
+VERSION_TABLE: Final = "alembic_version"
+
+_PACKAGE: Final = Path(__file__).parent
+
+
+def _folder(name: str) -> Path:
+    packed = _PACKAGE / f"_{name}"
+    return packed if packed.is_dir() else _PACKAGE.parent / name
+
+
+def alembic_config(url: str | None = None) -> Config:
+    """Alembic's configuration for this package's history. `url`: any form that libpq takes; None: from the environment."""
+    config = Config()
+    config.set_main_option("script_location", str(_folder("alembic")))
+    config.set_main_option("version_locations", str(_folder("alembic") / "versions"))
+    config.set_main_option("recursive_version_locations", "true")
+    config.set_main_option("path_separator", "newline")
+    config.attributes["url"] = url
+    return config
+
+
+def upgrade(url: str | None, target: str, *, offline: bool = False) -> None:
+    """Run the history up to `target` (`core@head`, `chat@head`, `heads`). `offline`: print the script instead."""
+    command.upgrade(alembic_config(url), target, sql=offline)
+
+
+def revisions(url: str) -> list[str]:
+    """The revisions that the database is at, one a branch; empty when nothing was ever installed."""
+    with psycopg.connect(url, autocommit=True) as db:
+        if db.execute("select to_regclass('realtime.alembic_version')").fetchone() == (None,):
+            return []
+        rows = db.execute("select version_num from realtime.alembic_version").fetchall()
+    # The table names only those that no other one depends on.
+    script = ScriptDirectory.from_config(alembic_config())
+    return sorted(revision.revision for revision in script.get_all_current(tuple(name for (name,) in rows)))
+
+
+def check(url: str) -> None:
+    """Compare what the database is at with what this server needs. Raises: SchemaMismatch."""
+    needed = ScriptDirectory.from_config(alembic_config()).get_revision(f"{CORE}@head").revision
+    found = [revision for revision in revisions(url) if revision.startswith(f"{CORE}_")]
+    if needed not in found:
+        raise SchemaMismatch(found[-1] if found else None, needed)
+
+
+def run_sql_file(script: str) -> None:
+    """For revisions: run the `.sql` file beside the revision file `script`, or print it when offline.
+
+    The text goes to PostgreSQL as it is: through SQLAlchemy, `:name` and `%` in it would be read as parameters.
+    """
+    text = Path(script).with_suffix(".sql").read_text(encoding="utf-8")
+    context = op.get_context()
+    if context.as_sql:
+        context.impl.static_output(text)
+        return
+    connection = op.get_bind().connection.dbapi_connection
+    assert isinstance(connection, psycopg.Connection), "revisions run through psycopg"
+    connection.execute(cast(LiteralString, text))
+
+
+def today(branch: str) -> str:
+    """The SQL that makes a branch from nothing, as `sql/` has it now: structure first, then code."""
+    root = _folder("sql")
+    folders = [root / "structure", root / "code"] if branch == CORE else [root / "samples" / branch]
+    files = [file for folder in folders for file in sorted(folder.glob("*.sql"), key=_order)]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def today_code(branch: str) -> str:
+    """The part of `today` that may run again at any time and changes nothing the second time."""
+    root = _folder("sql")
+    files = sorted((root / "code").glob("*.sql")) if branch == CORE else [root / "samples" / branch / "code.sql"]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def _order(file: Path) -> tuple[bool, str]:
+    return file.stem == "code", file.name
+
+
+def role_statements(login: str, server_version: int) -> list[str]:
+    """What an administrator runs where `login` may not create roles. Each statement may run again. `server_version` as 150018, 180004."""
+    statements = []
+    for role in ("anon", "authenticated", "service_role"):
+        bypass = " bypassrls" if role == "service_role" else ""
+        statements.append(
+            f"do $$ begin create role {role} nologin noinherit{bypass}; exception when duplicate_object then null; end $$;"
+        )
+    option = " with inherit false, set true" if server_version >= 160000 else ""
+    name = sql.Identifier(login).as_string()
+    statements.append(f"grant anon, authenticated, service_role to {name}{option};")
+    return statements
+
+
+def missing_role_statements(url: str) -> list[str]:
+    """The same, if this database needs an administrator for it; empty when the migration can do it alone or all is there."""
+    with psycopg.connect(url, autocommit=True) as db:
+        row = db.execute(
+            """
+            select
+                current_user::text,
+                current_setting('server_version_num')::int,
+                (select rolsuper or rolcreaterole from pg_roles where rolname = current_user),
+                (
+                    select count(*) from pg_roles
+                    where rolname in ('anon', 'authenticated', 'service_role')
+                        and pg_has_role(current_user, oid, 'member')
+                ) = 3
+            """
+        ).fetchone()
+    assert row is not None, "a select without a table returns a row"
+    login, server_version, may_create, has_all = row
+    return [] if may_create or has_all else role_statements(login, server_version)

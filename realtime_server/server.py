@@ -1,0 +1,114 @@
+"""The bundled ASGI server: uvicorn, with a protocol class that takes finished frames, and a goodbye that reaches every socket."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
+
+from realtime_server.config import Settings
+from realtime_server.connection import EXTENSION
+
+# A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
+GOODBYE_S: Final = 2.0
+
+
+class Protocol(WebSocketsSansIOProtocol):
+    """Offers itself to the application as `connection.Transport`."""
+
+    last_received_at = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        self.last_received_at = self.loop.time()
+        super().data_received(data)
+
+    async def run_asgi(self) -> None:
+        self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
+        await super().run_asgi()
+
+    def write(self, data: bytes) -> None:
+        if not self._is_over:
+            self.transport.write(data)
+
+    def buffered(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    def last_received(self) -> float:
+        return self.last_received_at
+
+    def close(self, code: int, reason: str) -> None:
+        if self._is_over:
+            return
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.conn.send_close(code, reason)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        # Not close(): that one waits for the same full buffer as a stalled peer's frames.
+        self.close_timer = self.loop.call_later(GOODBYE_S, self.transport.abort)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.loop.call_later(GOODBYE_S, self.transport.abort)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.close_sent or self.disconnected or self.transport.is_closing() or self.conn.state is not State.OPEN
+
+
+class Server(uvicorn.Server):
+    """Says goodbye to every socket before uvicorn closes it; `on_ready` is called once requests are served."""
+
+    def __init__(self, config: uvicorn.Config, app: Starlette, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app = app
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        self._app.state.sockets.drain()
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises: OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain."""
+    options: dict[str, Any] = {
+        "ws": Protocol,
+        "ws_max_size": settings.max_frame_bytes,
+        # No compression: it costs more than it saves on small messages. No pings: clients send heartbeats.
+        "ws_per_message_deflate": False,
+        "ws_ping_interval": None,
+        "timeout_graceful_shutdown": int(settings.drain_timeout_s),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+    }
+    Server(uvicorn.Config(app, **options), app, on_ready).run(sockets=[listener])

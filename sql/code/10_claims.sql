@@ -1,0 +1,60 @@
+-- What policies ask: who is calling, and about which topic.
+
+create or replace function realtime.topic()
+returns text
+language sql
+stable
+as $$
+    select nullif(pg_catalog.current_setting('realtime.topic', true), '')
+$$;
+comment on function realtime.topic() is 'Topic being joined or sent to; null outside of realtime. For policies on realtime.messages.';
+
+-- The helpers of schema auth belong to whoever brought them; only what is missing is made.
+do $$
+begin
+    if to_regnamespace('auth') is null then
+        create schema auth;
+        comment on schema auth is 'Who is calling, read from the claims of the current request.';
+        grant usage on schema auth to anon, authenticated, service_role;
+    end if;
+
+    if to_regprocedure('auth.jwt()') is null then
+        create function auth.jwt()
+        returns jsonb
+        language sql
+        stable
+        as $f$
+            select nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb
+        $f$;
+        comment on function auth.jwt() is 'All claims of the current request; null when there is none.';
+    end if;
+
+    if to_regprocedure('auth.uid()') is null then
+        create function auth.uid()
+        returns uuid
+        language sql
+        stable
+        as $f$
+            select coalesce(
+                nullif(pg_catalog.current_setting('request.jwt.claim.sub', true), ''),
+                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+            )::uuid
+        $f$;
+        comment on function auth.uid() is 'Claim "sub" of the current request; null when there is none.';
+    end if;
+
+    if to_regprocedure('auth.role()') is null then
+        create function auth.role()
+        returns text
+        language sql
+        stable
+        as $f$
+            select coalesce(
+                nullif(pg_catalog.current_setting('request.jwt.claim.role', true), ''),
+                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'role'
+            )
+        $f$;
+        comment on function auth.role() is 'Claim "role" of the current request; null when there is none.';
+    end if;
+end
+$$;

@@ -1,0 +1,100 @@
+-- Who may join a private topic and send to it: asked of PostgreSQL itself, under the client's role and claims.
+-- Called by the server only. SECURITY INVOKER, because a definer may not change its role.
+
+-- A write is allowed when the row passes the INSERT policies: these are checked before NOT NULL, so an insert that breaks
+-- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no WAL, no transaction id.
+-- RETURNING adds the SELECT policies to the same question. Only where writing is denied is a real row needed to ask for reading;
+-- it goes to an unlogged partition and is rolled back.
+create or replace function realtime.authorize(
+    topic text,
+    role text,
+    claims jsonb,
+    headers jsonb default '{}',
+    extensions text[] default array['broadcast', 'presence']
+)
+returns table (extension text, can_read boolean, can_write boolean, problem text)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    c_probe_time constant timestamp := '1970-01-01';
+    v_id uuid := pg_catalog.gen_random_uuid();
+    v_found bigint;
+begin
+    foreach extension in array extensions loop
+        can_read := false;
+        can_write := false;
+        problem := null;
+        begin
+            perform
+                pg_catalog.set_config('realtime.topic', authorize.topic, true),
+                pg_catalog.set_config('request.jwt.claims', claims::text, true),
+                pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
+                pg_catalog.set_config('request.jwt.claim.role', authorize.role, true),
+                pg_catalog.set_config('request.headers', headers::text, true),
+                pg_catalog.set_config('role', authorize.role, true);
+
+            begin
+                insert into realtime.messages (topic, extension, updated_at, inserted_at)
+                values (authorize.topic, authorize.extension, null, c_probe_time);
+            exception
+                when not_null_violation then
+                    can_write := true;
+                when insufficient_privilege then
+                    null;
+            end;
+
+            if can_write then
+                begin
+                    insert into realtime.messages (topic, extension, updated_at, inserted_at)
+                    values (authorize.topic, authorize.extension, null, c_probe_time)
+                    returning id into v_id;
+                exception
+                    when not_null_violation then
+                        can_read := true;
+                    when insufficient_privilege then
+                        null;
+                end;
+            else
+                begin
+                    perform pg_catalog.set_config('role', 'none', true);
+                    insert into realtime.messages (id, topic, extension, inserted_at)
+                    values (v_id, authorize.topic, authorize.extension, c_probe_time);
+                    perform pg_catalog.set_config('role', authorize.role, true);
+                    select count(*) into v_found from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    raise exception using errcode = 'RT000';
+                exception
+                    when sqlstate 'RT000' then
+                        can_read := v_found > 0;
+                    when insufficient_privilege then
+                        null;
+                end;
+            end if;
+        exception when others then
+            -- A policy that raises, a role that does not exist: this question alone is answered "no".
+            can_read := false;
+            can_write := false;
+            problem := sqlstate || ': ' || sqlerrm;
+        end;
+        perform pg_catalog.set_config('role', 'none', true);
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
+    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated; then nothing is allowed.';
+revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
+
+create or replace function realtime.authorize_batch(topics text[], roles text[], claims jsonb[], headers jsonb[])
+returns table (question bigint, extension text, can_read boolean, can_write boolean, problem text)
+language sql
+volatile
+as $$
+    select asked.question, answer.extension, answer.can_read, answer.can_write, answer.problem
+    from unnest(topics, roles, claims, headers) with ordinality as asked (topic, role, claims, headers, question)
+    cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer
+$$;
+comment on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) is
+    'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
+revoke all on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;

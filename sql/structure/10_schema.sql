@@ -1,0 +1,40 @@
+-- Schemas and roles. Runs once, as the role that will own everything here: an ordinary role that owns the database.
+
+create schema if not exists realtime;
+comment on schema realtime is 'Realtime messages, their authorization and their delivery.';
+
+-- Tokens act as one of these roles; the owner must be allowed to take each of them on.
+do $$
+declare
+    v_role text;
+begin
+    foreach v_role in array array['anon', 'authenticated', 'service_role'] loop
+        if not exists (select from pg_catalog.pg_roles where rolname = v_role) then
+            begin
+                execute format(
+                    'create role %I nologin noinherit%s',
+                    v_role,
+                    case when v_role = 'service_role' then ' bypassrls' end
+                );
+            exception when insufficient_privilege then
+                -- Only a superuser, or a role that has BYPASSRLS, hands it on; policies below do for our own tables.
+                execute format('create role %I nologin noinherit', v_role);
+            end;
+        end if;
+        if current_setting('server_version_num')::int < 160000 then
+            if not pg_has_role(current_user, v_role, 'member') then
+                execute format('grant %I to current_user', v_role);
+            end if;
+        elsif not pg_has_role(current_user, v_role, 'set') then
+            execute format('grant %I to current_user with inherit false, set true', v_role);
+        end if;
+    end loop;
+exception when insufficient_privilege then
+    raise exception using
+        errcode = 'insufficient_privilege',
+        message = format('role %I may not create or use the roles anon, authenticated and service_role', current_user),
+        hint = 'An administrator runs the statements that "realtime-server migrate" prints; then migrate again.';
+end
+$$;
+
+grant usage on schema realtime to anon, authenticated, service_role;

@@ -1,0 +1,55 @@
+-- The outbox: every message for clients is a row here, written in the transaction of the data it tells of.
+
+create sequence realtime.messages_seq as bigint;
+comment on sequence realtime.messages_seq is 'Order of writing over all topics. Cache must stay 1, or order between sessions is lost.';
+
+create table realtime.messages (
+    topic text not null,
+    extension text not null,
+    payload jsonb,
+    event text,
+    private boolean default false,
+    updated_at timestamp not null default (now() at time zone 'utc'),
+    inserted_at timestamp not null default (now() at time zone 'utc'),
+    id uuid not null default gen_random_uuid(),
+    binary_payload bytea,
+    xid xid8 not null default pg_current_xact_id(),
+    seq bigint not null default nextval('realtime.messages_seq'),
+    constraint messages_pkey primary key (id, inserted_at),
+    constraint messages_payload_exclusive check (payload is null or binary_payload is null)
+) partition by range (inserted_at);
+
+alter sequence realtime.messages_seq owned by realtime.messages.seq;
+
+comment on table realtime.messages is 'Messages for clients, a partition a UTC day. Row-level security decides who may join a private topic and send to it.';
+comment on column realtime.messages.topic is 'What clients join, without "realtime:" in front.';
+comment on column realtime.messages.extension is '"broadcast" or "presence"; policies tell the two rights apart by it.';
+comment on column realtime.messages.payload is 'JSON object for the clients; null when binary_payload is set.';
+comment on column realtime.messages.event is 'Name that clients filter by.';
+comment on column realtime.messages.private is 'Which of the two rooms of this name: private (authorized by policies) or public.';
+comment on column realtime.messages.updated_at is 'UTC; equal to inserted_at. Kept for tools that expect it.';
+comment on column realtime.messages.inserted_at is 'UTC, start of the writing transaction; chooses the partition.';
+comment on column realtime.messages.id is 'Clients see it as meta.id and may drop what they have seen.';
+comment on column realtime.messages.binary_payload is 'Bytes for the clients; null when payload is set.';
+comment on column realtime.messages.xid is 'Transaction that wrote the row: the relay reads by it. Never set by writers.';
+comment on column realtime.messages.seq is 'Order of writing. Never set by writers.';
+
+create index messages_xid_idx on realtime.messages (xid);
+create index messages_topic_idx on realtime.messages (topic, inserted_at desc) where extension = 'broadcast';
+
+-- An insert never fails for want of a partition.
+create table realtime.messages_default partition of realtime.messages default;
+comment on table realtime.messages_default is 'Rows of days for which no partition was made in time.';
+
+-- Probe rows of authorization checks go here: unlogged, so that a check writes no WAL, and always rolled back.
+create unlogged table realtime.messages_probe
+    partition of realtime.messages for values from (minvalue) to ('1970-01-02');
+comment on table realtime.messages_probe is 'Probe rows of authorization checks, always rolled back.';
+
+alter table realtime.messages enable row level security;
+
+-- Writers choose neither xid nor seq, so these columns are not granted.
+grant select on realtime.messages to anon, authenticated, service_role;
+grant insert (topic, extension, payload, event, private, updated_at, inserted_at, id, binary_payload)
+    on realtime.messages to anon, authenticated, service_role;
+grant usage on sequence realtime.messages_seq to anon, authenticated, service_role;

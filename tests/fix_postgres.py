@@ -1,0 +1,69 @@
+"""The PostgreSQL that the tests run on: REALTIME_TEST_DATABASE_URL, else a container, else the embedded one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from realtime_server.embedded import EmbeddedPostgres
+
+FAST = {"fsync": "off", "full_page_writes": "off"}
+DEBIAN_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+_source = pytest.StashKey[str]()
+
+
+def _docker_answers() -> bool:
+    """Asked with a plain socket: Docker's own client leaks one when nobody answers."""
+    if "DOCKER_HOST" in os.environ:
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex("/var/run/docker.sock") == 0
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Iterator[str]:
+    """The URL of a superuser of a PostgreSQL with wal_level = logical, the newest there is."""
+    if url := os.environ.get("REALTIME_TEST_DATABASE_URL"):
+        pytestconfig.stash[_source] = "REALTIME_TEST_DATABASE_URL"
+        yield url
+    elif _docker_answers():
+        from testcontainers.community.postgres import PostgresContainer
+
+        pytestconfig.stash[_source] = "container"
+        command = "postgres -c wal_level=logical -c max_replication_slots=20 -c fsync=off"
+        with PostgresContainer("postgres:18", driver=None).with_command(command) as container:
+            yield container.get_connection_url()
+    else:
+        pytestconfig.stash[_source] = "embedded"
+        yield from embedded_cluster()
+
+
+@pytest.fixture(scope="session")
+def old_postgres() -> Iterator[str]:
+    """The URL of a superuser of the operating system's PostgreSQL, an older major than `postgres`."""
+    assert DEBIAN_PROGRAMS, "no PostgreSQL in /usr/lib/postgresql: run tests/install-parts"
+    yield from embedded_cluster(DEBIAN_PROGRAMS[0])
+
+
+def embedded_cluster(bin_dir: Path | None = None) -> Iterator[str]:
+    # Not pytest's tmp_path: the unprivileged user must be able to walk in.
+    root = Path(tempfile.mkdtemp(prefix="realtime-test-"))
+    root.chmod(0o711)
+    postgres = EmbeddedPostgres(root / "data", bin_dir=bin_dir, settings=FAST)
+    try:
+        yield postgres.start().administrator_url
+    finally:
+        postgres.stop("immediate")
+        shutil.rmtree(root)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if source := config.stash.get(_source, None):
+        terminalreporter.write_line(f"PostgreSQL: {source}")
