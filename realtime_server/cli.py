@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 import structlog
@@ -20,9 +20,6 @@ import typer
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
 from realtime_server.errors import RealtimeError, SettingsError
-
-if TYPE_CHECKING:
-    from realtime_server.embedded import EmbeddedPostgres
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,6 +101,8 @@ def keys(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Print URL, API keys, secret and database of this server."""
+    from realtime_server.embedded import EmbeddedPostgres
+
     settings = config.load()
     secret = _secret(settings)
     anon_key, service_key = _api_keys(settings, secret)
@@ -112,7 +111,7 @@ def keys(
         "anon_key": anon_key,
         "service_role_key": service_key,
         "jwt_secret": secret,
-        "database_url": _embedded(settings).administrator_url
+        "database_url": EmbeddedPostgres(settings.data_dir).administrator_url
         if settings.database_url is None
         else settings.database_url.get_secret_value(),
     }
@@ -172,28 +171,21 @@ def _listen(settings: Settings) -> socket.socket:
 def _database(settings: Settings) -> Iterator[tuple[str, str]]:
     """The URL to serve and the one to show: started and migrated if it is ours, checked if it is not."""
     from realtime_server import schema
-    from realtime_server.embedded import EmbeddedError, lock_data_dir
+    from realtime_server.embedded import EmbeddedPostgres, lock_data_dir
 
     if settings.database_url is not None:
         url = settings.database_url.get_secret_value()
         _check_schema(url)
         yield url, _without_password(url)
         return
-    try:
-        with lock_data_dir(settings.data_dir):
-            _progress(f"starting PostgreSQL in {settings.data_dir}/ ...")
-            with _embedded(settings) as postgres:
-                _progress("migrating ...")
-                _migrate(postgres.url, [f"{schema.CORE}@head", "heads"])
-                yield postgres.url, postgres.administrator_url
-    except EmbeddedError as error:
-        _fail(str(error))
-
-
-def _embedded(settings: Settings) -> EmbeddedPostgres:
-    from realtime_server.embedded import EmbeddedPostgres
-
-    return EmbeddedPostgres(settings.data_dir)
+    with lock_data_dir(settings.data_dir):
+        _progress(f"starting PostgreSQL in {settings.data_dir}/ ...")
+        with EmbeddedPostgres(settings.data_dir) as postgres:
+            if postgres.location.parent != postgres.data_dir:
+                _progress(f"its data is in {postgres.location}, because its user may not enter {settings.data_dir}")
+            _progress("migrating ...")
+            _migrate(postgres.url, [f"{schema.CORE}@head", "heads"])
+            yield postgres.url, postgres.administrator_url
 
 
 def _check_schema(url: str) -> None:

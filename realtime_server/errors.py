@@ -8,7 +8,8 @@
     ├── Restarting
     ├── DatabaseUnavailable
     ├── SchemaMismatch
-    └── SettingsError
+    ├── SettingsError
+    └── EmbeddedError
 
 `code` is the stable name that clients see in join replies (`<code>: <sentence>`); the sentence may change. `status` is the HTTP status
 of the same error on REST and at the handshake. Where a code or sentence is Supabase Realtime's own, it is kept to the letter, because
@@ -200,3 +201,9 @@ class SettingsError(RealtimeError):
     """A setting is missing or wrong; the sentence says which and what to do."""
 
     code = "SettingsError"
+
+
+class EmbeddedError(RealtimeError):
+    """The PostgreSQL that comes along does not start or stop; the sentence ends with PostgreSQL's own words where there are some."""
+
+    code = "EmbeddedError"

@@ -163,11 +163,13 @@ class Relay:
 
     async def _is_drained(self, reader: Database) -> bool:
         """Read until every transaction that may have kept silent has ended; False as soon as messages come meanwhile."""
-        last_silent = (await self._current(reader)).xmax
+        # A transaction id of our own, drawn now, is above that of every silent writer. The xmax of a snapshot would not do: it is one
+        # past the highest *completed* id, so the one writer that is running may be at it.
+        fence = int(await _scalar(reader, "select pg_current_xact_id()::text"))
         pause_s = SHORTEST_PAUSE_S
         while not await self._read(reader):
             assert self._position is not None, "a read leaves a position"
-            if self._position.xmin >= last_silent:
+            if self._position.xmin >= fence:
                 return True
             await self._bell_rang(reader, pause_s)
             pause_s = min(pause_s * 2, LONGEST_DRAIN_PAUSE_S)

@@ -49,7 +49,7 @@ class Cluster:
             db.execute(sql.SQL("alter role {} password {}").format(owner, password))
             self.server_version = db.info.server_version
             for statement in schema.role_statements(OWNER, self.server_version):
-                db.execute(sql.SQL(statement))  # type: ignore[arg-type]
+                db.execute(sql.SQL(statement))
 
     def create(self, *targets: str) -> TestDatabase:
         """A database migrated to these targets; copied from a template, because migrating takes a second."""

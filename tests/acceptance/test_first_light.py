@@ -7,12 +7,12 @@ import uuid
 import httpx2
 import pytest
 
-from tests.fix_clients import ClientFactory
+from tests.fix_clients import ClientFactory, Kind
 from tests.fix_database import TestDatabase, act_as
 from tests.fix_server import Server, make_token
 
 ALICE, BOB, CAROL = (str(uuid.UUID(int=number)) for number in (0xA, 0xB, 0xC))
-CLIENTS = ["js", "py-realtime", "py-supabase"]
+CLIENTS: list[Kind] = ["js", "py-realtime", "py-supabase"]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def thread(database: TestDatabase) -> str:
 
 @pytest.mark.parametrize("kind", CLIENTS)
 async def test_members_of_a_thread_receive_a_row_inserted_by_one_of_them(
-    server: Server, client: ClientFactory, thread: str, kind: str
+    server: Server, client: ClientFactory, thread: str, kind: Kind
 ) -> None:
     alice = await client(kind, server.url, server.anon_key, make_token(sub=ALICE))
     bob = await client(kind, server.url, server.anon_key, make_token(sub=BOB))
@@ -53,7 +53,7 @@ async def test_members_of_a_thread_receive_a_row_inserted_by_one_of_them(
 
 @pytest.mark.parametrize("kind", CLIENTS)
 async def test_who_is_no_member_is_refused_at_the_join(
-    server: Server, client: ClientFactory, thread: str, kind: str
+    server: Server, client: ClientFactory, thread: str, kind: Kind
 ) -> None:
     carol = await client(kind, server.url, server.anon_key, make_token(sub=CAROL))
     refused = await carol.do(
@@ -71,7 +71,7 @@ async def test_who_is_no_member_is_refused_at_the_join(
 
 @pytest.mark.parametrize("kind", CLIENTS)
 async def test_rest_broadcast_with_the_service_key_reaches_a_subscriber(
-    server: Server, client: ClientFactory, http: httpx2.AsyncClient, kind: str
+    server: Server, client: ClientFactory, http: httpx2.AsyncClient, kind: Kind
 ) -> None:
     user = await client(kind, server.url, server.anon_key)
     await user.do("subscribe", channel="c", topic="progress", config={}, broadcast=["*"])
@@ -86,7 +86,7 @@ async def test_rest_broadcast_with_the_service_key_reaches_a_subscriber(
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-async def test_send_in_sql_reaches_a_public_subscriber(server: Server, client: ClientFactory, kind: str) -> None:
+async def test_send_in_sql_reaches_a_public_subscriber(server: Server, client: ClientFactory, kind: Kind) -> None:
     user = await client(kind, server.url, server.anon_key)
     await user.do("subscribe", channel="c", topic="topic", config={}, broadcast=["*"])
     server.database.execute("select realtime.send('{\"a\":1}'::jsonb, 'event', 'topic', false)")

