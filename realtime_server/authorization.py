@@ -79,14 +79,19 @@ class Authorization:
         try:
             policies = await self._ask([question for question, _ in batch])
         except Exception as error:
-            if len(batch) == 1 or isinstance(error, DatabaseUnavailable):
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(error)
-            else:
+            if len(batch) > 1 and not isinstance(error, DatabaseUnavailable):
                 # One slow policy, one topic that is no text to PostgreSQL: each is asked again by itself.
                 for single in batch:
                     await self._answer([single])
+                return
+            for question, answer in batch:
+                if answer.done():
+                    continue
+                if isinstance(error, database.InvalidText):
+                    log.info("topic or claims are no text to PostgreSQL", topic=question.topic)
+                    answer.set_result(Policy())
+                else:
+                    answer.set_exception(error)
         else:
             for (_, answer), policy in zip(batch, policies, strict=True):
                 if not answer.done():

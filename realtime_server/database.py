@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 
 Canceled = psycopg.errors.QueryCanceled
+InvalidText = psycopg.DataError
 Database = AsyncConnection[tuple[Any, ...]]
 
 

@@ -27,6 +27,15 @@ class Protocol(WebSocketsSansIOProtocol):
         self.last_received_at = self.loop.time()
         super().data_received(data)
 
+    def send_receive_event_to_app(self) -> None:
+        # Text that is no UTF-8 would close the socket here; as bytes it is dropped like any other malformed frame.
+        if self.curr_msg_data_type == "text":
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.curr_msg_data_type = "bytes"
+        super().send_receive_event_to_app()
+
     async def run_asgi(self) -> None:
         self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
         await super().run_asgi()

@@ -17,7 +17,7 @@ import httpx2
 import pytest
 
 from realtime_server import claims
-from tests.fix_database import TestDatabase
+from tests.fix_database import Cluster, TestDatabase
 
 SECRET = secrets.token_urlsafe(48)
 START_LIMIT_S = 30.0
@@ -117,6 +117,15 @@ class Server:
 
 
 ServerFactory = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture(scope="session")
+async def shared_server(cluster: Cluster) -> AsyncIterator[Server]:
+    """One server for all tests that only talk to it; each takes topics of its own."""
+    database = cluster.create("heads")
+    async with aclosing(Server(database)) as server:
+        yield await server.start()
+    cluster.drop(database)
 
 
 @pytest.fixture
