@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 
 from realtime_server import database
 from realtime_server.authorization import Authorization
-from realtime_server.claims import Verifier
+from realtime_server.claims import Claims, Verifier
 from realtime_server.config import Settings
 from realtime_server.database import Database
 from realtime_server.endpoints.broadcast import broadcast_endpoint
@@ -29,9 +30,12 @@ from realtime_server.endpoints.operations import alive, ready_endpoint
 from realtime_server.endpoints.websocket import Sockets, websocket_endpoint
 from realtime_server.errors import DatabaseUnavailable
 from realtime_server.hub import Hub, Room
+from realtime_server.limits import Rate
+from realtime_server.presence import Presence
 from realtime_server.protocol.frames import Broadcast
-from realtime_server.protocol.messages import TOPIC_PREFIX, dumps
+from realtime_server.protocol.messages import TOPIC_PREFIX
 from realtime_server.relay import Relay, Row
+from realtime_server.session import Authorize, Limits, Rates, Services, Verify
 
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
@@ -42,8 +46,12 @@ log = structlog.get_logger()
 
 def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: str) -> Starlette:
     """The server as an ASGI application, for any ASGI server."""
-    hub, sockets = Hub(), Sockets()
-    verify = Verifier(secret, frozenset(settings.roles)).verify
+    sockets = Sockets()
+    verifier = Verifier(secret, frozenset(settings.roles))
+
+    async def verify(token: str) -> Claims:
+        return verifier.verify(token, time.time())
+
     pool = database.pool(
         database_url,
         name="authorization",
@@ -52,7 +60,8 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
         statement_timeout_s=settings.policy_timeout_s,
     )
     authorization = Authorization(pool)
-    relay = Relay(database_url, lambda row: _publish(hub, row), timeout_s=settings.database_timeout_s)
+    services = _services(settings, verify, authorization.authorize)
+    relay = Relay(database_url, lambda row: _publish(services, row), timeout_s=settings.database_timeout_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -76,10 +85,10 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
     async def start_facts(request: Request) -> Response:
         return JSONResponse({"anon_key": anon_key})
 
-    websocket = websocket_endpoint(
-        hub=hub, authorize=authorization.authorize, verify=verify, sockets=sockets, settings=settings
+    websocket = websocket_endpoint(services, sockets, settings)
+    broadcast = broadcast_endpoint(
+        hub=services.broadcasts, authorize=authorization.authorize, verify=verify, settings=settings
     )
-    broadcast = broadcast_endpoint(hub=hub, authorize=authorization.authorize, verify=verify, settings=settings)
     app = Starlette(
         lifespan=lifespan,
         routes=[
@@ -105,15 +114,41 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
     return app
 
 
-def _publish(hub: Hub, row: Row) -> None:
+def _services(settings: Settings, verify: Verify, authorize: Authorize) -> Services:
+    return Services(
+        broadcasts=Hub(),
+        watchers=Hub(),
+        presence=Presence(),
+        verify=verify,
+        authorize=authorize,
+        limits=Limits(
+            max_channels=settings.max_channels_per_socket,
+            max_pending_messages=settings.max_pending_messages,
+            max_payload_bytes=settings.max_payload_bytes,
+            max_depth=settings.max_depth,
+            max_messages_per_second=settings.max_messages_per_second,
+            max_presence_calls=settings.max_presence_calls,
+            presence_window_s=settings.presence_window_s,
+            private_only=settings.private_only,
+        ),
+        rates=Rates(
+            events=Rate(settings.max_events_per_second),
+            joins=Rate(settings.max_joins_per_second),
+            presence=Rate(settings.max_presence_events_per_second),
+            max_users=settings.max_users,
+        ),
+        users=set(),
+    )
+
+
+def _publish(services: Services, row: Row) -> None:
     topic = TOPIC_PREFIX + row.topic
     payload = row.binary_payload if row.payload is None else row.payload.encode()
     if row.event is None or payload is None:
         log.warning("message without event or payload is not delivered", id=str(row.id), topic=row.topic)
         return
-    meta = dumps({"id": str(row.id)})
-    broadcast = Broadcast(topic, row.event, payload, is_json=row.payload is not None, meta=meta)
-    hub.publish(Room(topic, row.private), broadcast)
+    broadcast = Broadcast(topic, row.event, payload, is_json=row.payload is not None, id=str(row.id))
+    services.publish(Room(topic, row.private), broadcast)
 
 
 async def _maintain(pool: AsyncConnectionPool[Database]) -> None:

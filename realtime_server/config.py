@@ -50,6 +50,26 @@ class Settings(BaseSettings):
     max_pending_messages: int = Field(
         1000, ge=1, description="messages of one channel that may wait for its join or its authorization"
     )
+    max_depth: int = Field(64, ge=1, description="frames whose payload nests deeper are dropped")
+    max_messages_per_second: float = Field(
+        1000, ge=0, description="pushes of one socket, twice as many at once; more end the channel; 0: no limit"
+    )
+    max_events_per_second: float = Field(
+        0,
+        ge=0,
+        description="messages and deliveries of the server on average; more end the receiving channels; 0: no limit",
+    )
+    max_joins_per_second: float = Field(1000, ge=0, description="joins of the server on average; 0: no limit")
+    max_presence_events_per_second: float = Field(
+        0, ge=0, description="presence messages of the server on average; 0: no limit"
+    )
+    max_presence_calls: int = Field(100, ge=0, description="presence pushes of one channel in a window; 0: no limit")
+    presence_window_s: float = Field(30.0, gt=0, description="length of that window")
+    max_users: int = Field(0, ge=0, description="sockets that have joined a channel; 0: no limit")
+    no_channel_timeout_s: float = Field(
+        600.0, gt=0, description="a socket without a channel for so long is closed (1000)"
+    )
+    private_only: bool = Field(False, description="refuse joins of public topics")
     idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")
     drain_timeout_s: float = Field(5.0, gt=0, description="time for sockets to close when the server stops")
     policy_timeout_s: float = Field(5.0, gt=0, description="longest evaluation of row-level security for a join")

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol
 
 from realtime_server.protocol.frames import Frame, encode
-from realtime_server.protocol.messages import Message, Version
+from realtime_server.protocol.messages import Format, Message
 
 EXTENSION: Final = "realtime.frames"
 
@@ -76,8 +76,8 @@ class AsgiTransport:
 class Connection:
     """One socket. All frames of all its channels leave here, in the order they were sent."""
 
-    def __init__(self, version: Version, transport: Transport | AsgiTransport, *, max_buffered_bytes: int) -> None:
-        self.version = version
+    def __init__(self, format: Format, transport: Transport | AsgiTransport, *, max_buffered_bytes: int) -> None:
+        self.format = format
         self.transport = transport
         self.is_closed = False
         self._max_buffered_bytes = max_buffered_bytes
@@ -97,7 +97,7 @@ class Connection:
             self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
 
     def push(self, message: Message) -> None:
-        self.send(encode(message, self.version))
+        self.send(encode(message, self.format))
 
     def close(self, code: int, reason: str = "") -> None:
         """Flush and begin to close. Harmless when closed already."""

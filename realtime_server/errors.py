@@ -1,10 +1,10 @@
 """Everything that can go wrong by somebody else's doing, in one tree.
 
     RealtimeError
-    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic
+    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly
     ├── AuthError           MissingKey  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
     │                       InvalidClaims  Unauthorized
-    ├── LimitError          TooManyChannels  PayloadTooLarge
+    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
     ├── DatabaseUnavailable
     ├── SchemaMismatch
@@ -56,6 +56,13 @@ class UnmatchedTopic(ProtocolError):
     @property
     def reason(self) -> str:
         return "unmatched topic"
+
+
+class PrivateOnly(ProtocolError):
+    code = "PrivateOnly"
+
+    def __str__(self) -> str:
+        return "This project only allows private channels"
 
 
 class AuthError(RealtimeError):
@@ -145,6 +152,20 @@ class TooManyChannels(LimitError):
 
     def __str__(self) -> str:
         return "Too many channels"
+
+
+class TooManyUsers(LimitError):
+    code = "ConnectionRateLimitReached"
+
+    def __str__(self) -> str:
+        return "Too many connected users"
+
+
+class TooManyJoins(LimitError):
+    code = "ClientJoinRateLimitReached"
+
+    def __str__(self) -> str:
+        return "Too many joins per second"
 
 
 class PayloadTooLarge(LimitError):

@@ -1,15 +1,14 @@
 """Fan-out inside one process: room to subscriptions. Synchronous and pure: publishing never waits for a reader.
 
-A room is a topic together with its privacy: public and private topics of one name never meet. A broadcast is encoded at most once for
-each protocol version in the room, and every subscriber of that version is handed the same frame.
+A room is a topic together with its privacy: public and private topics of one name never meet. A message is encoded at most once for each
+encoding in use in the room, and every subscriber of that encoding is handed the same frame.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from realtime_server.protocol.frames import Frame
-from realtime_server.protocol.messages import Version
+from realtime_server.protocol.frames import Encoding, Frame
 
 
 class Room(NamedTuple):
@@ -19,50 +18,59 @@ class Room(NamedTuple):
     private: bool
 
 
-class Subscriber(Protocol):
-    """One channel of one connection, as the hub sees it."""
+class Encodable(Protocol):
+    def encode(self, encoding: Encoding) -> Frame | None:
+        """The frame for subscribers of this encoding; None when the encoding cannot carry it."""
+
+
+M = TypeVar("M", bound=Encodable)
+M_contra = TypeVar("M_contra", bound=Encodable, contravariant=True)
+
+
+class Subscriber(Protocol[M_contra]):
+    """One channel of one client, as the hub sees it."""
 
     @property
-    def version(self) -> Version: ...
+    def encoding(self) -> Encoding: ...
 
-    def send(self, frame: Frame) -> None: ...
-
-
-class Encodable(Protocol):
-    def encode(self, version: Version) -> Frame | None:
-        """The frame for subscribers of this version; None when the version cannot carry it."""
+    def deliver(self, message: M_contra, frame: Frame) -> None:
+        """Take the message, whose finished frame is `frame`. Must not wait."""
 
 
-class Hub:
+class Hub(Generic[M]):
     def __init__(self) -> None:
         # Dictionaries keep the order of joining, sets do not.
-        self._rooms: dict[Room, dict[Subscriber, None]] = {}
+        self._rooms: dict[Room, dict[Subscriber[M], None]] = {}
 
-    def subscribe(self, room: Room, subscriber: Subscriber) -> None:
+    def subscribe(self, room: Room, subscriber: Subscriber[M]) -> None:
         self._rooms.setdefault(room, {})[subscriber] = None
 
-    def unsubscribe(self, room: Room, subscriber: Subscriber) -> None:
+    def unsubscribe(self, room: Room, subscriber: Subscriber[M]) -> None:
         """Harmless when not subscribed."""
         members = self._rooms.get(room)
         if members is not None and members.pop(subscriber, subscriber) is None and not members:
             del self._rooms[room]
 
-    def publish(self, room: Room, message: Encodable, *, exclude: Subscriber | None = None) -> int:
+    def publish(self, room: Room, message: M, *, exclude: Subscriber[M] | None = None) -> int:
         """Hand the message to every subscriber of the room; how many got it."""
         members = self._rooms.get(room)
         if not members:
             return 0
-        frames: dict[Version, Frame | None] = {}
+        frames: dict[Encoding, Frame | None] = {}
         sent = 0
-        for subscriber in members:
-            version = subscriber.version
-            if version not in frames:
-                frames[version] = message.encode(version)
-            frame = frames[version]
+        # A copy: a subscriber that is over a limit leaves the room while it is served.
+        for subscriber in list(members):
+            encoding = subscriber.encoding
+            if encoding not in frames:
+                frames[encoding] = message.encode(encoding)
+            frame = frames[encoding]
             if frame is not None and subscriber is not exclude:
-                subscriber.send(frame)
+                subscriber.deliver(message, frame)
                 sent += 1
         return sent
+
+    def __contains__(self, room: Room) -> bool:
+        return room in self._rooms
 
     def __len__(self) -> int:
         """How many rooms have subscribers."""

@@ -1,14 +1,16 @@
 """One client's conversation: what it says, in order, and what it is answered.
 
-Frames are handled as they come. What must ask the database (a join of a private topic, a new token there) makes its own topic wait, in
-`_busy`, and nothing else: heartbeats and other channels of the same socket go on. A failure that nobody foresaw ends its channel with
-`phx_error` and no other.
+Frames are handled as they come. What must wait (a join, a new token: keys may have to be fetched, policies are asked of the database) makes
+its own topic wait, in `_busy`, and nothing else: heartbeats and other channels of the same socket go on. A failure that nobody foresaw ends
+its channel with `phx_error` and no other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -23,92 +25,164 @@ from realtime_server.errors import (
     AuthError,
     MalformedFrame,
     PayloadTooLarge,
+    PrivateOnly,
     RealtimeError,
     TokenExpired,
     TooManyChannels,
+    TooManyJoins,
+    TooManyUsers,
     Unauthorized,
     UnmatchedTopic,
 )
 from realtime_server.hub import Hub, Room
+from realtime_server.limits import Bucket, Rate
+from realtime_server.presence import Diff, Presence
 from realtime_server.protocol import join, messages
-from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, Frame, decode
-from realtime_server.protocol.messages import BroadcastPush, Message, Ref, Version
+from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, PresenceDiff, decode
+from realtime_server.protocol.messages import BroadcastPush, Message, Ref
 
 Work = Coroutine[Any, Any, None]
+Verify = Callable[[str], Awaitable[Claims]]
 Authorize = Callable[[str, Claims, Mapping[str, str]], Awaitable[Policy]]
 
 # The event loop's clock and the wall clock may disagree by a little: a timer that fires early must not find a valid token.
 EXPIRY_MARGIN_S: Final = 0.05
+WARNING_S: Final = 60.0
+# Event loops refuse delays of decades.
+LONGEST_TIMER_S: Final = 86_400.0
+
+TOO_MANY_MESSAGES: Final = "Too many messages per second"
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """Bounds of one connection; rates of 0 are unlimited."""
+
     max_channels: int
     max_pending_messages: int
     max_payload_bytes: int
+    max_depth: int
+    max_messages_per_second: float
+    max_presence_calls: int
+    presence_window_s: float
+    private_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What this process as a whole may do."""
+
+    events: Rate
+    joins: Rate
+    presence: Rate
+    max_users: int
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What conversations share: fan-out, presence, the answers of others, and bounds."""
+
+    broadcasts: Hub[Broadcast | ForwardedBroadcast]
+    watchers: Hub[PresenceDiff]
+    presence: Presence
+    verify: Verify
+    authorize: Authorize
+    limits: Limits
+    rates: Rates
+    users: set[Session]
+
+    def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Channel | None = None) -> None:
+        """Send to all members of a room and count it: one event, and one for each delivery."""
+        delivered = self.broadcasts.publish(room, message, exclude=exclude)
+        self.rates.events.count(time.monotonic(), 1 + delivered)
+
+    def announce(self, room: Room, diff: Diff | None) -> None:
+        """Tell those who watch a room of a change of presence."""
+        if diff is not None:
+            delivered = self.watchers.publish(room, PresenceDiff(room.topic, diff.to_json()))
+            self.rates.presence.count(time.monotonic(), 1 + delivered)
 
 
 class Channel:
-    """One joined topic of one connection; the hub's subscriber."""
+    """One joined topic of one connection; the subscriber of both hubs."""
 
-    __slots__ = ("claims", "config", "connection", "join_ref", "literal_join_ref", "policy", "room", "token")
+    __slots__ = (
+        "claims",
+        "config",
+        "encoding",
+        "join_ref",
+        "literal_join_ref",
+        "policy",
+        "presence_calls",
+        "presence_key",
+        "presence_window_ends_at",
+        "room",
+        "session",
+        "token",
+        "warned",
+        "watches",
+    )
 
-    def __init__(
-        self, connection: Connection, push: Message, config: join.Join, claims: Claims, policy: Policy
-    ) -> None:
-        self.connection = connection
+    def __init__(self, session: Session, push: Message, config: join.Join, claims: Claims, policy: Policy) -> None:
+        self.session = session
         self.room = Room(push.topic, config.private)
+        self.encoding = Encoding(session.connection.format, config.with_cursor)
         self.config = config
         self.claims = claims
         self.policy = policy
         self.token = config.token
         self.literal_join_ref = push.join_ref
         self.join_ref: Ref = push.ref if push.join_ref is None else push.join_ref
+        self.presence_key = config.presence_key or str(uuid.uuid1())
+        self.presence_calls = 0
+        self.presence_window_ends_at = 0.0
+        self.watches = False
+        self.warned = False
 
-    @property
-    def version(self) -> Version:
-        return self.connection.version
-
-    def send(self, frame: Frame) -> None:
-        self.connection.send(frame)
+    def deliver(self, message: object, frame: Frame) -> None:
+        if self.session.services.rates.events.is_over(time.monotonic()):
+            self.session.shut_down(self, TOO_MANY_MESSAGES)
+        else:
+            self.session.connection.send(frame)
 
 
 class Session:
-    """Everything the conversation needs comes in here; `tasks` owns what waits for the database.
-
-    `api_key` is the identity of channels that bring no token of their own; `headers` are the handshake's `x-` headers.
-    """
+    """`api_key` is the identity of channels that bring no token of their own; `headers` are the handshake's `x-` headers, which policies
+    may read; `tasks` owns what waits."""
 
     def __init__(
         self,
         connection: Connection,
+        services: Services,
         *,
-        hub: Hub,
-        authorize: Authorize,
-        verify: Callable[[str, float], Claims],
         api_key: Claims,
         headers: Mapping[str, str],
-        limits: Limits,
         tasks: asyncio.TaskGroup,
     ) -> None:
-        self._connection = connection
-        self._hub = hub
-        self._authorize = authorize
-        self._verify = verify
+        self.connection = connection
+        self.services = services
         self._api_key = api_key
         self._headers = headers
-        self._limits = limits
+        self._limits = services.limits
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
         self._busy: dict[str, deque[Message | BroadcastPush]] = {}
         self._expiry: asyncio.TimerHandle | None = None
+        rate = self._limits.max_messages_per_second
+        self._bucket = Bucket(rate, 2 * rate, time.monotonic()) if rate else None
+
+    @property
+    def has_channels(self) -> bool:
+        return bool(self._channels or self._busy)
 
     def receive(self, frame: str | bytes) -> None:
         """Handle one frame of the client. Never raises: a bad frame is dropped and logged, the socket lives on."""
         try:
-            message = decode(frame, self._connection.version)
+            message = decode(frame, self.connection.format)
+            if messages.is_deeper_than(message.payload, self._limits.max_depth):
+                raise MalformedFrame(f"payload nests deeper than {self._limits.max_depth} levels")
         except MalformedFrame as error:
             log.info("frame dropped", code=error.code, problem=str(error))
             return
@@ -130,9 +204,18 @@ class Session:
         for channel in list(self._channels.values()):
             self._forget(channel)
 
+    def shut_down(self, channel: Channel, reason: str) -> None:
+        """End a channel from this side and say why. Clients do not join again by themselves."""
+        topic = channel.room.topic
+        self._forget(channel)
+        log.info("channel shut down", code="ChannelShutdown", topic=topic, reason=reason)
+        self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
+        self.connection.push(messages.closed(topic, channel.literal_join_ref))
+
     async def _finish(self, message: Message | BroadcastPush, work: Work | None) -> None:
         """Do the work, then what came for the same topic meanwhile."""
-        waiting = self._busy[message.topic]
+        topic = message.topic
+        waiting = self._busy[topic]
         try:
             while True:
                 if work is not None:
@@ -145,7 +228,7 @@ class Session:
                 message = waiting.popleft()
                 work = self._guarded(message)
         finally:
-            del self._busy[message.topic]
+            del self._busy[topic]
 
     def _guarded(self, message: Message | BroadcastPush) -> Work | None:
         try:
@@ -160,7 +243,7 @@ class Session:
         if channel is not None:
             self._forget(channel)
         join_ref = message.join_ref if channel is None else channel.literal_join_ref
-        self._connection.push(messages.crashed(message.topic, join_ref))
+        self.connection.push(messages.crashed(message.topic, join_ref))
 
     def _handle(self, message: Message | BroadcastPush) -> Work | None:
         """Answer a message now, or return the work that will."""
@@ -168,77 +251,90 @@ class Session:
         match message:
             case Message(topic=messages.PHOENIX, event=messages.HEARTBEAT):
                 self._reply(message, None, {})
+                return None
             case Message(event=messages.JOIN):
                 return self._join(message)
             case Message(event=messages.LEAVE):
                 self._leave(message, channel)
-            case _ if channel is None:
-                self._refuse(message, None, UnmatchedTopic())
-            case Message(event=messages.ACCESS_TOKEN):
-                return self._refresh(message, channel)
-            case BroadcastPush() | Message(event=messages.BROADCAST):
-                self._broadcast(message, channel)
-            case _:
-                log.info("unknown event", event_name=message.event, topic=message.topic)
+                return None
+        if channel is None:
+            self._refuse(message, None, UnmatchedTopic())
+        elif self._bucket is not None and self._bucket.take(time.monotonic()):
+            self.shut_down(channel, TOO_MANY_MESSAGES)
+        else:
+            match message:
+                case Message(event=messages.ACCESS_TOKEN):
+                    return self._refresh(message, channel)
+                case BroadcastPush() | Message(event=messages.BROADCAST):
+                    self._broadcast(message, channel)
+                case Message(event=messages.PRESENCE):
+                    self._presence(message, channel)
+                case _:
+                    self.services.rates.events.count(time.monotonic())
+                    log.info("unknown event", event_name=message.event, topic=message.topic)
         return None
 
     # -- joining and leaving
 
-    def _join(self, message: Message) -> Work | None:
+    async def _join(self, message: Message) -> None:
         try:
             topic = messages.sub_topic(message.topic)
-            config = join.parse(messages.loads_object(message.payload))
+            self._admit(message)
+            config = join.parse(messages.loads_object(message.payload), self.connection.format)
             for problem in config.problems:
                 log.info("join field ignored", code="InvalidJoinPayload", topic=message.topic, problem=problem)
-            if message.topic not in self._channels and len(self._channels) >= self._limits.max_channels:
-                raise TooManyChannels
-            claims = self._identify(config)
+            if self._limits.private_only and not config.private:
+                raise PrivateOnly
+            claims = await self._identify(config)
+            policy = EVERYTHING
+            if config.private:
+                policy = await self.services.authorize(topic, claims, self._headers)
+                if not policy.can_read_broadcast and not (config.presence_enabled and policy.can_read_presence):
+                    raise Unauthorized(topic)
+            # Other joins of this socket may have taken the last place meanwhile.
+            self._check_room_for(message)
         except UnmatchedTopic as error:
             self._refuse(message, None, error)
-            return None
         except RealtimeError as error:
             self._refuse(message, message.join_ref, error)
-            return None
-        if config.private:
-            return self._join_private(message, topic, config, claims)
-        self._enter(Channel(self._connection, message, config, claims, EVERYTHING), message)
-        return None
+            if isinstance(error, TooManyJoins):
+                self.connection.close(1001, "too many joins")
+        else:
+            self._enter(Channel(self, message, config, claims, policy), message)
 
-    async def _join_private(self, message: Message, topic: str, config: join.Join, claims: Claims) -> None:
-        try:
-            policy = await self._authorize(topic, claims, self._headers)
-            if not policy.can_read_broadcast and not (config.presence_enabled and policy.can_read_presence):
-                raise Unauthorized(topic)
-        except RealtimeError as error:
-            self._refuse(message, message.join_ref, error)
-            return
-        # Another private join of this socket may have taken the last place meanwhile.
+    def _admit(self, message: Message) -> None:
+        """Raises: TooManyUsers, TooManyJoins, TooManyChannels."""
+        rates, now = self.services.rates, time.monotonic()
+        if rates.max_users and self not in self.services.users and len(self.services.users) >= rates.max_users:
+            raise TooManyUsers
+        if rates.joins.is_over(now):
+            raise TooManyJoins
+        rates.joins.count(now)
+        self._check_room_for(message)
+
+    def _check_room_for(self, message: Message) -> None:
         if message.topic not in self._channels and len(self._channels) >= self._limits.max_channels:
-            self._refuse(message, message.join_ref, TooManyChannels())
-            return
-        self._enter(Channel(self._connection, message, config, claims, policy), message)
+            raise TooManyChannels
 
     def _enter(self, channel: Channel, message: Message) -> None:
         old = self._channels.get(message.topic)
         if old is not None:
             # Before the reply: a client without join refs could not tell which of the two is closed.
             self._forget(old)
-            self._connection.push(messages.closed(message.topic, old.literal_join_ref))
+            self.connection.push(messages.closed(message.topic, old.literal_join_ref))
         self._channels[message.topic] = channel
+        self.services.users.add(self)
         bindings = [{**binding, "id": number} for number, binding in enumerate(channel.config.bindings, start=1)]
         self._reply(message, message.join_ref, {"postgres_changes": bindings})
         if channel.policy.can_read_broadcast:
-            self._hub.subscribe(channel.room, channel)
+            self.services.broadcasts.subscribe(channel.room, channel)
         if bindings:
-            self._connection.push(
-                messages.system(
-                    message.topic,
-                    channel.join_ref,
-                    "Row changes are not available on this server, subscribe to broadcasts",
-                    ok=False,
-                    extension="postgres_changes",
-                )
-            )
+            text = "Row changes are not available on this server, subscribe to broadcasts"
+            self._tell(channel, text, ok=False, extension="postgres_changes")
+        if channel.config.replication_ready:
+            self._tell(channel, "Replication connection established", ok=True)
+        if channel.config.presence_enabled:
+            self._watch_presence(channel)
         self._watch_expiry()
 
     def _leave(self, message: Message, channel: Channel | None) -> None:
@@ -247,26 +343,22 @@ class Session:
             return
         self._forget(channel)
         self._reply(message, channel.join_ref, {})
-        self._connection.push(messages.closed(message.topic, channel.literal_join_ref))
-
-    def _shut_down(self, channel: Channel, reason: str) -> None:
-        """End a channel from this side and say why. Clients do not join again by themselves."""
-        topic = channel.room.topic
-        self._forget(channel)
-        log.info("channel shut down", code="ChannelShutdown", topic=topic, reason=reason)
-        self._connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
-        self._connection.push(messages.closed(topic, channel.literal_join_ref))
+        self.connection.push(messages.closed(message.topic, channel.literal_join_ref))
 
     def _forget(self, channel: Channel) -> None:
-        self._hub.unsubscribe(channel.room, channel)
+        self.services.broadcasts.unsubscribe(channel.room, channel)
+        self.services.watchers.unsubscribe(channel.room, channel)
+        self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
         if self._channels.get(channel.room.topic) is channel:
             del self._channels[channel.room.topic]
+        if not self._channels:
+            self.services.users.discard(self)
 
     # -- tokens
 
-    def _identify(self, config: join.Join) -> Claims:
+    async def _identify(self, config: join.Join) -> Claims:
         if config.token is not None:
-            return self._verify(config.token, time.time())
+            return await self.services.verify(config.token)
         if self._api_key.expires_at <= time.time():
             raise TokenExpired(int(time.time() - self._api_key.expires_at))
         return self._api_key
@@ -276,52 +368,74 @@ class Session:
         token = (messages.loads_object(message.payload) or {}).get("access_token")
         if not isinstance(token, str) or token.startswith("sb_") or token == channel.token:
             return None
-        try:
-            claims = self._verify(token, time.time())
-        except AuthError as error:
-            self._shut_down(channel, str(error))
-            return None
-        channel.token = token
-        if channel.room.private:
-            return self._authorize_again(channel, claims)
-        channel.claims = claims
-        self._watch_expiry()
-        return None
+        return self._take_token(channel, token)
 
-    async def _authorize_again(self, channel: Channel, claims: Claims) -> None:
-        topic = messages.sub_topic(channel.room.topic)
+    async def _take_token(self, channel: Channel, token: str) -> None:
         try:
-            policy = await self._authorize(topic, claims, self._headers)
-        except RealtimeError as error:
-            self._shut_down(channel, str(error))
+            claims = await self.services.verify(token)
+        except AuthError as error:
+            self._shut_down_if_open(channel, str(error))
             return
-        if not policy.can_read_broadcast and not policy.can_read_presence:
-            self._shut_down(channel, str(Unauthorized(topic)))
-        elif channel.policy.can_read_broadcast and not policy.can_read_broadcast:
-            self._shut_down(channel, f"You no longer have permission to read from this Channel topic: {topic}")
-        else:
-            channel.claims, channel.policy = claims, policy
-            if policy.can_read_broadcast:
-                self._hub.subscribe(channel.room, channel)
-            self._watch_expiry()
+        if channel.room.private and not await self._authorize_again(channel, claims):
+            return
+        channel.token, channel.claims, channel.warned = token, claims, False
+        self._watch_expiry()
+
+    async def _authorize_again(self, channel: Channel, claims: Claims) -> bool:
+        """Put the rights of `claims` in place of the channel's; False when the channel had to be shut down."""
+        topic = messages.sub_topic(channel.room.topic)
+        old = channel.policy
+        try:
+            new = await self.services.authorize(topic, claims, self._headers)
+        except RealtimeError as error:
+            self._shut_down_if_open(channel, str(error))
+            return False
+        lost_broadcast = old.can_read_broadcast and not new.can_read_broadcast
+        lost_presence = channel.watches and old.can_read_presence and not new.can_read_presence
+        if not new.can_read_broadcast and not (channel.watches and new.can_read_presence):
+            self._shut_down_if_open(channel, str(Unauthorized(topic)))
+            return False
+        if lost_broadcast or lost_presence:
+            self._shut_down_if_open(channel, f"You no longer have permission to read from this Channel topic: {topic}")
+            return False
+        if self._channels.get(channel.room.topic) is not channel:
+            return False
+        channel.policy = new
+        if new.can_read_broadcast:
+            self.services.broadcasts.subscribe(channel.room, channel)
+        if channel.config.presence_enabled and not channel.watches:
+            self._watch_presence(channel)
+        return True
+
+    def _shut_down_if_open(self, channel: Channel, reason: str) -> None:
+        # While the database was asked, a timer or a limit may have closed it.
+        if self._channels.get(channel.room.topic) is channel:
+            self.shut_down(channel, reason)
 
     def _watch_expiry(self) -> None:
-        """One timer per socket, set to the first token that expires."""
+        """One timer per socket, set to the first token that expires or is to be warned of."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
         if self._channels:
-            first = min(channel.claims.expires_at for channel in self._channels.values())
-            loop = asyncio.get_running_loop()
-            # Not more than a day ahead: event loops refuse delays of decades.
-            delay = min(first - time.time() + EXPIRY_MARGIN_S, 86_400.0)
-            self._expiry = loop.call_later(max(0.0, delay), self._expire)
+            now = time.time()
+            first = min(self._next_look(channel, now) for channel in self._channels.values())
+            delay = min(max(0.0, first - now + EXPIRY_MARGIN_S), LONGEST_TIMER_S)
+            self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
+
+    def _next_look(self, channel: Channel, now: float) -> float:
+        warn_at = channel.claims.expires_at - WARNING_S
+        return channel.claims.expires_at if channel.warned or warn_at <= now else warn_at
 
     def _expire(self) -> None:
         now = time.time()
         for channel in list(self._channels.values()):
-            if channel.claims.expires_at <= now:
-                self._shut_down(channel, str(TokenExpired(int(now - channel.claims.expires_at))))
+            left_s = channel.claims.expires_at - now
+            if left_s <= 0:
+                self.shut_down(channel, str(TokenExpired(int(-left_s))))
+            elif left_s <= WARNING_S and not channel.warned:
+                channel.warned = True
+                self._tell(channel, f"Token expires in {round(left_s)} seconds", ok=True)
         self._watch_expiry()
 
     # -- broadcast
@@ -335,24 +449,91 @@ class Session:
             if channel.config.ack:
                 self._refuse(message, channel.join_ref, PayloadTooLarge())
             return
-        exclude = None if channel.config.receive_own else channel
+        broadcast: Broadcast | ForwardedBroadcast
         if isinstance(message, BroadcastPush):
             broadcast = Broadcast(message.topic, message.user_event, message.payload, message.is_json)
-            self._hub.publish(channel.room, broadcast, exclude=exclude)
         elif message.payload.startswith(b"{"):
-            self._hub.publish(channel.room, ForwardedBroadcast(message.topic, message.payload), exclude=exclude)
+            broadcast = ForwardedBroadcast(message.topic, message.payload)
         else:
             log.info("broadcast dropped, its payload is not an object", topic=message.topic)
             if channel.config.ack:
                 self._reply(message, channel.join_ref, {"reason": "payload must be an object"}, ok=False)
             return
+        self.services.publish(channel.room, broadcast, exclude=None if channel.config.receive_own else channel)
         if channel.config.ack:
             self._reply(message, channel.join_ref, {})
 
-    # -- replies
+    # -- presence
+
+    def _watch_presence(self, channel: Channel) -> None:
+        """Send the state of the room, and from now on its changes, to who may see them."""
+        if not channel.policy.can_read_presence:
+            return
+        channel.watches = True
+        state = self.services.presence.state(channel.room)
+        self.connection.push(Message(channel.join_ref, None, channel.room.topic, messages.PRESENCE_STATE, state))
+        self.services.watchers.subscribe(channel.room, channel)
+        self.services.rates.presence.count(time.monotonic())
+
+    def _presence(self, message: Message, channel: Channel) -> None:
+        reason = self._presence_limit(message, channel)
+        if reason is not None:
+            self.shut_down(channel, reason)
+            return
+        push = messages.loads_object(message.payload)
+        event = None if push is None else push.get("event")
+        if push is None or not (event is None or isinstance(event, str)):
+            self._reply(message, channel.join_ref, {}, ok=False)
+            return
+        match (event or "").lower():
+            case "":
+                self._reply(message, channel.join_ref, {})
+            case "track":
+                self._track(message, channel, push.get("payload"))
+            case "untrack":
+                self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
+                self._reply(message, channel.join_ref, {})
+            case _:
+                log.info("unknown presence event", code="UnknownPresenceEvent", topic=message.topic)
+                self._reply(message, channel.join_ref, {}, ok=False)
+
+    def _track(self, message: Message, channel: Channel, payload: object) -> None:
+        if payload is None:
+            payload = {}
+        if not isinstance(payload, dict):
+            self._reply(message, channel.join_ref, {"reason": "Presence track payload must be a map"}, ok=False)
+            return
+        if not channel.policy.can_write_presence:
+            self._reply(message, channel.join_ref, {}, ok=False)
+            return
+        self._reply(message, channel.join_ref, {})
+        if not channel.watches:
+            # Who tracks wants to see; the JavaScript client applies no change before it has the state.
+            self._watch_presence(channel)
+        ref = secrets.token_urlsafe(12)
+        diff = self.services.presence.track(channel.room, channel, channel.presence_key, payload, ref)
+        self.services.announce(channel.room, diff)
+
+    def _presence_limit(self, message: Message, channel: Channel) -> str | None:
+        now = time.monotonic()
+        if now >= channel.presence_window_ends_at:
+            channel.presence_window_ends_at, channel.presence_calls = now + self._limits.presence_window_s, 0
+        channel.presence_calls += 1
+        if self._limits.max_presence_calls and channel.presence_calls > self._limits.max_presence_calls:
+            return "Client presence rate limit exceeded"
+        if self.services.rates.presence.is_over(now):
+            return "Too many presence messages per second"
+        if len(message.payload) > self._limits.max_payload_bytes:
+            return "Track message size exceeded"
+        return None
+
+    # -- answers
+
+    def _tell(self, channel: Channel, text: str, *, ok: bool, extension: str = "system") -> None:
+        self.connection.push(messages.system(channel.room.topic, channel.join_ref, text, ok=ok, extension=extension))
 
     def _reply(self, push: Message | BroadcastPush, join_ref: Ref, response: object, *, ok: bool = True) -> None:
-        self._connection.push(messages.reply(push, join_ref, response, ok=ok))
+        self.connection.push(messages.reply(push, join_ref, response, ok=ok))
 
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
         log.info("refused", code=error.code, topic=push.topic, reason=str(error))

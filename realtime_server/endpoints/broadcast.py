@@ -7,7 +7,6 @@ Source: Supabase Realtime `RealtimeWeb.BroadcastController`, `Realtime.Tenants.B
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,9 +20,9 @@ from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.errors import AuthError, DatabaseUnavailable, MissingKey, QueryCanceled
 from realtime_server.hub import Hub, Room
-from realtime_server.protocol.frames import Broadcast
-from realtime_server.protocol.messages import TOPIC_PREFIX, dumps
-from realtime_server.session import Authorize
+from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast
+from realtime_server.protocol.messages import TOPIC_PREFIX
+from realtime_server.session import Authorize, Verify
 
 log = structlog.get_logger()
 
@@ -36,7 +35,7 @@ RawMessage = dict[str, msgspec.Raw]
 
 
 def broadcast_endpoint(
-    *, hub: Hub, authorize: Authorize, verify: Callable[[str, float], Claims], settings: Settings
+    *, hub: Hub[Broadcast | ForwardedBroadcast], authorize: Authorize, verify: Verify, settings: Settings
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         body = await _body(request, settings.max_body_bytes)
@@ -47,7 +46,7 @@ def broadcast_endpoint(
         except (msgspec.DecodeError, UnicodeError, RecursionError):
             return _message("Request body must be a JSON object", 400)
         try:
-            claims = verify(_token(request), time.time())
+            claims = await verify(_token(request))
         except AuthError as error:
             log.info("broadcast refused", code=error.code, reason=str(error))
             return _message("Unauthorized", 401)
@@ -158,9 +157,8 @@ def _read_message(item: RawMessage, max_payload_bytes: int) -> tuple[Room, Broad
         private = False
     if errors:
         return errors
-    meta = dumps({"id": message_id}) if message_id else b""
     wire_topic = TOPIC_PREFIX + topic
-    return Room(wire_topic, private), Broadcast(wire_topic, event, payload, meta=meta)
+    return Room(wire_topic, private), Broadcast(wire_topic, event, payload, id=message_id or None)
 
 
 _PRIVATE = {

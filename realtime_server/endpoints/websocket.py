@@ -17,10 +17,9 @@ from starlette.websockets import WebSocket
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import EXTENSION, NORMAL, RESTARTING, AsgiTransport, Connection, Transport
-from realtime_server.errors import AuthError, MissingKey, TokenExpired
-from realtime_server.hub import Hub
+from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired, TooManyJoins, TooManyUsers
 from realtime_server.protocol import messages
-from realtime_server.session import Authorize, Limits, Session
+from realtime_server.session import Services, Session, Verify
 
 log = structlog.get_logger()
 
@@ -49,25 +48,19 @@ class Sockets:
 
 
 def websocket_endpoint(
-    *, hub: Hub, authorize: Authorize, verify: Callable[[str, float], Claims], sockets: Sockets, settings: Settings
+    services: Services, sockets: Sockets, settings: Settings
 ) -> Callable[[WebSocket], Awaitable[None]]:
-    limits = Limits(
-        max_channels=settings.max_channels_per_socket,
-        max_pending_messages=settings.max_pending_messages,
-        max_payload_bytes=settings.max_payload_bytes,
-    )
-
     async def endpoint(websocket: WebSocket) -> None:
-        version = messages.version(websocket.query_params.get("vsn"))
-        if version is None or not _origin_is_allowed(websocket.headers.get("origin"), settings.allowed_origins):
+        format = messages.socket_format(websocket.query_params.get("vsn"))
+        if format is None or not _origin_is_allowed(websocket.headers.get("origin"), settings.allowed_origins):
             await websocket.send_denial_response(Response(status_code=403))
             return
-        if sockets.is_draining:
-            await websocket.send_denial_response(JSONResponse({"error": "Realtime is restarting"}, 503))
-            return
         try:
-            api_key = _identify(websocket, verify)
-        except AuthError as error:
+            if sockets.is_draining:
+                raise Restarting
+            api_key = await _identify(websocket, services.verify)
+            _check_limits(services)
+        except RealtimeError as error:
             log.info("handshake refused", code=error.code, reason=str(error))
             text = "Token has expired" if isinstance(error, TokenExpired) else str(error)
             await websocket.send_denial_response(JSONResponse({"error": text}, error.status))
@@ -77,32 +70,29 @@ def websocket_endpoint(
         transport: Transport | AsgiTransport = websocket.scope.get("extensions", {}).get(EXTENSION) or AsgiTransport(
             websocket.send
         )
-        connection = Connection(version, transport, max_buffered_bytes=settings.max_buffered_bytes)
+        connection = Connection(format, transport, max_buffered_bytes=settings.max_buffered_bytes)
         sockets.add(connection)
-        idle = _IdleTimer(connection, settings.idle_timeout_s)
         try:
             async with asyncio.TaskGroup() as tasks:
                 if isinstance(transport, AsgiTransport):
                     tasks.create_task(transport.run())
                 session = Session(
                     connection,
-                    hub=hub,
-                    authorize=authorize,
-                    verify=verify,
+                    services,
                     api_key=api_key,
                     headers={name: value for name, value in websocket.headers.items() if name.startswith("x-")},
-                    limits=limits,
                     tasks=tasks,
                 )
+                idle = _IdleTimer(connection, session, settings)
                 try:
                     await _carry(websocket, session, transport)
                 finally:
+                    idle.cancel()
                     session.close()
         except* _Disconnected:
             pass
         finally:
             connection.is_closed = True
-            idle.cancel()
             sockets.discard(connection)
 
     return endpoint
@@ -124,30 +114,45 @@ async def _carry(websocket: WebSocket, session: Session, transport: Transport | 
 
 
 class _IdleTimer:
-    """Closes a socket from which nothing has come for a while; one timer, moved only when it fires."""
+    """Closes a socket from which nothing has come for a while, or that has had no channel for long; one timer, moved when it fires."""
 
-    def __init__(self, connection: Connection, timeout_s: float) -> None:
+    def __init__(self, connection: Connection, session: Session, settings: Settings) -> None:
         self._connection = connection
-        self._timeout_s = timeout_s
+        self._session = session
+        self._timeout_s = settings.idle_timeout_s
+        self._without_channels_s = settings.no_channel_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(timeout_s, self._look)
+        self._had_channels_at = self._loop.time()
+        self._timer = self._loop.call_later(min(self._timeout_s, self._without_channels_s), self._look)
 
     def cancel(self) -> None:
         self._timer.cancel()
 
     def _look(self) -> None:
-        left_s = self._connection.transport.last_received() + self._timeout_s - self._loop.time()
-        if left_s <= 0:
+        now = self._loop.time()
+        if self._session.has_channels:
+            self._had_channels_at = now
+        idle_left_s = self._connection.transport.last_received() + self._timeout_s - now
+        channels_left_s = self._had_channels_at + self._without_channels_s - now
+        if idle_left_s <= 0 or channels_left_s <= 0:
             self._connection.close(NORMAL)
         else:
-            self._timer = self._loop.call_later(left_s, self._look)
+            self._timer = self._loop.call_later(min(idle_left_s, channels_left_s), self._look)
 
 
-def _identify(websocket: WebSocket, verify: Callable[[str, float], Claims]) -> Claims:
+def _check_limits(services: Services) -> None:
+    rates = services.rates
+    if rates.max_users and len(services.users) >= rates.max_users:
+        raise TooManyUsers
+    if rates.joins.is_over(time.monotonic()):
+        raise TooManyJoins
+
+
+async def _identify(websocket: WebSocket, verify: Verify) -> Claims:
     key = websocket.headers.get("x-api-key") or websocket.query_params.get("apikey")
     if not key:
         raise MissingKey
-    return verify(key, time.time())
+    return await verify(key)
 
 
 def _origin_is_allowed(origin: str | None, allowed: tuple[str, ...]) -> bool:

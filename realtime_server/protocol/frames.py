@@ -1,8 +1,10 @@
-"""Finished frames, and what one broadcast looks like to each version."""
+"""Finished frames, and what one message looks like in each encoding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import base64
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from websockets.frames import Frame as WebSocketFrame
 from websockets.frames import Opcode
@@ -11,21 +13,30 @@ from realtime_server.errors import MalformedFrame
 from realtime_server.protocol import binary
 from realtime_server.protocol.messages import (
     BROADCAST,
+    PRESENCE_DIFF,
+    TOPIC_PREFIX,
     BroadcastPush,
+    Format,
     Message,
-    Version,
     decode_text,
     dumps,
     encode_text,
 )
 
 
+class Encoding(NamedTuple):
+    """What subscribers must have in common to be handed the same frame."""
+
+    format: Format
+    with_cursor: bool = False
+
+
 class Frame:
-    """One frame for any number of sockets. `wire` is made once, however many sockets it is written to."""
+    """One frame for any number of clients. `wire` is made once, however many sockets it is written to."""
 
     __slots__ = ("_wire", "data", "is_text")
 
-    def __init__(self, data: bytes, *, is_text: bool) -> None:
+    def __init__(self, data: bytes, *, is_text: bool = True) -> None:
         self.data = data
         self.is_text = is_text
         self._wire: bytes | None = None
@@ -41,26 +52,72 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """A message for all members of a topic. `payload` is JSON text if `is_json`, else bytes; `meta` is the text of a JSON object."""
+    """A message for all members of a topic. `payload` is JSON text if `is_json`, else bytes.
+
+    `id` is the sender's or the row's; `cursor`, which only messages of the database have, is the place right behind this one.
+    """
 
     topic: str
     event: str
     payload: bytes
     is_json: bool = True
-    meta: bytes = b""
+    id: str | None = None
+    cursor: str | None = None
+    replayed: bool = False
 
-    def encode(self, version: Version) -> Frame | None:
+    def encode(self, encoding: Encoding) -> Frame | None:
         """As kind 4 in version 2, unless a name is too long for it; as JSON in version 1, which cannot carry bytes."""
-        names_fit = len(self.topic.encode()) <= 255 and len(self.event.encode()) <= 255 and len(self.meta) <= 255
-        if version is Version.V2 and names_fit:
-            encoding = binary.JSON if self.is_json else binary.BINARY
-            data = binary.encode_broadcast(self.topic, self.event, self.payload, encoding=encoding, metadata=self.meta)
+        if encoding.format is Format.SSE:
+            return self._encode_event()
+        meta = self._meta(with_cursor=encoding.with_cursor)
+        fits = len(self.topic.encode()) <= 255 and len(self.event.encode()) <= 255 and len(meta) <= 255
+        # Replayed messages go as text, as upstream sends them, unless they are bytes.
+        if encoding.format is Format.V2 and fits and not (self.replayed and self.is_json):
+            kind = binary.JSON if self.is_json else binary.BINARY
+            data = binary.encode_broadcast(self.topic, self.event, self.payload, encoding=kind, metadata=meta)
             return Frame(data, is_text=False)
         if not self.is_json:
             return None
-        meta = b',"meta":' + self.meta if self.meta else b""
-        payload = b'{"type":"broadcast","event":%b,"payload":%b%b}' % (dumps(self.event), self.payload, meta)
-        return encode(Message(None, None, self.topic, BROADCAST, payload), version)
+        return encode(Message(None, None, self.topic, BROADCAST, self._envelope(meta)), encoding.format)
+
+    def as_replayed(self) -> Broadcast:
+        return replace(self, replayed=True)
+
+    def _meta(self, *, with_cursor: bool) -> bytes:
+        meta: dict[str, str | bool] = {}
+        if self.id is not None:
+            meta["id"] = self.id
+        if with_cursor and self.cursor is not None:
+            meta["cursor"] = self.cursor
+        if self.replayed:
+            meta["replayed"] = True
+        return dumps(meta) if meta else b""
+
+    def _envelope(self, meta: bytes) -> bytes:
+        meta = b',"meta":' + meta if meta else b""
+        return b'{"type":"broadcast","event":%b,"payload":%b%b}' % (dumps(self.event), self.payload, meta)
+
+    def _encode_event(self) -> Frame:
+        """As an unnamed event, which `EventSource.onmessage` sees; bytes as base64, marked so."""
+        topic = dumps(self.topic.removeprefix(TOPIC_PREFIX))
+        meta = self._meta(with_cursor=False) or b"{}"
+        payload, mark = self.payload, b""
+        if not self.is_json:
+            payload, mark = dumps(base64.b64encode(self.payload).decode()), b',"encoding":"base64"'
+        elif b"\n" in payload or b"\r" in payload:
+            # Only white space between tokens can hold line ends; an event's data is one line.
+            payload = payload.translate(_LINE_ENDS_TO_SPACES)
+        data = b'{"topic":%b,"event":%b,"type":"broadcast","payload":%b%b,"meta":%b}' % (
+            topic,
+            dumps(self.event),
+            payload,
+            mark,
+            meta,
+        )
+        return event_frame(data, id=self.cursor)
+
+
+_LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +126,46 @@ class ForwardedBroadcast:
 
     topic: str
     payload: bytes
+    id: None = None
 
-    def encode(self, version: Version) -> Frame:
-        return encode(Message(None, None, self.topic, BROADCAST, self.payload), version)
+    def encode(self, encoding: Encoding) -> Frame:
+        if encoding.format is Format.SSE:
+            topic = dumps(self.topic.removeprefix(TOPIC_PREFIX))
+            inner = self.payload.translate(_LINE_ENDS_TO_SPACES).lstrip()[1:]
+            separator = b"" if inner.lstrip().startswith(b"}") else b","
+            return event_frame(b'{"topic":%b%b%b' % (topic, separator, inner))
+        return encode(Message(None, None, self.topic, BROADCAST, self.payload), encoding.format)
 
 
-def decode(frame: str | bytes, version: Version) -> Message | BroadcastPush:
-    """Decode any frame of a client. A binary frame on a version 1 socket is read as text. Raises: MalformedFrame."""
+@dataclass(frozen=True, slots=True)
+class PresenceDiff:
+    """A change of presence for those who watch the topic. `payload` is JSON text."""
+
+    topic: str
+    payload: bytes
+
+    def encode(self, encoding: Encoding) -> Frame:
+        return encode(Message(None, None, self.topic, PRESENCE_DIFF, self.payload), encoding.format)
+
+
+def event_frame(data: bytes, *, event: str | None = None, id: str | None = None) -> Frame:
+    """A Server-Sent Event; `data` is one line. Source: WHATWG HTML, "Server-sent events"."""
+    name = b"" if event is None else b"event: %b\n" % event.encode()
+    last = b"" if id is None else b"id: %b\n" % id.encode()
+    return Frame(b"%b%bdata: %b\n\n" % (name, last, data))
+
+
+def decode(frame: str | bytes, format: Format) -> Message | BroadcastPush:
+    """Decode any frame of a socket. A binary frame on a version 1 socket is read as text. Raises: MalformedFrame."""
     if isinstance(frame, str):
-        return decode_text(frame, version)
-    if version is Version.V2:
+        return decode_text(frame, format)
+    if format is Format.V2:
         return binary.decode(frame)
     try:
-        return decode_text(frame.decode(), version)
+        return decode_text(frame.decode(), format)
     except UnicodeDecodeError:
         raise MalformedFrame("binary frame on a socket of version 1.0.0") from None
 
 
-def encode(message: Message, version: Version) -> Frame:
-    return Frame(encode_text(message, version), is_text=True)
+def encode(message: Message, format: Format) -> Frame:
+    return Frame(encode_text(message, format))

@@ -9,15 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from realtime_server.protocol.messages import Format
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
+    """`presence_key` is None where the server is to make one up. `replay` is what the client sent under that key, unread."""
+
     private: bool = False
     ack: bool = False
     receive_own: bool = False
+    with_cursor: bool = False
+    replication_ready: bool = False
+    has_replay: bool = False
+    replay: dict[str, Any] = field(default_factory=dict)
     presence_enabled: bool = False
+    presence_key: str | None = None
     bindings: tuple[dict[str, Any], ...] = ()
     access_token: str | None = None
     user_token: str | None = None
@@ -31,7 +40,7 @@ class Join:
         return self.user_token if self.user_token is not None else self.access_token
 
 
-def parse(payload: dict[str, Any] | None) -> Join:
+def parse(payload: dict[str, Any] | None, format: Format) -> Join:
     """Read a join payload; None (not an object) counts as empty."""
     reader = _Reader()
     payload = payload or {}
@@ -42,7 +51,14 @@ def parse(payload: dict[str, Any] | None) -> Join:
         private=reader.flag(config, "private"),
         ack=reader.flag(broadcast, "ack"),
         receive_own=reader.flag(broadcast, "self"),
-        presence_enabled=reader.flag(presence, "enabled"),
+        with_cursor=reader.flag(broadcast, "cursor"),
+        replication_ready=reader.flag(broadcast, "replication_ready"),
+        has_replay=broadcast.get("replay") is not None,
+        replay=reader.mapping(broadcast, "replay"),
+        # Clients of version 1.0.0 that know no `enabled` always want presence; they send the object with a key alone.
+        presence_enabled=reader.flag(presence, "enabled")
+        or (format is Format.V1 and "key" in presence and "enabled" not in presence),
+        presence_key=reader.key(presence),
         bindings=reader.bindings(config),
         access_token=reader.text(payload, "access_token"),
         user_token=reader.text(payload, "user_token"),
@@ -72,6 +88,22 @@ class _Reader:
     def text(self, parent: dict[str, Any], key: str) -> str | None:
         value = parent.get(key)
         return value if isinstance(value, str) else self._default(key, value, "a string", None)
+
+    def key(self, presence: dict[str, Any]) -> str | None:
+        match presence.get("key"):
+            case None | "":
+                return None
+            case "ids":
+                # The JavaScript client takes an object with this key for a row change, and throws.
+                return self._default("key", "ids", 'anything but "ids"', None)
+            case str(text):
+                return text
+            case bool(value):
+                return "true" if value else "false"
+            case int(number) | float(number):
+                return str(number)
+            case other:
+                return self._default("key", other, "a string or a number", None)
 
     def bindings(self, config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         value = config.get("postgres_changes")

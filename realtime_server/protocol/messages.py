@@ -6,6 +6,7 @@ without reading them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -30,16 +31,19 @@ REPLY: Final = "phx_reply"
 CLOSE: Final = "phx_close"
 ERROR: Final = "phx_error"
 SYSTEM: Final = "system"
+PRESENCE_STATE: Final = "presence_state"
+PRESENCE_DIFF: Final = "presence_diff"
 
 # Opaque to the server: chosen by the client, echoed as it came.
 Ref = str | int | None
 
 
-class Version(Enum):
-    """Serializer of a socket, chosen by `vsn` at the handshake."""
+class Format(Enum):
+    """What frames of a client look like: the serializer that `vsn` chose at the handshake, or Server-Sent Events."""
 
     V1 = "1.0.0"
     V2 = "2.0.0"
+    SSE = "text/event-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,12 @@ class BroadcastPush:
     is_json: bool
 
 
-def version(vsn: str | None) -> Version | None:
-    """The version that a `vsn` parameter asks for, 1.0.0 when absent; None when there is no such version."""
+def socket_format(vsn: str | None) -> Format | None:
+    """The format that a `vsn` parameter asks for, 1.0.0 when absent; None when there is no such version."""
     parts = (vsn or "1.0.0").split(".")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts) or parts[1] != "0":
         return None
-    return {"1": Version.V1, "2": Version.V2}.get(parts[0])
+    return {"1": Format.V1, "2": Format.V2}.get(parts[0])
 
 
 def sub_topic(topic: str) -> str:
@@ -100,14 +104,14 @@ class _ArrayFrame(msgspec.Struct, array_like=True):
 
 _object_frame: Final = msgspec.json.Decoder(_ObjectFrame)
 _array_frame: Final = msgspec.json.Decoder(_ArrayFrame)
-_any: Final = msgspec.json.Decoder()
+_raw: Final = msgspec.json.Decoder(msgspec.Raw)
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
-def decode_text(frame: str, version: Version) -> Message:
+def decode_text(frame: str, format: Format) -> Message:
     """Decode a text frame; version 2 arrays may have more than five elements. Raises: MalformedFrame."""
     decoder: msgspec.json.Decoder[_ObjectFrame] | msgspec.json.Decoder[_ArrayFrame]
-    decoder = _object_frame if version is Version.V1 else _array_frame
+    decoder = _object_frame if format is Format.V1 else _array_frame
     try:
         fields = decoder.decode(frame)
         # Lone surrogates pass as escapes but can never be sent on.
@@ -117,10 +121,10 @@ def decode_text(frame: str, version: Version) -> Message:
     return Message(fields.join_ref, fields.ref, fields.topic, fields.event, bytes(fields.payload))
 
 
-def encode_text(message: Message, version: Version) -> bytes:
+def encode_text(message: Message, format: Format) -> bytes:
     """Encode a text frame. Version 1 frames always have a `ref`, null included, and never a `join_ref`: the Python client drops others."""
     topic, event, ref = dumps(message.topic), dumps(message.event), dumps(message.ref)
-    if version is Version.V1:
+    if format is Format.V1:
         return b'{"topic":%b,"event":%b,"payload":%b,"ref":%b}' % (topic, event, message.payload, ref)
     return b"[%b,%b,%b,%b,%b]" % (dumps(message.join_ref), ref, topic, event, message.payload)
 
@@ -167,7 +171,23 @@ def loads_object(text: bytes) -> dict[str, Any] | None:
 def is_json(text: bytes) -> bool:
     """Whether `text` is one JSON document in UTF-8."""
     try:
-        _any.decode(text)
+        _raw.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return False
     return True
+
+
+def is_deeper_than(text: bytes, limit: int) -> bool:
+    """Whether the JSON document nests more than `limit` arrays and objects in each other. One pass over the text for each level."""
+    if text.count(b"[") + text.count(b"{") <= limit:
+        return False
+    brackets = _STRING.sub(b"", text).translate(None, _NO_BRACKET)
+    for _ in range(limit):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return bool(brackets)
+
+
+_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))

@@ -20,7 +20,7 @@ NOT_A_JWT = {"error": "The token provided is not a valid JWT"}
 
 
 def unsigned(payload: dict[str, Any]) -> str:
-    return jwt.encode(payload, key=None, algorithm="none")
+    return jwt.encode(payload, key="", algorithm="none")
 
 
 BAD_KEYS = {
@@ -247,7 +247,7 @@ async def test_slow_policy_times_out_and_harms_no_other_join(start_server: Serve
     socket = await wire(server.websocket_url, server.anon_key)
     for topic in ("slow", "quick"):
         await socket.say(f"realtime:{topic}", "phx_join", {"config": {"private": True}, "access_token": make_token()})
-    answers = {}
+    answers: dict[str, Any] = {}
     while len(answers) < 2:
         message = await socket.hear()
         answers[message[2]] = message[4]

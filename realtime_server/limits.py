@@ -1,0 +1,76 @@
+"""Rates: how much may happen in a while. Pure: the time is an argument, in seconds of any clock that does not go back."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+BUCKET_S: Final = 5.0
+BUCKETS: Final = 12
+
+
+class Rate:
+    """An average per second over the last minute, in steps of 5 s; the window starts short. A limit of 0 means none.
+
+    Bursts are allowed: only the average trips the limit, and it is looked at when a step ends.
+    Source: Supabase Realtime `Realtime.RateCounter`.
+    """
+
+    __slots__ = ("_buckets", "_current", "_ends_at", "_is_over", "_rolling", "limit_per_s")
+
+    def __init__(self, limit_per_s: float) -> None:
+        self.limit_per_s = limit_per_s
+        self._buckets: deque[float] = deque(maxlen=BUCKETS)
+        self._current = 0.0
+        self._ends_at: float | None = None
+        self._rolling = 0.0
+        self._is_over = False
+
+    def count(self, now: float, n: float = 1) -> None:
+        self._advance(now)
+        self._current += n
+
+    def rolling(self, now: float) -> float:
+        """Events per second on average, as of the end of the last step."""
+        self._advance(now)
+        return self._rolling
+
+    def is_over(self, now: float) -> bool:
+        if not self.limit_per_s:
+            return False
+        self._advance(now)
+        return self._is_over
+
+    def _advance(self, now: float) -> None:
+        if self._ends_at is None:
+            self._ends_at = now + BUCKET_S
+        while now >= self._ends_at:
+            self._buckets.append(self._current)
+            self._current = 0.0
+            self._ends_at += BUCKET_S
+            if len(self._buckets) == BUCKETS and not any(self._buckets):
+                # A long silence: no need to walk through all of it.
+                self._ends_at = now + BUCKET_S
+            self._rolling = sum(self._buckets) / (len(self._buckets) * BUCKET_S)
+            self._is_over = bool(self.limit_per_s) and self._rolling >= self.limit_per_s
+
+
+class Bucket:
+    """A token bucket: `rate` per second on average, `burst` at once."""
+
+    __slots__ = ("_at", "_burst", "_rate", "_tokens")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._tokens = burst
+        self._at = now
+
+    def take(self, now: float, n: float = 1.0) -> float:
+        """Take `n` if they are there; 0.0 when they were, else how many seconds to wait."""
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens >= n:
+            self._tokens -= n
+            return 0.0
+        return (n - self._tokens) / self._rate

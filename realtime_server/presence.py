@@ -1,0 +1,87 @@
+"""Who is where: the presence of all channels of one process. Pure: references come in, changes come out.
+
+A key may be present several times in a room, once for each channel that tracks under it. Every change has a `phx_ref` of its own, by which
+clients tell metas apart. Source: Phoenix `Phoenix.Presence`, `Phoenix.Tracker`; realtime-js `RealtimePresence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+Member = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What one member tracks under its key. `payload` is the user's object, without references."""
+
+    key: str
+    ref: str
+    payload: dict[str, Any]
+    previous_ref: str | None = None
+
+    def to_json(self) -> msgspec.Raw:
+        previous = {} if self.previous_ref is None else {"phx_ref_prev": self.previous_ref}
+        return msgspec.Raw(msgspec.json.encode({**self.payload, "phx_ref": self.ref, **previous}))
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """One change in one room, at most one meta on each side."""
+
+    joined: Meta | None = None
+    left: Meta | None = None
+
+    def to_json(self) -> bytes:
+        """The payload of `presence_diff`: both keys are always there."""
+        joins = _by_key([self.joined] if self.joined else [])
+        leaves = _by_key([self.left] if self.left else [])
+        return b'{"joins":%b,"leaves":%b}' % (joins, leaves)
+
+
+class Presence:
+    """Rooms of metas, in the order in which members came."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[Hashable, dict[Member, Meta]] = {}
+
+    def track(self, room: Hashable, member: Member, key: str, payload: dict[str, Any], ref: str) -> Diff | None:
+        """Put the member's meta in place of its former one; None when nothing changed. References in the payload are dropped."""
+        payload = {name: value for name, value in payload.items() if name not in ("phx_ref", "phx_ref_prev")}
+        members = self._rooms.setdefault(room, {})
+        former = members.get(member)
+        if former is not None and former.payload == payload:
+            return None
+        members[member] = Meta(key, ref, payload, None if former is None else former.ref)
+        # Clients take what leaves by its reference alone, without the one before it.
+        left = None if former is None else Meta(former.key, former.ref, former.payload)
+        return Diff(joined=members[member], left=left)
+
+    def untrack(self, room: Hashable, member: Member) -> Diff | None:
+        """Take the member's meta away; None when there was none."""
+        members = self._rooms.get(room, {})
+        former = members.pop(member, None)
+        if former is None:
+            return None
+        if not members:
+            del self._rooms[room]
+        return Diff(left=Meta(former.key, former.ref, former.payload))
+
+    def state(self, room: Hashable) -> bytes:
+        """The payload of `presence_state`."""
+        return _by_key(self._rooms.get(room, {}).values())
+
+    def __len__(self) -> int:
+        """How many metas there are in all rooms."""
+        return sum(map(len, self._rooms.values()))
+
+
+def _by_key(metas: Iterable[Meta]) -> bytes:
+    keys: dict[str, dict[str, list[msgspec.Raw]]] = {}
+    for meta in metas:
+        keys.setdefault(meta.key, {"metas": []})["metas"].append(meta.to_json())
+    return msgspec.json.encode(keys)
