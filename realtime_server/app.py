@@ -6,40 +6,48 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote, unquote
 
 import structlog
 from psycopg_pool import AsyncConnectionPool
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
-from realtime_server import database
+from realtime_server import __version__, database
 from realtime_server.authorization import Authorization
 from realtime_server.claims import Claims, Verifier
 from realtime_server.config import Settings
+from realtime_server.cursor import Place
 from realtime_server.database import Database
-from realtime_server.endpoints.broadcast import broadcast_endpoint
-from realtime_server.endpoints.operations import alive, ready_endpoint
+from realtime_server.delivery import Delivery
+from realtime_server.endpoints.broadcast import BroadcastEndpoints
+from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
+from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
 from realtime_server.endpoints.websocket import Sockets, websocket_endpoint
-from realtime_server.errors import DatabaseUnavailable
-from realtime_server.hub import Hub, Room
+from realtime_server.errors import DatabaseUnavailable, QueryCanceled
+from realtime_server.history import History
+from realtime_server.hub import Hub
 from realtime_server.limits import Rate
 from realtime_server.presence import Presence
-from realtime_server.protocol.frames import Broadcast
-from realtime_server.protocol.messages import TOPIC_PREFIX
-from realtime_server.relay import Relay, Row
-from realtime_server.session import Authorize, Limits, Rates, Services, Verify
+from realtime_server.relay import Relay
+from realtime_server.services import Authorize, Limits, Rates, Services, Verify
 
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
 MAINTENANCE_S: Final = 3600.0
+# Reading from an old place, or many at once, may take a while.
+HISTORY_TIMEOUT_S: Final = 30.0
 
 log = structlog.get_logger()
 
@@ -60,18 +68,32 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
         statement_timeout_s=settings.policy_timeout_s,
     )
     authorization = Authorization(pool)
-    services = _services(settings, verify, authorization.authorize)
-    relay = Relay(database_url, lambda row: _publish(services, row), timeout_s=settings.database_timeout_s)
+    history_pool = database.pool(
+        database_url,
+        name="history",
+        size=POOL_SIZE,
+        timeout_s=HISTORY_TIMEOUT_S,
+        statement_timeout_s=HISTORY_TIMEOUT_S,
+    )
+    relay = Relay(database_url, timeout_s=settings.database_timeout_s)
+    services = _services(
+        settings,
+        verify=verify,
+        authorize=authorization.authorize,
+        history=History(history_pool),
+        place=lambda: relay.place,
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await pool.open()
+        await history_pool.open()
         parts = [
             asyncio.create_task(_supervise(name, part))
             for name, part in (
-                ("relay", relay.run()),
+                ("relay", relay.run(Delivery(services))),
                 ("authorization", authorization.run()),
-                ("maintenance", _maintain(pool)),
+                ("maintenance", _maintain(pool, settings.retention)),
             )
         ]
         try:
@@ -81,21 +103,21 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
             await pool.close()
+            await history_pool.close()
 
     async def start_facts(request: Request) -> Response:
         return JSONResponse({"anon_key": anon_key})
 
     websocket = websocket_endpoint(services, sockets, settings)
-    broadcast = broadcast_endpoint(
-        hub=services.broadcasts, authorize=authorization.authorize, verify=verify, settings=settings
-    )
+    rest = _rest(services, settings)
     app = Starlette(
         lifespan=lifespan,
         routes=[
             WebSocketRoute("/realtime/v1/websocket", websocket),
             WebSocketRoute("/socket/websocket", websocket),
-            Route("/realtime/v1/api/broadcast", broadcast, methods=["POST"]),
-            Route("/api/broadcast", broadcast, methods=["POST"]),
+            *rest,
+            ApiRoute("/api/openapi", openapi_endpoint(rest, __version__)),
+            Route("/healthcheck", alive),
             Route("/healthz", alive),
             Route("/readyz", ready_endpoint(lambda: {"relay": relay.is_ready, "serving": not sockets.is_draining})),
             Route("/start.json", start_facts),
@@ -106,7 +128,9 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
                 CORSMiddleware,
                 allow_origins=settings.allowed_origins,
                 allow_methods=["GET", "POST"],
+                # Any header that is asked for: applications send `x-` headers of their own, which policies may read.
                 allow_headers=["*"],
+                expose_headers=list(RESPONSE_HEADERS),
             )
         ],
     )
@@ -114,7 +138,14 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
     return app
 
 
-def _services(settings: Settings, verify: Verify, authorize: Authorize) -> Services:
+def _services(
+    settings: Settings,
+    *,
+    verify: Verify,
+    authorize: Authorize,
+    history: History,
+    place: Callable[[], Place | None],
+) -> Services:
     return Services(
         broadcasts=Hub(),
         watchers=Hub(),
@@ -138,27 +169,67 @@ def _services(settings: Settings, verify: Verify, authorize: Authorize) -> Servi
             max_users=settings.max_users,
         ),
         users=set(),
+        history=history,
+        place=place,
     )
 
 
-def _publish(services: Services, row: Row) -> None:
-    topic = TOPIC_PREFIX + row.topic
-    payload = row.binary_payload if row.payload is None else row.payload.encode()
-    if row.event is None or payload is None:
-        log.warning("message without event or payload is not delivered", id=str(row.id), topic=row.topic)
-        return
-    broadcast = Broadcast(topic, row.event, payload, is_json=row.payload is not None, id=str(row.id))
-    services.publish(Room(topic, row.private), broadcast)
+class _Segment(Convertor[str]):
+    """What stands between two slashes, decoded; nothing too. Bytes that are no UTF-8 become lone surrogates."""
+
+    regex = "[^/]*"
+
+    def convert(self, value: str) -> str:
+        return unquote(value, errors="surrogateescape")
+
+    def to_string(self, value: str) -> str:
+        return quote(value, safe="")
 
 
-async def _maintain(pool: AsyncConnectionPool[Database]) -> None:
-    """Keep partitions ahead of the days; without one rows still find the default partition."""
+register_url_convertor("segment", _Segment())
+
+
+class ApiRoute(Route):
+    """Matches the path as it was sent: an encoded slash belongs to a name. A wrong method is 405, though pages follow behind."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if "raw_path" in scope:
+            scope = {**scope, "path": scope["raw_path"].decode("latin-1")}
+        match, child_scope = super().matches(scope)
+        return (Match.FULL if match is Match.PARTIAL else match), child_scope
+
+
+def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
+    """The REST part, under the public prefix and without it, as behind a gateway that takes it away."""
+    events = services.rates.events
+    broadcasts = BroadcastEndpoints(
+        publish=services.publish,
+        authorize=services.authorize,
+        verify=services.verify,
+        settings=settings,
+        events=events,
+    )
+    return [
+        ApiRoute(prefix + path, endpoint, methods=[method], middleware=[Middleware(RateHeaders, events=events)])
+        for method, path, endpoint in (
+            ("GET", "/api/ping", ping_endpoint(events)),
+            ("POST", "/api/broadcast", broadcasts.send_batch),
+            ("POST", "/api/broadcast/{topic:segment}/events/{event:segment}", broadcasts.send_single),
+        )
+        for prefix in ("/realtime/v1", "")
+    ]
+
+
+async def _maintain(pool: AsyncConnectionPool[Database], retention: timedelta) -> None:
+    """Keep partitions ahead of the days and drop what is older than the retention. Any server may; the database lets one at a time."""
     while True:
         try:
             with database.errors():
                 async with pool.connection() as db:
-                    await db.execute("select realtime.create_partitions()")
-        except DatabaseUnavailable as error:
+                    cursor = await db.execute("select partition, action from realtime.maintain(%s)", (retention,))
+                    for partition, action in await cursor.fetchall():
+                        log.info(f"partition {action}", partition=partition)
+        except (DatabaseUnavailable, QueryCanceled) as error:
             log.warning("partitions were not looked after", error=str(error.__cause__))
         await asyncio.sleep(MAINTENANCE_S)
 

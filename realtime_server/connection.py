@@ -96,6 +96,11 @@ class Connection:
         if self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes:
             self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether who sends at will had better wait."""
+        return self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes // 4
+
     def push(self, message: Message) -> None:
         self.send(encode(message, self.format))
 

@@ -18,6 +18,8 @@ from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 
 Canceled = psycopg.errors.QueryCanceled
 InvalidText = psycopg.DataError
+# SQLSTATE of realtime.read_cursor when messages behind a cursor are gone.
+GAP = "RT001"
 Database = AsyncConnection[tuple[Any, ...]]
 
 

@@ -6,7 +6,8 @@
     │                       InvalidClaims  Unauthorized
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
-    ├── DatabaseUnavailable
+    ├── DatabaseUnavailable  QueryCanceled
+    ├── MalformedCursor  Gap  UnableToReplay
     ├── SchemaMismatch
     ├── SettingsError
     └── EmbeddedError
@@ -201,6 +202,30 @@ class QueryCanceled(RealtimeError):
 
     def __str__(self) -> str:
         return "Query was cancelled, please try again"
+
+
+class MalformedCursor(RealtimeError):
+    code = "MalformedCursor"
+    status = 400
+
+    def __str__(self) -> str:
+        return "the cursor is malformed, hand it back as it came"
+
+
+class Gap(RealtimeError):
+    """Messages behind a cursor are gone. `oldest` is the first cursor that can be read from."""
+
+    code = "Gap"
+    status = 410
+
+    def __init__(self, problem: str, oldest: str) -> None:
+        super().__init__(problem)
+        self.oldest = oldest
+
+
+class UnableToReplay(RealtimeError):
+    code = "UnableToReplayMessages"
+    status = 422
 
 
 class SchemaMismatch(RealtimeError):

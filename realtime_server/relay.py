@@ -19,14 +19,14 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any, Final, LiteralString
+from collections.abc import AsyncIterator
+from typing import Any, Final, LiteralString, NamedTuple, Protocol
 from uuid import UUID
 
 import structlog
 
 from realtime_server import database
+from realtime_server.cursor import Place, Snapshot
 from realtime_server.database import Database
 from realtime_server.errors import DatabaseUnavailable
 
@@ -46,48 +46,48 @@ ROWS_AT_ONCE: Final = 500
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One committed message. `payload` is jsonb text as PostgreSQL wrote it, or `binary_payload` is set instead."""
+class Row(NamedTuple):
+    """One committed row of the outbox. `payload` is jsonb text as PostgreSQL wrote it, or `binary_payload` is set instead."""
 
     seq: int
     id: UUID
     topic: str
-    event: str
+    extension: str
+    event: str | None
     private: bool
     payload: str | None
     binary_payload: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A `pg_snapshot`: `text` as PostgreSQL writes it; every transaction below `xmin` has ended, none from `xmax` on had begun."""
+class Receiver(Protocol):
+    """What the relay hands on to; its methods must neither wait nor raise."""
 
-    text: str
-    xmin: int
-    xmax: int
+    def row(self, row: Row, behind: Place) -> None:
+        """One row, and the place right behind it."""
 
-    @classmethod
-    def parse(cls, text: str) -> Snapshot:
-        xmin, xmax, _ = text.split(":")
-        return cls(text, int(xmin), int(xmax))
+    def gap(self, oldest: str) -> None:
+        """Rows are missing here: the database has begun another life. `oldest`: the first cursor that can be read from."""
 
 
 class Relay:
-    """Reads for one process. `publish` is called for each row and must not wait; it must not raise."""
+    """Reads for one process."""
 
-    def __init__(self, url: str, publish: Callable[[Row], None], *, timeout_s: float) -> None:
+    def __init__(self, url: str, *, timeout_s: float) -> None:
         self._url = url
-        self._publish = publish
         self._timeout_s = timeout_s
+        self._life = ""
         self._position: Snapshot | None = None
+        # The place right behind what was handed on last.
+        self.place: Place | None = None
         # Sequence numbers handed on by a read that has not reached its new snapshot yet.
         self._handed_on: set[int] = set()
+        self._last_seq = 0
         self.is_ready = False
         self.is_asleep = False
 
-    async def run(self) -> None:
+    async def run(self, receiver: Receiver) -> None:
         """Relay until cancelled, through any loss of the database."""
+        self._receiver = receiver
         backoff_s = SHORTEST_BACKOFF_S
         while True:
             try:
@@ -106,13 +106,20 @@ class Relay:
     async def _begin(self, reader: Database) -> None:
         """Listen, and only then take up the position: between the two nothing can pass unheard."""
         await reader.execute(f"listen {NOTIFY_CHANNEL}")
-        current = await self._current(reader)
-        if self._position is None:
-            self._position = current
-        elif current.xmax < self._position.xmax:
-            log.error("the database went back in time, messages may be missing; going on from now")
-            self._position = current
-            self._handed_on.clear()
+        life, snapshot, seq, oldest = await _row(
+            reader,
+            "select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
+            " realtime.oldest_cursor()",
+        )
+        if life == self._life:
+            return
+        is_first, self._life = not self._life, life
+        self._position, self._last_seq = Snapshot.parse(snapshot), seq
+        self._handed_on.clear()
+        self.place = Place(life, self._position, None, seq)
+        if not is_first:
+            log.error("the database has begun another life (restored or promoted); messages may be missing")
+            self._receiver.gap(oldest)
 
     async def _relay(self, reader: Database) -> None:
         while True:
@@ -188,35 +195,50 @@ class Relay:
             rang = True
         return rang
 
-    async def _current(self, reader: Database) -> Snapshot:
-        return Snapshot.parse(await _scalar(reader, "select pg_current_snapshot()::text"))
-
     async def _read(self, reader: Database) -> int:
         """Hand on what became visible since the position and move it; how many rows. Memory is bounded by rows on the way."""
         assert self._position is not None, "the position is set when connected"
+        since, until = self._position, self._position
+        last: Row | None = None
         count = 0
         async with reader.cursor() as cursor:
             rows = cursor.stream(
-                "select * from realtime.messages_since(%s::pg_snapshot)", (self._position.text,), size=ROWS_AT_ONCE
+                "select * from realtime.messages_since(%s::pg_snapshot)", (since.text,), size=ROWS_AT_ONCE
             )
             async for *fields, snapshot in rows:
                 if snapshot is not None:
-                    self._position = Snapshot.parse(snapshot)
-                    self._handed_on.clear()
+                    until = Snapshot.parse(snapshot)
                     continue
+                # One behind: the place behind the last row is shorter than those between.
+                if last is not None:
+                    self._hand_on(last, Place(self._life, since, until, last.seq))
                 row = Row(*fields)
-                if row.seq not in self._handed_on:
-                    self._handed_on.add(row.seq)
-                    self._publish(row)
-                    count += 1
-                    if count % ROWS_AT_ONCE == 0:
-                        # Rows that are here already would keep the loop to themselves, and no frame would leave.
-                        await asyncio.sleep(0)
+                last = None if row.seq in self._handed_on else row
+                count += 1
+                if count % ROWS_AT_ONCE == 0:
+                    # Rows that are here already would keep the loop to themselves, and no frame would leave.
+                    await asyncio.sleep(0)
+        if last is not None:
+            self._hand_on(last, Place(self._life, until, None, last.seq))
+        self._position = until
+        self._handed_on.clear()
+        self.place = Place(self._life, until, None, self._last_seq)
         return count
+
+    def _hand_on(self, row: Row, behind: Place) -> None:
+        self._handed_on.add(row.seq)
+        self._last_seq = max(self._last_seq, row.seq)
+        self.place = behind
+        self._receiver.row(row, behind)
 
 
 async def _scalar(db: Database, query: LiteralString, *arguments: object) -> Any:
+    (value,) = await _row(db, query, *arguments)
+    return value
+
+
+async def _row(db: Database, query: LiteralString, *arguments: object) -> tuple[Any, ...]:
     cursor = await db.execute(query, arguments)
     row = await cursor.fetchone()
     assert row is not None, "these queries return one row"
-    return row[0]
+    return row

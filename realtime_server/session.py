@@ -12,17 +12,21 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any, Final, TypeGuard
 
 import structlog
 
 from realtime_server.authorization import EVERYTHING, Policy
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
+from realtime_server.cursor import Place
 from realtime_server.errors import (
     AuthError,
+    DatabaseUnavailable,
+    Gap,
+    MalformedCursor,
     MalformedFrame,
     PayloadTooLarge,
     PrivateOnly,
@@ -31,19 +35,22 @@ from realtime_server.errors import (
     TooManyChannels,
     TooManyJoins,
     TooManyUsers,
+    UnableToReplay,
     Unauthorized,
     UnmatchedTopic,
 )
-from realtime_server.hub import Hub, Room
-from realtime_server.limits import Bucket, Rate
-from realtime_server.presence import Diff, Presence
+from realtime_server.follower import Follower
+from realtime_server.history import Stored
+from realtime_server.hub import Room
+from realtime_server.limits import Bucket
 from realtime_server.protocol import join, messages
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, PresenceDiff, decode
 from realtime_server.protocol.messages import BroadcastPush, Message, Ref
+from realtime_server.services import Services
 
 Work = Coroutine[Any, Any, None]
-Verify = Callable[[str], Awaitable[Claims]]
-Authorize = Callable[[str, Claims, Mapping[str, str]], Awaitable[Policy]]
+# Does something for a topic at once, or returns the work that remains.
+Action = Callable[[], Work | None]
 
 # The event loop's clock and the wall clock may disagree by a little: a timer that fires early must not find a valid token.
 EXPIRY_MARGIN_S: Final = 0.05
@@ -51,84 +58,29 @@ WARNING_S: Final = 60.0
 # Event loops refuse delays of decades.
 LONGEST_TIMER_S: Final = 86_400.0
 
+# Of the replay by time; by cursor there is no bound.
+MOST_REPLAYED: Final = 25
+LATEST_TIME_MS: Final = 8_000_000_000_000_000
+DRAIN_LOOK_S: Final = 0.01
+
 TOO_MANY_MESSAGES: Final = "Too many messages per second"
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one connection; rates of 0 are unlimited."""
-
-    max_channels: int
-    max_pending_messages: int
-    max_payload_bytes: int
-    max_depth: int
-    max_messages_per_second: float
-    max_presence_calls: int
-    presence_window_s: float
-    private_only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What this process as a whole may do."""
-
-    events: Rate
-    joins: Rate
-    presence: Rate
-    max_users: int
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What conversations share: fan-out, presence, the answers of others, and bounds."""
-
-    broadcasts: Hub[Broadcast | ForwardedBroadcast]
-    watchers: Hub[PresenceDiff]
-    presence: Presence
-    verify: Verify
-    authorize: Authorize
-    limits: Limits
-    rates: Rates
-    users: set[Session]
-
-    def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Channel | None = None) -> None:
-        """Send to all members of a room and count it: one event, and one for each delivery."""
-        delivered = self.broadcasts.publish(room, message, exclude=exclude)
-        self.rates.events.count(time.monotonic(), 1 + delivered)
-
-    def announce(self, room: Room, diff: Diff | None) -> None:
-        """Tell those who watch a room of a change of presence."""
-        if diff is not None:
-            delivered = self.watchers.publish(room, PresenceDiff(room.topic, diff.to_json()))
-            self.rates.presence.count(time.monotonic(), 1 + delivered)
-
-
-class Channel:
-    """One joined topic of one connection; the subscriber of both hubs."""
-
-    __slots__ = (
-        "claims",
-        "config",
-        "encoding",
-        "join_ref",
-        "literal_join_ref",
-        "policy",
-        "presence_calls",
-        "presence_key",
-        "presence_window_ends_at",
-        "room",
-        "session",
-        "token",
-        "warned",
-        "watches",
-    )
+class Channel(Follower):
+    """One joined topic of one connection; the subscriber to its broadcasts."""
 
     def __init__(self, session: Session, push: Message, config: join.Join, claims: Claims, policy: Policy) -> None:
+        connection = session.connection
+        super().__init__(
+            Room(push.topic, config.private),
+            Encoding(connection.format, config.with_cursor),
+            connection.send,
+            session.services.place,
+        )
         self.session = session
-        self.room = Room(push.topic, config.private)
-        self.encoding = Encoding(session.connection.format, config.with_cursor)
+        self.watcher = Watcher(connection)
         self.config = config
         self.claims = claims
         self.policy = policy
@@ -140,12 +92,26 @@ class Channel:
         self.presence_window_ends_at = 0.0
         self.watches = False
         self.warned = False
+        # Read at the join, to be sent after its reply.
+        self.replayed: list[Stored] = []
+        self.place_at_join: Place | None = None
 
-    def deliver(self, message: object, frame: Frame) -> None:
+    def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
         if self.session.services.rates.events.is_over(time.monotonic()):
             self.session.shut_down(self, TOO_MANY_MESSAGES)
         else:
-            self.session.connection.send(frame)
+            super().deliver(message, frame)
+
+
+class Watcher:
+    """The subscriber to the changes of presence of one channel."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.encoding = Encoding(connection.format)
+        self._connection = connection
+
+    def deliver(self, message: PresenceDiff, frame: Frame) -> None:
+        self._connection.send(frame)
 
 
 class Session:
@@ -168,7 +134,7 @@ class Session:
         self._limits = services.limits
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
-        self._busy: dict[str, deque[Message | BroadcastPush]] = {}
+        self._busy: dict[str, deque[Action]] = {}
         self._expiry: asyncio.TimerHandle | None = None
         rate = self._limits.max_messages_per_second
         self._bucket = Bucket(rate, 2 * rate, time.monotonic()) if rate else None
@@ -181,21 +147,29 @@ class Session:
         """Handle one frame of the client. Never raises: a bad frame is dropped and logged, the socket lives on."""
         try:
             message = decode(frame, self.connection.format)
-            if messages.is_deeper_than(message.payload, self._limits.max_depth):
+            carries_json = isinstance(message, Message) or message.is_json
+            if carries_json and messages.is_deeper_than(message.payload, self._limits.max_depth):
                 raise MalformedFrame(f"payload nests deeper than {self._limits.max_depth} levels")
         except MalformedFrame as error:
             log.info("frame dropped", code=error.code, problem=str(error))
             return
-        waiting = self._busy.get(message.topic)
-        if waiting is None:
-            work = self._guarded(message)
-            if work is not None:
-                self._busy[message.topic] = deque()
-                self._tasks.create_task(self._finish(message, work))
-        elif len(waiting) < self._limits.max_pending_messages:
-            waiting.append(message)
-        else:
-            log.warning("message dropped, too many wait for the join", topic=message.topic)
+        self._do(message.topic, lambda: self._handle(message))
+
+    def revalidate(self, topic: str | None, subject: str | None) -> None:
+        """Ask again for the rights of private channels: of one topic (without `realtime:`), of one user, or of all where None."""
+        for channel in list(self._channels.values()):
+            if (
+                channel.room.private
+                and topic in (None, messages.sub_topic(channel.room.topic))
+                and subject in (None, channel.claims.subject)
+            ):
+                self._do(channel.room.topic, partial(self._revalidate, channel))
+
+    def tell_gap(self, problem: str, oldest: str) -> None:
+        """Messages of the database are missing from here on, on every channel that receives any."""
+        for channel in self._channels.values():
+            if channel.policy.can_read_broadcast:
+                self._tell_gap(channel, problem, oldest)
 
     def close(self) -> None:
         """Leave all channels; the socket is gone."""
@@ -212,9 +186,21 @@ class Session:
         self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
         self.connection.push(messages.closed(topic, channel.literal_join_ref))
 
-    async def _finish(self, message: Message | BroadcastPush, work: Work | None) -> None:
+    def _do(self, topic: str, action: Action) -> None:
+        """Do it now, or after what the topic waits for."""
+        waiting = self._busy.get(topic)
+        if waiting is None:
+            work = self._guarded(topic, action)
+            if work is not None:
+                self._busy[topic] = deque()
+                self._tasks.create_task(self._finish(topic, work))
+        elif len(waiting) < self._limits.max_pending_messages:
+            waiting.append(action)
+        else:
+            log.warning("message dropped, too many wait for the join", topic=topic)
+
+    async def _finish(self, topic: str, work: Work | None) -> None:
         """Do the work, then what came for the same topic meanwhile."""
-        topic = message.topic
         waiting = self._busy[topic]
         try:
             while True:
@@ -222,28 +208,27 @@ class Session:
                     try:
                         await work
                     except Exception:
-                        self._crash(message)
+                        self._crash(topic)
                 if not waiting:
                     return
-                message = waiting.popleft()
-                work = self._guarded(message)
+                work = self._guarded(topic, waiting.popleft())
         finally:
             del self._busy[topic]
 
-    def _guarded(self, message: Message | BroadcastPush) -> Work | None:
+    def _guarded(self, topic: str, action: Action) -> Work | None:
         try:
-            return self._handle(message)
+            return action()
         except Exception:
-            self._crash(message)
+            self._crash(topic)
             return None
 
-    def _crash(self, message: Message | BroadcastPush) -> None:
-        log.exception("channel crashed", topic=message.topic)
-        channel = self._channels.get(message.topic)
+    def _crash(self, topic: str) -> None:
+        log.exception("channel crashed", topic=topic)
+        channel = self._channels.get(topic)
         if channel is not None:
             self._forget(channel)
-        join_ref = message.join_ref if channel is None else channel.literal_join_ref
-        self.connection.push(messages.crashed(message.topic, join_ref))
+        # Without a channel: a null ref, which clients take for whatever they have on that topic.
+        self.connection.push(messages.crashed(topic, None if channel is None else channel.literal_join_ref))
 
     def _handle(self, message: Message | BroadcastPush) -> Work | None:
         """Answer a message now, or return the work that will."""
@@ -293,6 +278,8 @@ class Session:
                     raise Unauthorized(topic)
             # Other joins of this socket may have taken the last place meanwhile.
             self._check_room_for(message)
+            channel = Channel(self, message, config, claims, policy)
+            await self._begin(channel, topic)
         except UnmatchedTopic as error:
             self._refuse(message, None, error)
         except RealtimeError as error:
@@ -300,7 +287,7 @@ class Session:
             if isinstance(error, TooManyJoins):
                 self.connection.close(1001, "too many joins")
         else:
-            self._enter(Channel(self, message, config, claims, policy), message)
+            self._enter(channel, message)
 
     def _admit(self, message: Message) -> None:
         """Raises: TooManyUsers, TooManyJoins, TooManyChannels."""
@@ -316,6 +303,35 @@ class Session:
         if message.topic not in self._channels and len(self._channels) >= self._limits.max_channels:
             raise TooManyChannels
 
+    async def _begin(self, channel: Channel, topic: str) -> None:
+        """Subscribe, and read what the client asks to have replayed by time. Raises: Unauthorized, UnableToReplay, DatabaseUnavailable."""
+        config, replay = channel.config, channel.config.replay
+        if config.has_replay and not channel.policy.can_read_broadcast:
+            raise Unauthorized(topic)
+        if (config.with_cursor or "after" in replay) and self.services.place() is None:
+            raise DatabaseUnavailable
+        if config.has_replay:
+            channel.hold()
+        if config.has_replay and "after" not in replay:
+            channel.replayed = await self._read_by_time(channel)
+        if channel.policy.can_read_broadcast:
+            self.services.broadcasts.subscribe(channel.room, channel)
+
+    async def _read_by_time(self, channel: Channel) -> list[Stored]:
+        """The newest messages since a time. Raises: UnableToReplay."""
+        since, limit = channel.config.replay.get("since"), channel.config.replay.get("limit", MOST_REPLAYED)
+        if not channel.room.private:
+            raise UnableToReplay("Replay is not allowed for public channels")
+        if not (_is_integer(since) and _is_integer(limit) and 0 <= since < LATEST_TIME_MS):
+            raise UnableToReplay("Replay params are not valid")
+        self.services.broadcasts.subscribe(channel.room, channel)
+        channel.place_at_join = self.services.place()
+        try:
+            return await self.services.history.newest(channel.room, since, max(1, min(limit, MOST_REPLAYED)))
+        except RealtimeError as error:
+            self.services.broadcasts.unsubscribe(channel.room, channel)
+            raise UnableToReplay("Realtime was unable to replay messages") from error
+
     def _enter(self, channel: Channel, message: Message) -> None:
         old = self._channels.get(message.topic)
         if old is not None:
@@ -324,18 +340,56 @@ class Session:
             self.connection.push(messages.closed(message.topic, old.literal_join_ref))
         self._channels[message.topic] = channel
         self.services.users.add(self)
-        bindings = [{**binding, "id": number} for number, binding in enumerate(channel.config.bindings, start=1)]
-        self._reply(message, message.join_ref, {"postgres_changes": bindings})
-        if channel.policy.can_read_broadcast:
-            self.services.broadcasts.subscribe(channel.room, channel)
+        config, place = channel.config, self.services.place()
+        bindings = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
+        cursor = {"cursor": place.cursor} if config.with_cursor and place is not None else {}
+        self._reply(message, message.join_ref, {"postgres_changes": bindings, **cursor})
+        after = config.replay.get("after")
+        if after is not None:
+            self._tasks.create_task(self._resume(channel, after))
+        elif config.has_replay:
+            channel.send_stored(channel.replayed, channel.place_at_join)
+            channel.go_live()
         if bindings:
             text = "Row changes are not available on this server, subscribe to broadcasts"
             self._tell(channel, text, ok=False, extension="postgres_changes")
-        if channel.config.replication_ready:
+        if config.replication_ready:
             self._tell(channel, "Replication connection established", ok=True)
-        if channel.config.presence_enabled:
+        if config.presence_enabled:
             self._watch_presence(channel)
         self._watch_expiry()
+
+    async def _resume(self, channel: Channel, cursor: object) -> None:
+        """Send what lies behind the client's cursor, then flip to live. Where messages are missing: say so, then live."""
+        try:
+            if not isinstance(cursor, str):
+                raise MalformedCursor
+            await channel.catch_up(cursor, self.services.history.after, lambda: self._is_ready(channel))
+        except Gap as error:
+            self._tell_gap(channel, str(error), error.oldest)
+        except MalformedCursor as error:
+            self._tell_gap(channel, str(error), None)
+        except RealtimeError as error:
+            # Not caught up and not to be taken for it: the client joins again, with the same cursor.
+            log.warning("channel could not be resumed", topic=channel.room.topic, code=error.code)
+            if self._is_open(channel):
+                self._forget(channel)
+                self.connection.push(messages.crashed(channel.room.topic, channel.literal_join_ref))
+            return
+        except Exception:
+            self._crash(channel.room.topic)
+            return
+        if self._is_open(channel):
+            channel.go_live()
+
+    async def _is_ready(self, channel: Channel) -> bool:
+        """Wait until the client has taken most of what was sent; False when the channel is gone."""
+        while self._is_open(channel) and self.connection.is_filling:
+            await asyncio.sleep(DRAIN_LOOK_S)
+        return self._is_open(channel)
+
+    def _is_open(self, channel: Channel) -> bool:
+        return self._channels.get(channel.room.topic) is channel and not self.connection.is_closed
 
     def _leave(self, message: Message, channel: Channel | None) -> None:
         if channel is None:
@@ -347,7 +401,7 @@ class Session:
 
     def _forget(self, channel: Channel) -> None:
         self.services.broadcasts.unsubscribe(channel.room, channel)
-        self.services.watchers.unsubscribe(channel.room, channel)
+        self.services.watchers.unsubscribe(channel.room, channel.watcher)
         self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
         if self._channels.get(channel.room.topic) is channel:
             del self._channels[channel.room.topic]
@@ -398,7 +452,7 @@ class Session:
         if lost_broadcast or lost_presence:
             self._shut_down_if_open(channel, f"You no longer have permission to read from this Channel topic: {topic}")
             return False
-        if self._channels.get(channel.room.topic) is not channel:
+        if not self._is_open(channel):
             return False
         channel.policy = new
         if new.can_read_broadcast:
@@ -409,8 +463,12 @@ class Session:
 
     def _shut_down_if_open(self, channel: Channel, reason: str) -> None:
         # While the database was asked, a timer or a limit may have closed it.
-        if self._channels.get(channel.room.topic) is channel:
+        if self._is_open(channel):
             self.shut_down(channel, reason)
+
+    async def _revalidate(self, channel: Channel) -> None:
+        if self._is_open(channel):
+            await self._authorize_again(channel, channel.claims)
 
     def _watch_expiry(self) -> None:
         """One timer per socket, set to the first token that expires or is to be warned of."""
@@ -472,7 +530,7 @@ class Session:
         channel.watches = True
         state = self.services.presence.state(channel.room)
         self.connection.push(Message(channel.join_ref, None, channel.room.topic, messages.PRESENCE_STATE, state))
-        self.services.watchers.subscribe(channel.room, channel)
+        self.services.watchers.subscribe(channel.room, channel.watcher)
         self.services.rates.presence.count(time.monotonic())
 
     def _presence(self, message: Message, channel: Channel) -> None:
@@ -529,6 +587,9 @@ class Session:
 
     # -- answers
 
+    def _tell_gap(self, channel: Channel, problem: str, oldest: str | None) -> None:
+        self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, oldest))
+
     def _tell(self, channel: Channel, text: str, *, ok: bool, extension: str = "system") -> None:
         self.connection.push(messages.system(channel.room.topic, channel.join_ref, text, ok=ok, extension=extension))
 
@@ -538,3 +599,7 @@ class Session:
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
         log.info("refused", code=error.code, topic=push.topic, reason=str(error))
         self._reply(push, join_ref, {"reason": error.reason}, ok=False)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -19,7 +19,8 @@ from realtime_server.config import Settings
 from realtime_server.connection import EXTENSION, NORMAL, RESTARTING, AsgiTransport, Connection, Transport
 from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired, TooManyJoins, TooManyUsers
 from realtime_server.protocol import messages
-from realtime_server.session import Services, Session, Verify
+from realtime_server.services import Services, Verify
+from realtime_server.session import Session
 
 log = structlog.get_logger()
 

@@ -146,6 +146,21 @@ def system(topic: str, join_ref: Ref, message: str, *, ok: bool, extension: str 
     return Message(join_ref, None, topic, SYSTEM, dumps(payload))
 
 
+def gap(topic: str, join_ref: Ref, problem: str, oldest: str | None) -> Message:
+    """A `system` message with status `gap`, which other clients' servers do not know: messages are missing before what follows.
+
+    `cursor` is the first one that can be read from, null where there is none to name.
+    """
+    payload = {
+        "extension": BROADCAST,
+        "status": "gap",
+        "message": problem,
+        "channel": topic.removeprefix(TOPIC_PREFIX),
+        "cursor": oldest,
+    }
+    return Message(join_ref, None, topic, SYSTEM, dumps(payload))
+
+
 def closed(topic: str, join_ref: Ref) -> Message:
     """The `phx_close` of a channel; clients compare its ref with their join ref, in both versions."""
     return Message(join_ref, join_ref, topic, CLOSE, b"{}")
@@ -171,7 +186,8 @@ def loads_object(text: bytes) -> dict[str, Any] | None:
 def is_json(text: bytes) -> bool:
     """Whether `text` is one JSON document in UTF-8."""
     try:
-        _raw.decode(text)
+        # As str: in bytes, what stands inside of strings would go unchecked.
+        _raw.decode(text.decode())
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return False
     return True
@@ -181,13 +197,14 @@ def is_deeper_than(text: bytes, limit: int) -> bool:
     """Whether the JSON document nests more than `limit` arrays and objects in each other. One pass over the text for each level."""
     if text.count(b"[") + text.count(b"{") <= limit:
         return False
-    brackets = _STRING.sub(b"", text).translate(None, _NO_BRACKET)
+    brackets = _STRING.sub(b"", text).translate(_ONE_KIND, _NO_BRACKET)
     for _ in range(limit):
         if not brackets:
             return False
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        brackets = brackets.replace(b"[]", b"")
     return bool(brackets)
 
 
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))
+_ONE_KIND: Final = bytes.maketrans(b"{}", b"[]")

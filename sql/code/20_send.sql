@@ -31,7 +31,12 @@ begin
             errcode = 'invalid_parameter_value',
             message = 'private must be true or false',
             hint = 'Public and private topics of one name are different rooms.';
-    elsif message_binary_payload is null and pg_catalog.jsonb_typeof(message_payload) is distinct from 'object' then
+    elsif message_payload is null and message_binary_payload is null then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'payload must not be null',
+            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
+    elsif pg_catalog.jsonb_typeof(message_payload) <> 'object' then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'payload must be a JSON object',
@@ -80,12 +85,6 @@ language plpgsql
 volatile
 as $$
 begin
-    if payload is null then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'payload must not be null',
-            hint = 'Send ''\x''::bytea for an empty message.';
-    end if;
     if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
         begin
             perform realtime.write_message(topic, event, null, payload, private);

@@ -20,13 +20,20 @@ as $$
 declare
     c_probe_time constant timestamp := '1970-01-01';
     v_id uuid := pg_catalog.gen_random_uuid();
-    v_found bigint;
+    v_passed boolean;
+    v_is_done boolean;
+    v_table text;
 begin
     foreach extension in array extensions loop
-        can_read := false;
+        can_read := null;
         can_write := false;
         problem := null;
+        v_is_done := false;
         begin
+            -- To set_config these mean "as the session's own role", which row-level security does not bind.
+            if coalesce(authorize.role, 'none') = 'none' then
+                raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+            end if;
             perform
                 pg_catalog.set_config('realtime.topic', authorize.topic, true),
                 pg_catalog.set_config('request.jwt.claims', claims::text, true),
@@ -35,49 +42,85 @@ begin
                 pg_catalog.set_config('request.headers', headers::text, true),
                 pg_catalog.set_config('role', authorize.role, true);
 
+            -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
+            -- our own RT000 from one that a policy raises, the table our own broken NOT NULL from one that a policy ran into.
+            v_passed := false;
             begin
                 insert into realtime.messages (topic, extension, updated_at, inserted_at)
                 values (authorize.topic, authorize.extension, null, c_probe_time);
+                v_passed := true;
+                raise exception using errcode = 'RT000';
             exception
                 when not_null_violation then
+                    get stacked diagnostics v_table = table_name;
+                    if v_table <> 'messages_probe' then
+                        raise;
+                    end if;
                     can_write := true;
                 when insufficient_privilege then
                     null;
+                when sqlstate 'RT000' then
+                    if not v_passed then
+                        raise;
+                    end if;
+                    can_write := true;
             end;
 
             if can_write then
+                v_passed := false;
                 begin
                     insert into realtime.messages (topic, extension, updated_at, inserted_at)
                     values (authorize.topic, authorize.extension, null, c_probe_time)
-                    returning id into v_id;
+                    returning true into can_read;
+                    v_passed := true;
+                    raise exception using errcode = 'RT000';
                 exception
                     when not_null_violation then
+                        get stacked diagnostics v_table = table_name;
+                        if v_table <> 'messages_probe' then
+                            raise;
+                        end if;
                         can_read := true;
                     when insufficient_privilege then
-                        null;
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
                 end;
-            else
+            end if;
+
+            if can_read is null then
+                v_passed := false;
                 begin
                     perform pg_catalog.set_config('role', 'none', true);
                     insert into realtime.messages (id, topic, extension, inserted_at)
                     values (v_id, authorize.topic, authorize.extension, c_probe_time);
                     perform pg_catalog.set_config('role', authorize.role, true);
-                    select count(*) into v_found from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    select count(*) > 0 into can_read from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    v_passed := true;
                     raise exception using errcode = 'RT000';
                 exception
-                    when sqlstate 'RT000' then
-                        can_read := v_found > 0;
                     when insufficient_privilege then
-                        null;
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
                 end;
             end if;
+
+            -- Takes role and settings back, whatever they were.
+            v_is_done := true;
+            raise exception using errcode = 'RT000';
         exception when others then
             -- A policy that raises, a role that does not exist: this question alone is answered "no".
-            can_read := false;
-            can_write := false;
-            problem := sqlstate || ': ' || sqlerrm;
+            if not v_is_done then
+                can_read := false;
+                can_write := false;
+                problem := sqlstate || ': ' || sqlerrm;
+            end if;
         end;
-        perform pg_catalog.set_config('role', 'none', true);
         return next;
     end loop;
 end

@@ -56,12 +56,13 @@ revoke all on function realtime.doorbell_is_held(integer) from public;
 
 -- Exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is compared.
 -- Two branches, so that each uses the index on xid. The bound at the top hides transaction ids of another cluster's counter (a restored
--- dump). One row with the new position always comes, last and without a message.
+-- dump). One row without a message always comes first and carries the new position.
 create or replace function realtime.messages_since("position" pg_snapshot)
 returns table (
     seq bigint,
     id uuid,
     topic text,
+    extension text,
     event text,
     private boolean,
     payload text,
@@ -84,16 +85,15 @@ as $$
         from realtime.messages as m
         where m.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
     )
-    select c.seq, c.id, c.topic, c.event, c.private, c.payload::text, c.binary_payload, null
-    from committed as c
-    where c.extension = 'broadcast'
-    union all
-    select null, null, null, null, null, null, null, current.snapshot::text
+    select null, null, null, null, null, null, null, null, current.snapshot::text
     from current
-    order by 1 asc nulls last
+    union all
+    select c.seq, c.id, c.topic, c.extension, c.event, c.private, c.payload::text, c.binary_payload, null
+    from committed as c
+    order by 1 asc nulls first
 $$;
 comment on function realtime.messages_since(pg_snapshot) is
-    'Messages committed since a snapshot, in the order written; the last row carries the snapshot to go on from.';
+    'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
 revoke all on function realtime.messages_since(pg_snapshot) from public;
 
 create or replace function realtime.create_partitions(days_ahead integer default 3)
@@ -131,6 +131,84 @@ $$;
 comment on function realtime.create_partitions(integer) is
     'Makes the partitions from yesterday to days_ahead days from now (UTC) that are missing; returns their names.';
 revoke all on function realtime.create_partitions(integer) from public;
+
+create or replace function realtime.drop_old_messages(retention interval)
+returns setof text
+language plpgsql
+volatile
+as $$
+declare
+    v_before timestamp := (now() at time zone 'utc') - retention;
+    v_day date;
+    v_partition record;
+    v_dropped xid8;
+begin
+    for v_partition in
+        select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
+        from pg_catalog.pg_inherits
+        join pg_catalog.pg_class as child on child.oid = inhrelid
+        where inhparent = 'realtime.messages'::regclass
+            and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
+        order by child.relname
+    loop
+        continue when v_partition.day + 1 > v_before;
+        execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
+        -- First the word, then the deed: both commit together.
+        update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
+        where v_dropped is not null;
+        execute format('drop table realtime.%I', v_partition.relname);
+        return next v_partition.relname;
+    end loop;
+
+    with deleted as (
+        delete from realtime.messages_default
+        where inserted_at < v_before
+        returning xid
+    )
+    select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
+    update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
+    where v_dropped is not null;
+end
+$$;
+comment on function realtime.drop_old_messages(interval) is
+    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
+revoke all on function realtime.drop_old_messages(interval) from public;
+
+-- Called by every server; one at a time does the work. A lock that is not had within the timeout is for the next time: the drop of a
+-- partition would otherwise stand in the queue before all writers.
+create or replace function realtime.maintain(retention interval default '72 hours')
+returns table (partition text, action text)
+language plpgsql
+volatile
+set lock_timeout = '2s'
+as $$
+begin
+    if not pg_catalog.pg_try_advisory_xact_lock(realtime.doorbell_key() + 1) then
+        return;
+    end if;
+    return query select created, 'created' from realtime.create_partitions() as created;
+    begin
+        return query select dropped, 'dropped' from realtime.drop_old_messages(retention) as dropped;
+    exception when lock_not_available then
+        raise warning 'old messages are in use and were not dropped; the next run tries again';
+    end;
+end
+$$;
+comment on function realtime.maintain(interval) is
+    'Makes partitions ahead and drops what is older than the retention; what was done. Safe to call at any time.';
+revoke all on function realtime.maintain(interval) from public;
+
+create or replace view realtime.partitions as
+select
+    child.relname::text as partition,
+    pg_catalog.pg_get_expr(child.relpartbound, child.oid) as bounds,
+    greatest(child.reltuples, 0)::bigint as estimated_rows,
+    pg_catalog.pg_total_relation_size(child.oid) as bytes
+from pg_catalog.pg_inherits
+join pg_catalog.pg_class as child on child.oid = inhrelid
+where inhparent = 'realtime.messages'::regclass
+order by child.relname;
+comment on view realtime.partitions is 'What is kept: the partitions of realtime.messages, their bounds and sizes.';
 
 do $$
 begin

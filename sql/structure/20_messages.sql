@@ -23,7 +23,8 @@ alter sequence realtime.messages_seq owned by realtime.messages.seq;
 
 comment on table realtime.messages is 'Messages for clients, a partition a UTC day. Row-level security decides who may join a private topic and send to it.';
 comment on column realtime.messages.topic is 'What clients join, without "realtime:" in front.';
-comment on column realtime.messages.extension is '"broadcast" or "presence"; policies tell the two rights apart by it.';
+comment on column realtime.messages.extension is
+    '"broadcast" or "presence": policies tell the two rights apart by it; "revalidate": for the servers.';
 comment on column realtime.messages.payload is 'JSON object for the clients; null when binary_payload is set.';
 comment on column realtime.messages.event is 'Name that clients filter by.';
 comment on column realtime.messages.private is 'Which of the two rooms of this name: private (authorized by policies) or public.';
@@ -35,7 +36,7 @@ comment on column realtime.messages.xid is 'Transaction that wrote the row: the 
 comment on column realtime.messages.seq is 'Order of writing. Never set by writers.';
 
 create index messages_xid_idx on realtime.messages (xid);
-create index messages_topic_idx on realtime.messages (topic, inserted_at desc) where extension = 'broadcast';
+create index messages_topic_idx on realtime.messages (topic, seq) where extension = 'broadcast';
 
 -- An insert never fails for want of a partition.
 create table realtime.messages_default partition of realtime.messages default;

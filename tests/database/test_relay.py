@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import psycopg
 import pytest
 
+from realtime_server.cursor import Place
 from realtime_server.relay import Relay, Row
 from tests.fix_database import TestDatabase
 
@@ -29,12 +30,15 @@ class Received:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def __call__(self, row: Row) -> None:
+    def row(self, row: Row, behind: Place) -> None:
         self.rows.append(row)
+
+    def gap(self, oldest: str) -> None:
+        raise AssertionError("there is no gap")
 
     @property
     def numbers(self) -> list[int]:
-        return [int(row.event) for row in self.rows]
+        return [int(row.event or "") for row in self.rows]
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -48,8 +52,8 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 @asynccontextmanager
 async def running(url: str, received: Received) -> AsyncIterator[Relay]:
-    relay = Relay(url, received, timeout_s=5)
-    task = asyncio.create_task(relay.run())
+    relay = Relay(url, timeout_s=5)
+    task = asyncio.create_task(relay.run(received))
     try:
         await until(lambda: relay.is_ready, "the relay to be ready")
         yield relay
@@ -223,8 +227,8 @@ async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(led
     ended: list[int] = []
 
     class Cutting(Received):
-        def __call__(self, row: Row) -> None:
-            super().__call__(row)
+        def row(self, row: Row, behind: Place) -> None:
+            super().row(row, behind)
             if len(self.rows) == 1000:
                 ended.append(terminate_relay(ledger))
 

@@ -64,7 +64,8 @@ alter sequence realtime.messages_seq owned by realtime.messages.seq;
 
 comment on table realtime.messages is 'Messages for clients, a partition a UTC day. Row-level security decides who may join a private topic and send to it.';
 comment on column realtime.messages.topic is 'What clients join, without "realtime:" in front.';
-comment on column realtime.messages.extension is '"broadcast" or "presence"; policies tell the two rights apart by it.';
+comment on column realtime.messages.extension is
+    '"broadcast" or "presence": policies tell the two rights apart by it; "revalidate": for the servers.';
 comment on column realtime.messages.payload is 'JSON object for the clients; null when binary_payload is set.';
 comment on column realtime.messages.event is 'Name that clients filter by.';
 comment on column realtime.messages.private is 'Which of the two rooms of this name: private (authorized by policies) or public.';
@@ -76,7 +77,7 @@ comment on column realtime.messages.xid is 'Transaction that wrote the row: the 
 comment on column realtime.messages.seq is 'Order of writing. Never set by writers.';
 
 create index messages_xid_idx on realtime.messages (xid);
-create index messages_topic_idx on realtime.messages (topic, inserted_at desc) where extension = 'broadcast';
+create index messages_topic_idx on realtime.messages (topic, seq) where extension = 'broadcast';
 
 -- An insert never fails for want of a partition.
 create table realtime.messages_default partition of realtime.messages default;
@@ -94,6 +95,29 @@ grant select on realtime.messages to anon, authenticated, service_role;
 grant insert (topic, extension, payload, event, private, updated_at, inserted_at, id, binary_payload)
     on realtime.messages to anon, authenticated, service_role;
 grant usage on sequence realtime.messages_seq to anon, authenticated, service_role;
+
+-- Places in the stream of messages: what clients and workers hand back in order to go on where they stopped.
+
+-- Strict, because it is clients' text: version, life of the database, a snapshot, maybe a later one, and a sequence number.
+create domain realtime.cursor as text
+    constraint cursor_format check (
+        length(value) <= 40000
+        and length(value) - length(replace(value, '.', '')) <= 2002
+        and value ~ '^1-[0-9a-f]{12}(-[0-9]{1,19}([.][0-9]{1,19})+){1,2}-[0-9]{1,19}$'
+    );
+comment on domain realtime.cursor is 'Place in the stream of messages. Opaque to clients; hand it back as it came.';
+
+create table realtime.stream (
+    only_row boolean primary key default true,
+    epoch uuid not null default gen_random_uuid(),
+    dropped_xid xid8 not null default '0',
+    constraint stream_only_row check (only_row)
+);
+comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
+comment on column realtime.stream.only_row is 'Always true: there is one row.';
+comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
+comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+insert into realtime.stream default values;
 
 -- What policies ask: who is calling, and about which topic.
 
@@ -189,7 +213,12 @@ begin
             errcode = 'invalid_parameter_value',
             message = 'private must be true or false',
             hint = 'Public and private topics of one name are different rooms.';
-    elsif message_binary_payload is null and pg_catalog.jsonb_typeof(message_payload) is distinct from 'object' then
+    elsif message_payload is null and message_binary_payload is null then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'payload must not be null',
+            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
+    elsif pg_catalog.jsonb_typeof(message_payload) <> 'object' then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'payload must be a JSON object',
@@ -238,12 +267,6 @@ language plpgsql
 volatile
 as $$
 begin
-    if payload is null then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'payload must not be null',
-            hint = 'Send ''\x''::bytea for an empty message.';
-    end if;
     if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
         begin
             perform realtime.write_message(topic, event, null, payload, private);
@@ -330,13 +353,20 @@ as $$
 declare
     c_probe_time constant timestamp := '1970-01-01';
     v_id uuid := pg_catalog.gen_random_uuid();
-    v_found bigint;
+    v_passed boolean;
+    v_is_done boolean;
+    v_table text;
 begin
     foreach extension in array extensions loop
-        can_read := false;
+        can_read := null;
         can_write := false;
         problem := null;
+        v_is_done := false;
         begin
+            -- To set_config these mean "as the session's own role", which row-level security does not bind.
+            if coalesce(authorize.role, 'none') = 'none' then
+                raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+            end if;
             perform
                 pg_catalog.set_config('realtime.topic', authorize.topic, true),
                 pg_catalog.set_config('request.jwt.claims', claims::text, true),
@@ -345,49 +375,85 @@ begin
                 pg_catalog.set_config('request.headers', headers::text, true),
                 pg_catalog.set_config('role', authorize.role, true);
 
+            -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
+            -- our own RT000 from one that a policy raises, the table our own broken NOT NULL from one that a policy ran into.
+            v_passed := false;
             begin
                 insert into realtime.messages (topic, extension, updated_at, inserted_at)
                 values (authorize.topic, authorize.extension, null, c_probe_time);
+                v_passed := true;
+                raise exception using errcode = 'RT000';
             exception
                 when not_null_violation then
+                    get stacked diagnostics v_table = table_name;
+                    if v_table <> 'messages_probe' then
+                        raise;
+                    end if;
                     can_write := true;
                 when insufficient_privilege then
                     null;
+                when sqlstate 'RT000' then
+                    if not v_passed then
+                        raise;
+                    end if;
+                    can_write := true;
             end;
 
             if can_write then
+                v_passed := false;
                 begin
                     insert into realtime.messages (topic, extension, updated_at, inserted_at)
                     values (authorize.topic, authorize.extension, null, c_probe_time)
-                    returning id into v_id;
+                    returning true into can_read;
+                    v_passed := true;
+                    raise exception using errcode = 'RT000';
                 exception
                     when not_null_violation then
+                        get stacked diagnostics v_table = table_name;
+                        if v_table <> 'messages_probe' then
+                            raise;
+                        end if;
                         can_read := true;
                     when insufficient_privilege then
-                        null;
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
                 end;
-            else
+            end if;
+
+            if can_read is null then
+                v_passed := false;
                 begin
                     perform pg_catalog.set_config('role', 'none', true);
                     insert into realtime.messages (id, topic, extension, inserted_at)
                     values (v_id, authorize.topic, authorize.extension, c_probe_time);
                     perform pg_catalog.set_config('role', authorize.role, true);
-                    select count(*) into v_found from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    select count(*) > 0 into can_read from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    v_passed := true;
                     raise exception using errcode = 'RT000';
                 exception
-                    when sqlstate 'RT000' then
-                        can_read := v_found > 0;
                     when insufficient_privilege then
-                        null;
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
                 end;
             end if;
+
+            -- Takes role and settings back, whatever they were.
+            v_is_done := true;
+            raise exception using errcode = 'RT000';
         exception when others then
             -- A policy that raises, a role that does not exist: this question alone is answered "no".
-            can_read := false;
-            can_write := false;
-            problem := sqlstate || ': ' || sqlerrm;
+            if not v_is_done then
+                can_read := false;
+                can_write := false;
+                problem := sqlstate || ': ' || sqlerrm;
+            end if;
         end;
-        perform pg_catalog.set_config('role', 'none', true);
         return next;
     end loop;
 end
@@ -467,12 +533,13 @@ revoke all on function realtime.doorbell_is_held(integer) from public;
 
 -- Exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is compared.
 -- Two branches, so that each uses the index on xid. The bound at the top hides transaction ids of another cluster's counter (a restored
--- dump). One row with the new position always comes, last and without a message.
+-- dump). One row without a message always comes first and carries the new position.
 create or replace function realtime.messages_since("position" pg_snapshot)
 returns table (
     seq bigint,
     id uuid,
     topic text,
+    extension text,
     event text,
     private boolean,
     payload text,
@@ -485,7 +552,7 @@ as $$
     with current as materialized (
         select pg_catalog.pg_current_snapshot() as snapshot
     ),
-    committed as (
+    committed as materialized (
         select m.*
         from realtime.messages as m
         where m.xid >= pg_catalog.pg_snapshot_xmax("position")
@@ -495,16 +562,15 @@ as $$
         from realtime.messages as m
         where m.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
     )
-    select c.seq, c.id, c.topic, c.event, c.private, c.payload::text, c.binary_payload, null
-    from committed as c
-    where c.extension = 'broadcast'
-    union all
-    select null, null, null, null, null, null, null, current.snapshot::text
+    select null, null, null, null, null, null, null, null, current.snapshot::text
     from current
-    order by 1 asc nulls last
+    union all
+    select c.seq, c.id, c.topic, c.extension, c.event, c.private, c.payload::text, c.binary_payload, null
+    from committed as c
+    order by 1 asc nulls first
 $$;
 comment on function realtime.messages_since(pg_snapshot) is
-    'Messages committed since a snapshot, in the order written; the last row carries the snapshot to go on from.';
+    'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
 revoke all on function realtime.messages_since(pg_snapshot) from public;
 
 create or replace function realtime.create_partitions(days_ahead integer default 3)
@@ -543,8 +609,378 @@ comment on function realtime.create_partitions(integer) is
     'Makes the partitions from yesterday to days_ahead days from now (UTC) that are missing; returns their names.';
 revoke all on function realtime.create_partitions(integer) from public;
 
+create or replace function realtime.drop_old_messages(retention interval)
+returns setof text
+language plpgsql
+volatile
+as $$
+declare
+    v_before timestamp := (now() at time zone 'utc') - retention;
+    v_day date;
+    v_partition record;
+    v_dropped xid8;
+begin
+    for v_partition in
+        select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
+        from pg_catalog.pg_inherits
+        join pg_catalog.pg_class as child on child.oid = inhrelid
+        where inhparent = 'realtime.messages'::regclass
+            and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
+        order by child.relname
+    loop
+        continue when v_partition.day + 1 > v_before;
+        execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
+        -- First the word, then the deed: both commit together.
+        update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
+        where v_dropped is not null;
+        execute format('drop table realtime.%I', v_partition.relname);
+        return next v_partition.relname;
+    end loop;
+
+    with deleted as (
+        delete from realtime.messages_default
+        where inserted_at < v_before
+        returning xid
+    )
+    select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
+    update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
+    where v_dropped is not null;
+end
+$$;
+comment on function realtime.drop_old_messages(interval) is
+    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
+revoke all on function realtime.drop_old_messages(interval) from public;
+
+-- Called by every server; one at a time does the work. A lock that is not had within the timeout is for the next time: the drop of a
+-- partition would otherwise stand in the queue before all writers.
+create or replace function realtime.maintain(retention interval default '72 hours')
+returns table (partition text, action text)
+language plpgsql
+volatile
+set lock_timeout = '2s'
+as $$
+begin
+    if not pg_catalog.pg_try_advisory_xact_lock(realtime.doorbell_key() + 1) then
+        return;
+    end if;
+    return query select created, 'created' from realtime.create_partitions() as created;
+    begin
+        return query select dropped, 'dropped' from realtime.drop_old_messages(retention) as dropped;
+    exception when lock_not_available then
+        raise warning 'old messages are in use and were not dropped; the next run tries again';
+    end;
+end
+$$;
+comment on function realtime.maintain(interval) is
+    'Makes partitions ahead and drops what is older than the retention; what was done. Safe to call at any time.';
+revoke all on function realtime.maintain(interval) from public;
+
+create or replace view realtime.partitions as
+select
+    child.relname::text as partition,
+    pg_catalog.pg_get_expr(child.relpartbound, child.oid) as bounds,
+    greatest(child.reltuples, 0)::bigint as estimated_rows,
+    pg_catalog.pg_total_relation_size(child.oid) as bytes
+from pg_catalog.pg_inherits
+join pg_catalog.pg_class as child on child.oid = inhrelid
+where inhparent = 'realtime.messages'::regclass
+order by child.relname;
+comment on view realtime.partitions is 'What is kept: the partitions of realtime.messages, their bounds and sizes.';
+
 do $$
 begin
     perform realtime.create_partitions();
 end
 $$;
+
+-- Reading from a place on: paged, exact, and with a plain word where something is missing.
+--
+-- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row that it does not see, and whose transaction began later,
+-- has a sequence number up to "seq", so a read may start there. Or it is "since", "until" and "seq": behind all that "since" sees and, of
+-- what the later snapshot "until" sees as well, behind "seq".
+
+create or replace function realtime.life()
+returns text
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select substr(
+        md5(concat_ws(
+            '/',
+            stream.epoch,
+            control.system_identifier,
+            case when pg_is_in_recovery() then 'standby' else substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
+            (select oid from pg_database where datname = current_database())
+        )),
+        1,
+        12
+    )
+    from realtime.stream
+    cross join pg_control_system() as control
+$$;
+comment on function realtime.life() is
+    'Names this life of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another.';
+
+-- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
+create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
+returns text
+language sql
+immutable
+strict
+as $$
+    select concat_ws(
+        '.',
+        pg_catalog.pg_snapshot_xmin("snapshot"),
+        coalesce(
+            (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip offset 1000 limit 1),
+            pg_catalog.pg_snapshot_xmax("snapshot")
+        ),
+        (
+            select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
+            from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
+        )
+    )
+$$;
+comment on function realtime.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
+
+create or replace function realtime.snapshot_from_text(part text)
+returns pg_snapshot
+language sql
+immutable
+strict
+as $$
+    select pg_catalog.translate(
+        pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
+    )::pg_snapshot
+$$;
+comment on function realtime.snapshot_from_text(text) is 'The reverse of realtime.snapshot_text.';
+
+create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
+returns realtime.cursor
+language sql
+immutable
+as $$
+    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor
+$$;
+comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
+
+create or replace function realtime.cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    -- Any row that is visible will do for "seq"; the newest transaction has a high one.
+    select realtime.format_cursor(
+        realtime.life(),
+        pg_current_snapshot(),
+        null,
+        coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
+    )
+$$;
+comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
+
+create or replace function realtime.oldest_cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select realtime.format_cursor(
+        realtime.life(), format('%1$s:%1$s:', greatest(stream.dropped_xid::text::numeric, 2) + 1)::pg_snapshot, null, 0
+    )
+    from realtime.stream
+$$;
+comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_parts text[] := string_to_array(place, '-');
+    v_problem text;
+begin
+    begin
+        since := realtime.snapshot_from_text(v_parts[3]);
+        if cardinality(v_parts) = 5 then
+            until := realtime.snapshot_from_text(v_parts[4]);
+        end if;
+        seq := v_parts[cardinality(v_parts)]::bigint;
+    exception when invalid_text_representation or numeric_value_out_of_range then
+        since := null;
+    end;
+    if since is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', message = 'malformed cursor', hint = 'Hand a cursor back as it came.';
+    end if;
+
+    if v_parts[2] <> realtime.life() then
+        v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
+    elsif pg_snapshot_xmax(coalesce(until, since)) > pg_snapshot_xmax(pg_current_snapshot()) then
+        v_problem := 'the cursor is ahead of this database';
+    elsif pg_snapshot_xmin(since) <= (select stream.dropped_xid from realtime.stream) then
+        v_problem := 'the cursor is older than what is kept';
+    end if;
+    if v_problem is not null then
+        raise exception using
+            errcode = 'RT001',
+            message = 'gap: ' || v_problem,
+            detail = realtime.oldest_cursor(),
+            hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
+    end if;
+end
+$$;
+comment on function realtime.read_cursor(realtime.cursor) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+
+-- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+create or replace function realtime.messages_after(
+    topic text,
+    after realtime.cursor,
+    max_rows integer default 100,
+    private boolean default null
+)
+returns table (
+    id uuid,
+    event text,
+    payload jsonb,
+    binary_payload bytea,
+    is_private boolean,
+    inserted_at timestamp,
+    xid xid8,
+    cursor realtime.cursor
+)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_life text := realtime.life();
+    v_since pg_snapshot;
+    v_until pg_snapshot;
+    v_seq bigint;
+    v_left integer := least(greatest(max_rows, 0), 10000);
+    v_is_present boolean;
+    v_row record;
+begin
+    select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
+    loop
+        v_is_present := v_until is null;
+        if v_is_present then
+            v_until := pg_catalog.pg_current_snapshot();
+        end if;
+        for v_row in
+            select page.*, pg_catalog.lead(page.seq) over (order by page.seq) is null as is_last
+            from (
+                (
+                    select m.*
+                    from realtime.messages as m
+                    where m.topic = messages_after.topic
+                        and m.extension = 'broadcast'
+                        and m.seq > v_seq
+                        and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                        and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                        and (messages_after.private is null or m.private = messages_after.private)
+                    order by m.seq
+                    limit v_left + 1
+                )
+                union all
+                (
+                    select m.*
+                    from realtime.messages as m
+                    where m.topic = messages_after.topic
+                        and m.extension = 'broadcast'
+                        and (v_is_present or m.seq > v_seq)
+                        and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                        and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                        and (messages_after.private is null or m.private = messages_after.private)
+                    order by m.seq
+                    limit v_left + 1
+                )
+            ) as page
+            order by page.seq
+            limit v_left
+        loop
+            v_left := v_left - 1;
+            id := v_row.id;
+            event := v_row.event;
+            payload := v_row.payload;
+            binary_payload := v_row.binary_payload;
+            is_private := v_row.private;
+            inserted_at := v_row.inserted_at;
+            xid := v_row.xid;
+            cursor := case
+                when v_row.is_last then realtime.format_cursor(v_life, v_until, null, v_row.seq)
+                else realtime.format_cursor(v_life, v_since, v_until, v_row.seq)
+            end;
+            return next;
+        end loop;
+        exit when v_is_present or v_left = 0;
+        v_since := v_until;
+        v_until := null;
+    end loop;
+end
+$$;
+comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
+    'Messages of a topic behind a cursor that the caller may see, in order, at most 10,000, each with the cursor to go on from. private: null for both rooms of the name. Raises RT001 where messages are missing.';
+
+create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)
+returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
+language sql
+stable
+as $$
+    select newest.id, newest.event, newest.payload, newest.binary_payload, newest.xid
+    from (
+        select m.id, m.event, m.payload, m.binary_payload, m.xid, m.seq
+        from realtime.messages as m
+        where m.topic = messages_between.topic
+            and m.extension = 'broadcast'
+            and m.private
+            and m.inserted_at >= since at time zone 'utc'
+            and m.inserted_at < (now() + interval '1 minute') at time zone 'utc'
+        order by m.seq desc
+        limit max_rows
+    ) as newest
+    order by newest.seq
+$$;
+comment on function realtime.messages_between(text, timestamptz, integer) is
+    'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
+revoke all on function realtime.messages_between(text, timestamptz, integer) from public;
+
+-- One statement, so one database snapshot for both halves; the caller's rights hold for the rows.
+create or replace function realtime.snapshot(query text, out rows jsonb, out cursor realtime.cursor)
+language plpgsql
+volatile
+as $$
+begin
+    execute pg_catalog.format(
+        'select coalesce(pg_catalog.jsonb_agg(q), ''[]''), realtime.cursor() from (%s) as q', query
+    ) into rows, cursor;
+end
+$$;
+comment on function realtime.snapshot(text) is
+    'The rows of a query, as the caller sees them, and the cursor of the same moment: load the list, then follow from the cursor, and nothing is missed or doubled.';
+
+-- An outbox row for the servers themselves: read in order by each of them, lost by none.
+create or replace function realtime.revalidate(topic text default null, sub text default null)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    insert into realtime.messages (topic, extension, payload, private)
+    values (coalesce(revalidate.topic, ''), 'revalidate', jsonb_build_object('topic', revalidate.topic, 'sub', revalidate.sub), true)
+$$;
+comment on function realtime.revalidate(text, text) is
+    'Asks the policies again for joined private channels of a topic, of a user (claim "sub"), of both, or of all; who lost the right loses the channel within a second of the commit. Call it in a trigger on the table that policies read.';
+revoke all on function realtime.revalidate(text, text) from public;
+grant execute on function realtime.revalidate(text, text) to service_role;

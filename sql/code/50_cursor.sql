@@ -1,0 +1,291 @@
+-- Reading from a place on: paged, exact, and with a plain word where something is missing.
+--
+-- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row that it does not see, and whose transaction began later,
+-- has a sequence number up to "seq", so a read may start there. Or it is "since", "until" and "seq": behind all that "since" sees and, of
+-- what the later snapshot "until" sees as well, behind "seq".
+
+create or replace function realtime.life()
+returns text
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select substr(
+        md5(concat_ws(
+            '/',
+            stream.epoch,
+            control.system_identifier,
+            case when pg_is_in_recovery() then 'standby' else substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
+            (select oid from pg_database where datname = current_database())
+        )),
+        1,
+        12
+    )
+    from realtime.stream
+    cross join pg_control_system() as control
+$$;
+comment on function realtime.life() is
+    'Names this life of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another.';
+
+-- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
+create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
+returns text
+language sql
+immutable
+strict
+as $$
+    select concat_ws(
+        '.',
+        pg_catalog.pg_snapshot_xmin("snapshot"),
+        coalesce(
+            (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip offset 1000 limit 1),
+            pg_catalog.pg_snapshot_xmax("snapshot")
+        ),
+        (
+            select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
+            from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
+        )
+    )
+$$;
+comment on function realtime.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
+
+create or replace function realtime.snapshot_from_text(part text)
+returns pg_snapshot
+language sql
+immutable
+strict
+as $$
+    select pg_catalog.translate(
+        pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
+    )::pg_snapshot
+$$;
+comment on function realtime.snapshot_from_text(text) is 'The reverse of realtime.snapshot_text.';
+
+create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
+returns realtime.cursor
+language sql
+immutable
+as $$
+    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor
+$$;
+comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
+
+create or replace function realtime.cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    -- Any row that is visible will do for "seq"; the newest transaction has a high one.
+    select realtime.format_cursor(
+        realtime.life(),
+        pg_current_snapshot(),
+        null,
+        coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
+    )
+$$;
+comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
+
+create or replace function realtime.oldest_cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select realtime.format_cursor(
+        realtime.life(), format('%1$s:%1$s:', greatest(stream.dropped_xid::text::numeric, 2) + 1)::pg_snapshot, null, 0
+    )
+    from realtime.stream
+$$;
+comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_parts text[] := string_to_array(place, '-');
+    v_problem text;
+begin
+    begin
+        since := realtime.snapshot_from_text(v_parts[3]);
+        if cardinality(v_parts) = 5 then
+            until := realtime.snapshot_from_text(v_parts[4]);
+        end if;
+        seq := v_parts[cardinality(v_parts)]::bigint;
+    exception when invalid_text_representation or numeric_value_out_of_range then
+        since := null;
+    end;
+    if since is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', message = 'malformed cursor', hint = 'Hand a cursor back as it came.';
+    end if;
+
+    if v_parts[2] <> realtime.life() then
+        v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
+    elsif pg_snapshot_xmax(coalesce(until, since)) > pg_snapshot_xmax(pg_current_snapshot()) then
+        v_problem := 'the cursor is ahead of this database';
+    elsif pg_snapshot_xmin(since) <= (select stream.dropped_xid from realtime.stream) then
+        v_problem := 'the cursor is older than what is kept';
+    end if;
+    if v_problem is not null then
+        raise exception using
+            errcode = 'RT001',
+            message = 'gap: ' || v_problem,
+            detail = realtime.oldest_cursor(),
+            hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
+    end if;
+end
+$$;
+comment on function realtime.read_cursor(realtime.cursor) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+
+-- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+create or replace function realtime.messages_after(
+    topic text,
+    after realtime.cursor,
+    max_rows integer default 100,
+    private boolean default null
+)
+returns table (
+    id uuid,
+    event text,
+    payload jsonb,
+    binary_payload bytea,
+    is_private boolean,
+    inserted_at timestamp,
+    xid xid8,
+    cursor realtime.cursor
+)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_life text := realtime.life();
+    v_since pg_snapshot;
+    v_until pg_snapshot;
+    v_seq bigint;
+    v_left integer := least(greatest(max_rows, 0), 10000);
+    v_is_present boolean;
+    v_row record;
+begin
+    select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
+    loop
+        v_is_present := v_until is null;
+        if v_is_present then
+            v_until := pg_catalog.pg_current_snapshot();
+        end if;
+        for v_row in
+            select page.*, pg_catalog.lead(page.seq) over (order by page.seq) is null as is_last
+            from (
+                (
+                    select m.*
+                    from realtime.messages as m
+                    where m.topic = messages_after.topic
+                        and m.extension = 'broadcast'
+                        and m.seq > v_seq
+                        and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                        and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                        and (messages_after.private is null or m.private = messages_after.private)
+                    order by m.seq
+                    limit v_left + 1
+                )
+                union all
+                (
+                    select m.*
+                    from realtime.messages as m
+                    where m.topic = messages_after.topic
+                        and m.extension = 'broadcast'
+                        and (v_is_present or m.seq > v_seq)
+                        and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                        and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                        and (messages_after.private is null or m.private = messages_after.private)
+                    order by m.seq
+                    limit v_left + 1
+                )
+            ) as page
+            order by page.seq
+            limit v_left
+        loop
+            v_left := v_left - 1;
+            id := v_row.id;
+            event := v_row.event;
+            payload := v_row.payload;
+            binary_payload := v_row.binary_payload;
+            is_private := v_row.private;
+            inserted_at := v_row.inserted_at;
+            xid := v_row.xid;
+            cursor := case
+                when v_row.is_last then realtime.format_cursor(v_life, v_until, null, v_row.seq)
+                else realtime.format_cursor(v_life, v_since, v_until, v_row.seq)
+            end;
+            return next;
+        end loop;
+        exit when v_is_present or v_left = 0;
+        v_since := v_until;
+        v_until := null;
+    end loop;
+end
+$$;
+comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
+    'Messages of a topic behind a cursor that the caller may see, in order, at most 10,000, each with the cursor to go on from. private: null for both rooms of the name. Raises RT001 where messages are missing.';
+
+create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)
+returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
+language sql
+stable
+as $$
+    select newest.id, newest.event, newest.payload, newest.binary_payload, newest.xid
+    from (
+        select m.id, m.event, m.payload, m.binary_payload, m.xid, m.seq
+        from realtime.messages as m
+        where m.topic = messages_between.topic
+            and m.extension = 'broadcast'
+            and m.private
+            and m.inserted_at >= since at time zone 'utc'
+            and m.inserted_at < (now() + interval '1 minute') at time zone 'utc'
+        order by m.seq desc
+        limit max_rows
+    ) as newest
+    order by newest.seq
+$$;
+comment on function realtime.messages_between(text, timestamptz, integer) is
+    'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
+revoke all on function realtime.messages_between(text, timestamptz, integer) from public;
+
+-- One statement, so one database snapshot for both halves; the caller's rights hold for the rows.
+create or replace function realtime.snapshot(query text, out rows jsonb, out cursor realtime.cursor)
+language plpgsql
+volatile
+as $$
+begin
+    execute pg_catalog.format(
+        'select coalesce(pg_catalog.jsonb_agg(q), ''[]''), realtime.cursor() from (%s) as q', query
+    ) into rows, cursor;
+end
+$$;
+comment on function realtime.snapshot(text) is
+    'The rows of a query, as the caller sees them, and the cursor of the same moment: load the list, then follow from the cursor, and nothing is missed or doubled.';
+
+-- An outbox row for the servers themselves: read in order by each of them, lost by none.
+create or replace function realtime.revalidate(topic text default null, sub text default null)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    insert into realtime.messages (topic, extension, payload, private)
+    values (coalesce(revalidate.topic, ''), 'revalidate', jsonb_build_object('topic', revalidate.topic, 'sub', revalidate.sub), true)
+$$;
+comment on function realtime.revalidate(text, text) is
+    'Asks the policies again for joined private channels of a topic, of a user (claim "sub"), of both, or of all; who lost the right loses the channel within a second of the commit. Call it in a trigger on the table that policies read.';
+revoke all on function realtime.revalidate(text, text) from public;
+grant execute on function realtime.revalidate(text, text) to service_role;

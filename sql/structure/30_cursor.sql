@@ -1,0 +1,22 @@
+-- Places in the stream of messages: what clients and workers hand back in order to go on where they stopped.
+
+-- Strict, because it is clients' text: version, life of the database, a snapshot, maybe a later one, and a sequence number.
+create domain realtime.cursor as text
+    constraint cursor_format check (
+        length(value) <= 40000
+        and length(value) - length(replace(value, '.', '')) <= 2002
+        and value ~ '^1-[0-9a-f]{12}(-[0-9]{1,19}([.][0-9]{1,19})+){1,2}-[0-9]{1,19}$'
+    );
+comment on domain realtime.cursor is 'Place in the stream of messages. Opaque to clients; hand it back as it came.';
+
+create table realtime.stream (
+    only_row boolean primary key default true,
+    epoch uuid not null default gen_random_uuid(),
+    dropped_xid xid8 not null default '0',
+    constraint stream_only_row check (only_row)
+);
+comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
+comment on column realtime.stream.only_row is 'Always true: there is one row.';
+comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
+comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+insert into realtime.stream default values;

@@ -1,0 +1,232 @@
+"""Cursors on the WebSocket: given on request, taken at a join, and a plain word where messages are missing."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.fix_database import TestDatabase
+from tests.fix_server import Server
+from tests.fix_wire import Wire, WireFactory
+
+CURSOR = {"broadcast": {"cursor": True}}
+
+
+def send(database: TestDatabase, topic: str, *numbers: int, private: bool = False) -> None:
+    """One transaction for all of them."""
+    with database.connect() as db, db.transaction():
+        for number in numbers:
+            db.execute("select realtime.send(jsonb_build_object('n', %s::int), 'e', %s, %s)", (number, topic, private))
+
+
+async def hear_broadcast(socket: Wire) -> dict[str, Any]:
+    """The next broadcast, text or binary kind 4, as {"n", "meta"}."""
+    frame = await socket.socket.recv()
+    if isinstance(frame, str):
+        payload = json.loads(frame)[4]
+        return {"n": payload["payload"]["n"], "meta": payload["meta"]}
+    topic, event, meta = frame[1], frame[2], frame[3]
+    start = 5 + topic + event
+    return {
+        "n": json.loads(frame[start + meta :])["n"],
+        "meta": json.loads(frame[start : start + meta]),
+    }
+
+
+async def joined(server: Server, wire: WireFactory, topic: str, config: dict[str, Any]) -> tuple[Wire, dict[str, Any]]:
+    socket = await wire(server.websocket_url, server.anon_key)
+    answer = await socket.join(topic, config, access_token=server.service_key)
+    assert answer["status"] == "ok", answer
+    return socket, answer["response"]
+
+
+@pytest.mark.parametrize("private", [False, True])
+async def test_resume_goes_on_exactly_behind_each_cursor(
+    shared_server: Server, wire: WireFactory, private: bool
+) -> None:
+    topic = f"resume:{private}"
+    socket, response = await joined(shared_server, wire, topic, {**CURSOR, "private": private})
+    # Three transactions; the middle one has several messages, so there are places within a read.
+    for numbers in ((1,), (2, 3, 4), (5,)):
+        send(shared_server.database, topic, *numbers, private=private)
+    live = [await hear_broadcast(socket) for _ in range(5)]
+    assert [message["n"] for message in live] == [1, 2, 3, 4, 5]
+    assert "replayed" not in live[0]["meta"]
+
+    cursors = [response["cursor"], *(message["meta"]["cursor"] for message in live)]
+    for position, cursor in enumerate(cursors):
+        config = {"private": private, "broadcast": {"cursor": True, "replay": {"after": cursor}}}
+        again, _ = await joined(shared_server, wire, topic, config)
+        rest = [await hear_broadcast(again) for _ in range(5 - position)]
+        assert [message["n"] for message in rest] == [1, 2, 3, 4, 5][position:]
+        assert [message["meta"]["id"] for message in rest] == [message["meta"]["id"] for message in live[position:]]
+        assert all(message["meta"]["replayed"] for message in rest)
+        assert await again.is_alive()
+        # And then live.
+        await again.socket.close()
+
+
+async def test_who_asks_for_no_cursor_gets_none(shared_server: Server, wire: WireFactory) -> None:
+    socket, response = await joined(shared_server, wire, "plain", {})
+    assert response == {"postgres_changes": []}
+    send(shared_server.database, "plain", 1)
+    assert set((await hear_broadcast(socket))["meta"]) == {"id"}
+
+
+async def test_more_than_a_page_and_more_than_can_be_held_arrive_in_order(
+    shared_server: Server, wire: WireFactory
+) -> None:
+    _, response = await joined(shared_server, wire, "many", CURSOR)
+    send(shared_server.database, "many", *range(3500))
+    config = {"broadcast": {"replay": {"after": response["cursor"]}}}
+    socket, _ = await joined(shared_server, wire, "many", config)
+    send(shared_server.database, "many", *range(3500, 6000))
+    assert [(await hear_broadcast(socket))["n"] for _ in range(6000)] == list(range(6000))
+    assert await socket.is_alive()
+
+
+async def test_public_and_private_rooms_of_one_name_are_told_apart(shared_server: Server, wire: WireFactory) -> None:
+    _, response = await joined(shared_server, wire, "both", CURSOR)
+    send(shared_server.database, "both", 1, private=True)
+    send(shared_server.database, "both", 2, private=False)
+    replay = {"broadcast": {"replay": {"after": response["cursor"]}}}
+    for private, number in ((True, 1), (False, 2)):
+        socket, _ = await joined(shared_server, wire, "both", {**replay, "private": private})
+        assert (await hear_broadcast(socket))["n"] == number
+        assert await socket.is_alive()
+
+
+GAPS = {
+    "nonsense": ("nonsense", "malformed"),
+    "number": (5, "malformed"),
+    "too long": ("1-aaaaaaaaaaaa-" + "1." * 30000 + "1-1", "malformed"),
+    "snapshot that is none": ("1-aaaaaaaaaaaa-9.5-1", "malformed"),
+    "another life": ("1-aaaaaaaaaaaa-5.5-1", "another life"),
+}
+
+
+@pytest.mark.parametrize("case", GAPS)
+async def test_cursor_that_cannot_be_read_from_is_answered_with_a_gap_and_then_live(
+    shared_server: Server, wire: WireFactory, case: str
+) -> None:
+    cursor, words = GAPS[case]
+    topic = f"gap:{case}"
+    # The relay has passed this one before the join: it is not live any more.
+    other, _ = await joined(shared_server, wire, topic, {})
+    send(shared_server.database, topic, 1)
+    assert (await hear_broadcast(other))["n"] == 1
+    socket, _ = await joined(shared_server, wire, topic, {"broadcast": {"replay": {"after": cursor}}})
+    join_ref, ref, wire_topic, event, payload = await socket.hear()
+    assert (join_ref, ref, wire_topic, event) == ("1", None, f"realtime:{topic}", "system")
+    assert (payload["extension"], payload["status"], payload["channel"]) == ("broadcast", "gap", topic)
+    assert words in payload["message"]
+    if words != "malformed":
+        # The oldest cursor is one that can be read from.
+        again, _ = await joined(shared_server, wire, topic, {"broadcast": {"replay": {"after": payload["cursor"]}}})
+        assert (await hear_broadcast(again))["n"] == 1
+    send(shared_server.database, topic, 2)
+    assert (await hear_broadcast(socket))["n"] == 2
+
+
+async def test_cursor_older_than_what_is_kept_is_a_gap(server: Server, wire: WireFactory) -> None:
+    _, response = await joined(server, wire, "old", CURSOR)
+    send(server.database, "old", 1)
+    # Everything is older than no time at all; the partition of today is not, as long as its day lasts.
+    server.database.execute("update realtime.messages set inserted_at = '2001-01-01'")
+    server.database.execute("select * from realtime.maintain('72 hours')")
+    assert server.database.execute("select count(*) from realtime.messages") == [(0,)]
+    socket, _ = await joined(server, wire, "old", {"broadcast": {"replay": {"after": response["cursor"]}}})
+    payload = (await socket.hear())[4]
+    assert payload["status"] == "gap"
+    assert "older than what is kept" in payload["message"]
+    # The oldest cursor that is named has no gap behind it.
+    send(server.database, "old", 2)
+    socket, _ = await joined(server, wire, "old", {"broadcast": {"replay": {"after": payload["cursor"]}}})
+    assert (await hear_broadcast(socket))["n"] == 2
+
+
+async def test_replay_by_time_gives_the_newest_oldest_first_and_none_twice(
+    shared_server: Server, wire: WireFactory
+) -> None:
+    """Items 81 and 83."""
+    before = int(time.time() * 1000) - 60_000
+    send(shared_server.database, "timed", *range(30), private=True)
+    for limit, expected in ((None, 25), (3, 3), (100, 25), (0, 1)):
+        replay = {"since": before} | ({} if limit is None else {"limit": limit})
+        socket, _ = await joined(shared_server, wire, "timed", {"private": True, "broadcast": {"replay": replay}})
+        got = [await hear_broadcast(socket) for _ in range(expected)]
+        assert [message["n"] for message in got] == list(range(30))[-expected:]
+        assert all(message["meta"]["replayed"] is True for message in got)
+        assert await socket.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("private", "replay", "reason"),
+    [
+        (False, {"since": 1}, "Replay is not allowed for public channels"),
+        (True, {}, "Replay params are not valid"),
+        (True, {"since": "1"}, "Replay params are not valid"),
+        (True, {"since": 1.5}, "Replay params are not valid"),
+        (True, {"since": True}, "Replay params are not valid"),
+        (True, {"since": 1, "limit": "5"}, "Replay params are not valid"),
+        (True, {"since": 10**30}, "Replay params are not valid"),
+        (True, {"since": -1}, "Replay params are not valid"),
+        (True, "x", "Replay params are not valid"),
+    ],
+)
+async def test_replay_by_time_is_refused(
+    shared_server: Server, wire: WireFactory, private: bool, replay: Any, reason: str
+) -> None:
+    """Item 82."""
+    socket = await wire(shared_server.websocket_url, shared_server.anon_key)
+    answer = await socket.join(
+        "t", {"private": private, "broadcast": {"replay": replay}}, access_token=shared_server.service_key
+    )
+    assert answer == {"status": "error", "response": {"reason": f"UnableToReplayMessages: {reason}"}}
+    assert await socket.is_alive()
+
+
+def test_psql_pages_through_a_topic_and_names_a_gap(any_database: TestDatabase) -> None:
+    start = any_database.execute("select realtime.cursor()")[0][0]
+    send(any_database, "t", 1, 2, 3)
+    send(any_database, "t", 4)
+    send(any_database, "other", 5)
+    seen, cursor = [], start
+    while page := any_database.execute(
+        "select (payload ->> 'n')::int, cursor from realtime.messages_after('t', %s, 2)", cursor
+    ):
+        seen += [number for number, _ in page]
+        cursor = page[-1][1]
+    assert seen == [1, 2, 3, 4]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        any_database.execute("select * from realtime.messages_after('t', 'nonsense', 2)")
+    with pytest.raises(psycopg.Error, match="gap: the cursor is of another life") as gap:
+        any_database.execute("select * from realtime.messages_after('t', '1-aaaaaaaaaaaa-5.5-0', 2)")
+    assert gap.value.sqlstate == "RT001"
+    oldest = gap.value.diag.message_detail
+    assert len(any_database.execute("select id from realtime.messages_after('t', %s, 10)", oldest)) == 4
+
+
+def test_snapshot_and_stream_fit_together(any_database: TestDatabase) -> None:
+    """What the query saw is before the cursor, everything else behind it."""
+    any_database.execute("create table items (n int)")
+
+    def insert(db: psycopg.Connection[Any], number: int) -> None:
+        db.execute("insert into items values (%s)", (number,))
+        db.execute("select realtime.send(jsonb_build_object('n', %s::int), 'e', 'items', false)", (number,))
+
+    with any_database.connect() as one, any_database.connect() as two:
+        with one.transaction():
+            insert(one, 1)
+            with two.transaction():
+                insert(two, 2)
+            rows, cursor = any_database.execute("select * from realtime.snapshot('select n from items')")[0]
+            insert(one, 3)
+        insert(two, 4)
+    behind = any_database.execute("select (payload ->> 'n')::int from realtime.messages_after('items', %s)", cursor)
+    assert rows == [{"n": 2}]
+    assert sorted(number for (number,) in behind) == [1, 3, 4]
