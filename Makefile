@@ -50,13 +50,18 @@ upgrade: $(V)/.run ## migrate the database of REALTIME_DATABASE_URL, samples too
 	$(BIN)/realtime-server migrate
 
 revision: $(V)/.run ## new migration: make revision branch=core name=add_something
-	$(BIN)/python -m realtime_server.schema revision $(branch) $(name)
+	@id=$$(printf '%s_%04d' $(branch) $$(($$(ls alembic/versions/$(branch)/*.py | wc -l) + 1))) && \
+	$(BIN)/alembic revision --head $(branch)@head --rev-id $$id -m "$(name)" && \
+	mv alembic/versions/$${id}_*.py alembic/versions/$(branch)/ && \
+	for file in alembic/versions/$(branch)/$${id}_*.py; do \
+		touch "$${file%.py}.sql"; echo "moved to $$file; fill in the .sql beside it"; done
 
 schema-diff: $(V)/.test ## difference between sql/ and the migrations: nothing when they agree
 	$(BIN)/python -m pytest -q tests/database/test_schema.py -k equals
 
-freeze: $(V)/.run ## record the digests of released migrations
-	$(BIN)/python -m realtime_server.schema freeze
+freeze: ## record the digests of released migrations
+	@cd alembic && touch frozen.sha256 && find versions -name '*.py' -o -name '*.sql' | sort | while read -r file; do \
+		grep -q "  $$file$$" frozen.sha256 || sha256sum "$$file" >> frozen.sha256; done
 
 lock: ## resolve requirements/*.txt again (needs uv)
 	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --extra embedded -o requirements/run.txt

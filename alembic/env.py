@@ -45,6 +45,7 @@ def database_url() -> str:
 
 def run_offline() -> None:
     context.configure(url="postgresql+psycopg://", literal_binds=True, **OPTIONS)
+    context.execute("set search_path = ''")  # as online: names mean the same whoever runs the script
     context.execute("create schema if not exists realtime")
     with context.begin_transaction():
         context.run_migrations()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import timedelta
 from pathlib import Path
@@ -26,14 +25,15 @@ from starlette.types import Scope
 
 from realtime_server import __version__, database
 from realtime_server.authorization import Authorization
-from realtime_server.claims import Claims, Verifier
 from realtime_server.config import Settings
 from realtime_server.cursor import Place
 from realtime_server.database import Database
 from realtime_server.delivery import Delivery
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
+from realtime_server.endpoints.messages import messages_endpoint
 from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
+from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
 from realtime_server.endpoints.websocket import Sockets, websocket_endpoint
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.history import History
@@ -42,6 +42,7 @@ from realtime_server.limits import Rate
 from realtime_server.presence import Presence
 from realtime_server.relay import Relay
 from realtime_server.services import Authorize, Limits, Rates, Services, Verify
+from realtime_server.tokens import Tokens
 
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
@@ -52,14 +53,16 @@ HISTORY_TIMEOUT_S: Final = 30.0
 log = structlog.get_logger()
 
 
-def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: str) -> Starlette:
-    """The server as an ASGI application, for any ASGI server."""
+def make_app(settings: Settings, *, database_url: str, secret: str | None, anon_key: str | None) -> Starlette:
+    """The server as an ASGI application, for any ASGI server. Raises: SettingsError."""
     sockets = Sockets()
-    verifier = Verifier(secret, frozenset(settings.roles))
-
-    async def verify(token: str) -> Claims:
-        return verifier.verify(token, time.time())
-
+    tokens = Tokens(
+        secret=secret,
+        jwks_url=settings.jwks_url,
+        roles=frozenset(settings.roles),
+        required_claims=settings.jwt_claims,
+        opaque_keys=settings.opaque_keys,
+    )
     pool = database.pool(
         database_url,
         name="authorization",
@@ -78,7 +81,7 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
     relay = Relay(database_url, timeout_s=settings.database_timeout_s)
     services = _services(
         settings,
-        verify=verify,
+        verify=tokens.verify,
         authorize=authorization.authorize,
         history=History(history_pool),
         place=lambda: relay.place,
@@ -93,6 +96,7 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
             for name, part in (
                 ("relay", relay.run(Delivery(services))),
                 ("authorization", authorization.run()),
+                ("tokens", tokens.run()),
                 ("maintenance", _maintain(pool, settings.retention)),
             )
         ]
@@ -109,6 +113,8 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
         return JSONResponse({"anon_key": anon_key})
 
     websocket = websocket_endpoint(services, sockets, settings)
+    tickets = Tickets()
+    stream = stream_endpoint(services, sockets, tickets, settings)
     rest = _rest(services, settings)
     app = Starlette(
         lifespan=lifespan,
@@ -118,6 +124,9 @@ def make_app(settings: Settings, *, database_url: str, secret: str, anon_key: st
             *rest,
             ApiRoute("/api/openapi", openapi_endpoint(rest, __version__)),
             Route("/healthcheck", alive),
+            Route("/realtime/v1/stream", stream),
+            Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"]),
+            Route("/realtime/v1/messages", messages_endpoint(services)),
             Route("/healthz", alive),
             Route("/readyz", ready_endpoint(lambda: {"relay": relay.is_ready, "serving": not sockets.is_draining})),
             Route("/start.json", start_facts),

@@ -1,18 +1,24 @@
 """Tokens: from the text a client sent to verified claims. Pure: the time and the keys are arguments.
 
-The algorithm is fixed by the key, never chosen by the token. Source of the rules and of their order: Supabase Realtime's
-`RealtimeWeb.JwtVerification`.
+The key decides the algorithm: keys are looked up by key id *and* algorithm, and each is filed only under algorithms of its own type. So a
+public key is never an HMAC secret, and `none`, PS* and everything else that is not in the tables below finds no key.
+Source of rules and texts: Supabase Realtime's `RealtimeWeb.JwtVerification`; of the key format: RFC 7517, 7518, 8037, 9864.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf
 from typing import Any, Final
 from urllib.parse import unquote
 
 import jwt
 import msgspec
-from jwt.types import Options
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from jwt.algorithms import Algorithm, ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from realtime_server.errors import (
     InvalidClaims,
@@ -20,12 +26,47 @@ from realtime_server.errors import (
     MalformedToken,
     MissingClaims,
     NoSigningKey,
+    SettingsError,
     TokenExpired,
 )
 
-SECRET_ALGORITHMS: Final = ("HS256", "HS384", "HS512")
 # API keys outlive the software that made them: 2100-01-01, the same for the same secret.
 API_KEY_EXPIRES_AT: Final = 4_102_444_800
+# As long as servers let a header be. What is longer costs more to take apart than a stranger may cost: 30 ns a character.
+MAX_TOKEN_CHARACTERS: Final = 16_384
+# RFC 7518, sections 3.2 and 3.3.
+MIN_SECRET_BYTES: Final = 32
+MIN_RSA_BITS: Final = 2048
+
+_SECRET_ALGORITHMS: Final[Mapping[str, Algorithm]] = {
+    "HS256": HMACAlgorithm(HMACAlgorithm.SHA256),
+    "HS384": HMACAlgorithm(HMACAlgorithm.SHA384),
+    "HS512": HMACAlgorithm(HMACAlgorithm.SHA512),
+}
+_RSA_ALGORITHMS: Final[Mapping[str, Algorithm]] = {
+    "RS256": RSAAlgorithm(RSAAlgorithm.SHA256),
+    "RS384": RSAAlgorithm(RSAAlgorithm.SHA384),
+    "RS512": RSAAlgorithm(RSAAlgorithm.SHA512),
+}
+_EC_ALGORITHMS: Final[Mapping[str, Algorithm]] = {
+    "ES256": ECAlgorithm(ECAlgorithm.SHA256),
+    "ES384": ECAlgorithm(ECAlgorithm.SHA384),
+    "ES512": ECAlgorithm(ECAlgorithm.SHA512),
+}
+_EDWARDS: Final = OKPAlgorithm()
+_EDWARDS_ALGORITHMS: Final[Mapping[str, Algorithm]] = {"EdDSA": _EDWARDS, "Ed25519": _EDWARDS, "Ed448": _EDWARDS}
+_ALGORITHMS: Final = {**_SECRET_ALGORITHMS, **_RSA_ALGORITHMS, **_EC_ALGORITHMS, **_EDWARDS_ALGORITHMS}
+# Key type and curve → the algorithms that such a key may be used with, and its members that are public.
+_KEY_TYPES: Final[Mapping[tuple[object, object], tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    ("oct", None): (tuple(_SECRET_ALGORITHMS), ("kty", "k")),
+    ("RSA", None): (tuple(_RSA_ALGORITHMS), ("kty", "n", "e")),
+    ("EC", "P-256"): (("ES256",), ("kty", "crv", "x", "y")),
+    ("EC", "P-384"): (("ES384",), ("kty", "crv", "x", "y")),
+    ("EC", "P-521"): (("ES512",), ("kty", "crv", "x", "y")),
+    ("OKP", "Ed25519"): (("EdDSA", "Ed25519"), ("kty", "crv", "x")),
+    ("OKP", "Ed448"): (("EdDSA", "Ed448"), ("kty", "crv", "x")),
+}
+_JWS: Final = jwt.PyJWS()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,61 +80,110 @@ class Claims:
 
 
 @dataclass(frozen=True, slots=True)
+class Keys:
+    """What signatures are checked with: the shared secret, if any, and keys by key id and algorithm."""
+
+    secret: bytes | None = field(repr=False)
+    by_id: Mapping[tuple[str, str], Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, secret: str | None, jwk_set: object = None) -> Keys:
+        """`jwk_set`: a decoded RFC 7517 set. Keys in it that cannot verify a signature here (no key id, for encryption, unknown type,
+        too weak, broken) are skipped. Raises: SettingsError, for a secret that is a public key; ValueError, for what is no JWK set."""
+        members = jwk_set.get("keys") if isinstance(jwk_set, dict) else None
+        if jwk_set is not None and not isinstance(members, list):
+            raise ValueError("a JWK set is an object with a list `keys`")
+        by_id: dict[tuple[str, str], Any] = {}
+        for found in map(_signing_key, members or ()):
+            if found is not None:
+                kid, algorithms, key = found
+                for algorithm in algorithms:
+                    by_id.setdefault((kid, algorithm), key)
+        return cls(None if secret is None else _prepared(secret), by_id)
+
+    def find(self, algorithm: object, kid: str | None) -> tuple[Algorithm, Any]:
+        """Raises: NoSigningKey, with the key id only where another set of keys could hold one that fits."""
+        if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
+            raise NoSigningKey
+        key = None if kid is None else self.by_id.get((kid, algorithm))
+        if key is None and algorithm in _SECRET_ALGORITHMS:
+            key = self.secret
+        if key is None:
+            raise NoSigningKey(kid)
+        return _ALGORITHMS[algorithm], key
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What claims must say: a role out of `roles`, and each of the `required` claims with exactly this value."""
+
+    roles: frozenset[str]
+    required: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Verifier:
-    """The keys that tokens are checked with and the roles they may name."""
+    """A shared secret and the roles that tokens may name."""
 
     secret: str
     roles: frozenset[str]
 
     def verify(self, token: str, now: float) -> Claims:
-        """Raises: MalformedToken, NoSigningKey, InvalidSignature, MissingClaims, InvalidClaims, TokenExpired."""
-        token = clean(token)
-        header = _header(token)
-        algorithm = header.get("alg")
-        if algorithm not in SECRET_ALGORITHMS:
-            kid = header.get("kid")
-            raise NoSigningKey(kid if isinstance(kid, str) else None)
-        try:
-            # PyJWT's own check of claims is off: it knows a leeway and other rules than the clients' server.
-            payload = jwt.decode(token, self.secret, algorithms=[algorithm], options=_SIGNATURE_ONLY)
-        except jwt.InvalidSignatureError:
-            raise InvalidSignature from None
-        except jwt.InvalidTokenError:
-            raise MalformedToken from None
-        return self._check(payload, now)
+        return verify(token, self._keys, Rules(self.roles, {}), now)
 
-    def _check(self, payload: dict[str, Any], now: float) -> Claims:
-        if "role" not in payload or "exp" not in payload:
-            raise MissingClaims
-        role, expires_at, subject = payload["role"], payload["exp"], payload.get("sub")
-        if not _is_number(expires_at) or not _is_number(payload.get("iat", 0)):
-            raise InvalidClaims("`exp` and `iat` must be numbers")
-        if expires_at <= now:
-            raise TokenExpired(max(0, int(now - expires_at)))
-        if not isinstance(role, str) or role not in self.roles:
-            raise InvalidClaims("`role` is not one of the roles this server may act as")
-        return Claims(
-            role=role,
-            subject=subject if isinstance(subject, str) else None,
-            expires_at=float(expires_at),
-            json=msgspec.json.encode(payload).decode(),
-        )
+    @cached_property
+    def _keys(self) -> Keys:
+        return Keys.load(self.secret)
 
 
-_SIGNATURE_ONLY: Final[Options] = {
-    "verify_signature": True,
-    "verify_exp": False,
-    "verify_nbf": False,
-    "verify_iat": False,
-    "verify_aud": False,
-    "verify_iss": False,
-    "verify_sub": False,
-    "verify_jti": False,
-}
+def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:
+    """Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, MissingClaims."""
+    token = clean(token)
+    try:
+        # PyJWT takes the token apart and no more. Its own check would choose by the token's header which algorithm to run, prepare the
+        # key for each token anew, and warn of secrets that are long enough for HS256 but not for HS512.
+        parts = _JWS.decode_complete(token, options={"verify_signature": False})
+        header, payload = parts["header"], msgspec.json.decode(parts["payload"])
+        kid: str | None = header.get("kid")
+        # A lone surrogate could not be sent back in the error that names the key id.
+        (kid or "").encode()
+    except (jwt.InvalidTokenError, ValueError, RecursionError):
+        raise MalformedToken from None
+    if not isinstance(payload, dict) or "crit" in header:
+        raise MalformedToken
+    algorithm, key = keys.find(header.get("alg"), kid)
+    if not algorithm.verify(token.rpartition(".")[0].encode(), key, parts["signature"]):
+        raise InvalidSignature
+    return _check(payload, parts["payload"].decode(), rules, now)
+
+
+def _check(payload: dict[str, Any], json: str, rules: Rules, now: float) -> Claims:
+    expires_at = _seconds(payload.get("exp", inf))
+    if expires_at is None or _seconds(payload.get("iat", 0)) is None:
+        raise InvalidClaims("`exp` and `iat` must be numbers")
+    if expires_at <= now:
+        raise TokenExpired(int(now - expires_at))
+    if "role" not in payload or "exp" not in payload:
+        raise MissingClaims
+    for name, value in rules.required.items():
+        if name not in payload or not _is_same(payload[name], value):
+            raise InvalidClaims(f"`{name}` does not have the value that this server requires")
+    role, subject = payload["role"], payload.get("sub")
+    if not isinstance(role, str) or role not in rules.roles:
+        raise InvalidClaims("`role` is not one of the roles this server may act as")
+    return Claims(
+        role=role,
+        subject=subject if isinstance(subject, str) else None,
+        expires_at=expires_at,
+        # The text that was signed: encoding it again would round long decimals.
+        json=json,
+    )
 
 
 def clean(token: str) -> str:
-    """Percent-decoded and without white space, as everywhere a token is accepted."""
+    """Percent-decoded and without white space, as everywhere a token is accepted. Raises: MalformedToken, if it is too long."""
+    if len(token) > MAX_TOKEN_CHARACTERS:
+        raise MalformedToken
     return "".join(unquote(token).split())
 
 
@@ -102,17 +192,60 @@ def sign(payload: dict[str, Any], secret: str) -> str:
     return jwt.encode(payload, secret, algorithm="HS256")
 
 
-def api_key(role: str, secret: str) -> str:
-    """The API key of a role: always the same for the same secret, so that nothing needs to store it."""
-    return sign({"iss": "realtime-server", "role": role, "exp": API_KEY_EXPIRES_AT}, secret)
+def api_key(role: str, secret: str, required: Mapping[str, Any] | None = None) -> str:
+    """The API key of a role: always the same for the same secret, so that nothing needs to store it. `required`: see `Rules`."""
+    return sign({"iss": "realtime-server", **(required or {}), "role": role, "exp": API_KEY_EXPIRES_AT}, secret)
 
 
-def _header(token: str) -> dict[str, Any]:
+def _prepared(secret: str) -> bytes:
     try:
-        return jwt.get_unverified_header(token)
-    except jwt.InvalidTokenError:
-        raise MalformedToken from None
+        key = _SECRET_ALGORITHMS["HS256"].prepare_key(secret)
+    except jwt.InvalidKeyError:
+        raise SettingsError("the secret of tokens must be a random text, not a public key and not a JWK") from None
+    assert isinstance(key, bytes)
+    return key
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _signing_key(jwk: object) -> tuple[str, tuple[str, ...], Any] | None:
+    """Key id, algorithms and key; none if this cannot verify signatures here."""
+    if not isinstance(jwk, dict) or not isinstance(jwk.get("kid"), str):
+        return None
+    operations = jwk.get("key_ops")
+    if jwk.get("use", "sig") != "sig" or (isinstance(operations, list) and "verify" not in operations):
+        return None
+    try:
+        algorithms, members = _KEY_TYPES[jwk.get("kty"), jwk.get("crv")]
+        if "alg" in jwk:
+            if jwk["alg"] not in algorithms:
+                return None
+            # "EdDSA" and the curve's own name mean the same algorithm: such a key may go by either.
+            algorithms = algorithms if jwk["kty"] == "OKP" else (jwk["alg"],)
+        algorithm = _ALGORITHMS[algorithms[0]]
+        # Without its private members: nothing here signs, and a key pair would be loaded as a private key.
+        # `prepare_key` refuses an `oct` key that is a public key in disguise.
+        key = algorithm.prepare_key(algorithm.from_jwk({name: jwk[name] for name in members}))
+    except (jwt.InvalidKeyError, UnsupportedAlgorithm, ValueError, TypeError, KeyError):
+        return None
+    if isinstance(key, bytes) and len(key) < MIN_SECRET_BYTES:
+        return None
+    if isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS:
+        return None
+    return jwk["kid"], algorithms, key
+
+
+def _is_same(value: object, required: object) -> bool:
+    """Equal as JSON. To Python, `true` is equal to 1."""
+    if isinstance(value, dict) and isinstance(required, dict):
+        return value.keys() == required.keys() and all(_is_same(value[name], required[name]) for name in value)
+    if isinstance(value, list) and isinstance(required, list):
+        return len(value) == len(required) and all(map(_is_same, value, required))
+    return isinstance(value, bool) == isinstance(required, bool) and value == required
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import msgspec
 import structlog
 import typer
+from pydantic import SecretStr
 
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
@@ -81,19 +82,21 @@ def migrate(
         raise SettingsError(f"unknown sample: {', '.join(sorted(unknown))}; there are: {', '.join(schema.SAMPLES)}")
     targets = ["heads"] if everything else ["core@head", *(f"{sample}@head" for sample in samples or ())]
     if sql:
-        for target in targets:
-            schema.upgrade(None, target, offline=True)
+        # Each script goes on where the one before it ends, so that together they are one.
+        for before, target in zip([None, *targets], targets, strict=False):
+            schema.upgrade(None, f"{before}:{target}" if before else target, offline=True)
         return
     url = config.load().database_url
     if url is None:
         raise SettingsError(
             'set REALTIME_DATABASE_URL ("realtime-server run" migrates the embedded database by itself)'
         )
-    if statements := schema.missing_role_statements(url.get_secret_value()):
-        print("An administrator of this PostgreSQL must run this first; then migrate again:\n")
-        print("\n".join(statements))
-        raise typer.Exit(1)
-    _migrate(url.get_secret_value(), targets)
+    with _plain_database_errors():
+        if statements := schema.missing_role_statements(url.get_secret_value()):
+            print("An administrator of this PostgreSQL must run this first; then migrate again:\n")
+            print("\n".join(statements))
+            raise typer.Exit(1)
+        _migrate(url.get_secret_value(), targets)
 
 
 @app.command()
@@ -132,8 +135,10 @@ def token(
     ] = None,
 ) -> None:
     """Print a token (JWT) that this server accepts."""
+    settings = config.load()
+    secret = _secret(settings)
     now = int(time.time())
-    payload: dict[str, object] = {"role": role, "iat": now, "exp": now + expires_in}
+    payload: dict[str, object] = {**settings.jwt_claims, "role": role, "iat": now, "exp": now + expires_in}
     if sub is not None:
         payload["sub"] = sub
     for item in claim or ():
@@ -144,7 +149,9 @@ def token(
             payload[name] = msgspec.json.decode(text)
         except msgspec.DecodeError:
             payload[name] = text
-    print(claims.sign(payload, _secret(config.load())))
+    if secret is None:
+        raise SettingsError("there is no secret to sign with: tokens come from the issuer of REALTIME_JWKS_URL")
+    print(claims.sign(payload, secret))
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -189,14 +196,26 @@ def _database(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _check_schema(url: str) -> None:
-    import psycopg
-
     from realtime_server import schema
 
-    try:
+    with _plain_database_errors():
         schema.check(url)
-    except psycopg.OperationalError as error:
-        _fail(f"no connection to the database: {error}")
+
+
+@contextlib.contextmanager
+def _plain_database_errors() -> Iterator[None]:
+    """PostgreSQL's own sentence instead of a traceback: no connection, no right, an object that is in the way."""
+    import psycopg
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        yield
+    except psycopg.Error as error:
+        # Only what a server said has a SQLSTATE.
+        is_away = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+        _fail(f"{'no connection to the database' if is_away else 'the database refused'}: {error}")
+    except DBAPIError as error:
+        _fail(f"the database refused: {error.orig}")
 
 
 def _migrate(url: str, targets: list[str]) -> None:
@@ -207,14 +226,17 @@ def _migrate(url: str, targets: list[str]) -> None:
     _progress(f"database is at {', '.join(schema.revisions(url))}")
 
 
-def _secret(settings: Settings) -> str:
+def _secret(settings: Settings) -> str | None:
     """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder."""
     if settings.jwt_secret is not None:
         return settings.jwt_secret.get_secret_value()
     if settings.database_url is not None:
+        if settings.jwks_url is not None:
+            return None
         raise SettingsError(
             "set REALTIME_JWT_SECRET to the secret that signs your users' tokens, at least 32 bytes "
-            '(for a new one: python3 -c "import secrets; print(secrets.token_urlsafe(48))")'
+            '(for a new one: python3 -c "import secrets; print(secrets.token_urlsafe(48))"), '
+            "or REALTIME_JWKS_URL to where their public keys are"
         )
     file = settings.data_dir / "jwt_secret"
     if not file.exists():
@@ -228,12 +250,17 @@ def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _api_keys(settings: Settings, secret: str) -> tuple[str, str]:
-    """The keys of roles anon and service_role."""
-    anon, service = settings.anon_key, settings.service_key
+def _api_keys(settings: Settings, secret: str | None) -> tuple[str | None, str | None]:
+    """The keys of roles anon and service_role; None where there is neither a key nor a secret to make one."""
+
+    def key(role: str, given: SecretStr | None, opaque: tuple[SecretStr, ...]) -> str | None:
+        if given is not None or opaque:
+            return (given or opaque[0]).get_secret_value()
+        return None if secret is None else claims.api_key(role, secret, settings.jwt_claims)
+
     return (
-        anon.get_secret_value() if anon else claims.api_key("anon", secret),
-        service.get_secret_value() if service else claims.api_key("service_role", secret),
+        key("anon", settings.anon_key, settings.publishable_keys),
+        key("service_role", settings.service_key, settings.secret_keys),
     )
 
 
@@ -277,14 +304,14 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _announce(url: str, database_url: str, anon_key: str, service_key: str) -> None:
+def _announce(url: str, database_url: str, anon_key: str | None, service_key: str | None) -> None:
     facts = {
         "page": f"{url}/",
         "client URL": url,
         "WebSocket": f"{url.replace('http', 'ws', 1)}/realtime/v1/websocket",
         "database": database_url,
-        "anon key": anon_key,
-        "service key": service_key,
+        "anon key": anon_key or "not known here (set REALTIME_ANON_KEY to show it)",
+        "service key": service_key or "not known here (set REALTIME_SERVICE_KEY to show it)",
         "mode": "relay: snapshot reads with doorbell (NOTIFY) · bus: in-process · workers: 1",
     }
     width = max(map(len, facts))
@@ -297,7 +324,7 @@ def _announce(url: str, database_url: str, anon_key: str, service_key: str) -> N
         f"  2. psql '{database_url}' -c \"select realtime.send('{{\\\"hello\\\": \\\"world\\\"}}', 'greeting', 'room:1', false)\""
     )
     print(
-        f"  3. curl {url}/realtime/v1/api/broadcast -H 'apikey: {anon_key}' -H 'content-type: application/json' \\\n"
+        f"  3. curl {url}/realtime/v1/api/broadcast -H 'apikey: {anon_key or '$ANON_KEY'}' -H 'content-type: application/json' \\\n"
         '       -d \'{"messages": [{"topic": "room:1", "event": "greeting", "payload": {"hello": "curl"}}]}\'\n',
         flush=True,
     )

@@ -5,15 +5,20 @@ Sizes are bytes, durations are seconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+import msgspec
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from realtime_server.errors import SettingsError
 
 TokenList = Annotated[tuple[str, ...], NoDecode]
+SecretList = Annotated[tuple[SecretStr, ...], NoDecode]
 
 
 class Settings(BaseSettings):
@@ -28,6 +33,16 @@ class Settings(BaseSettings):
     )
     jwt_secret: SecretStr | None = Field(
         None, description="shared secret of HS256, HS384 and HS512 tokens, at least 32 bytes"
+    )
+    jwks_url: str | None = Field(
+        None, description="JWK set of RS*, ES* and EdDSA tokens, http or https: the issuer's /.well-known/jwks.json"
+    )
+    jwt_claims: Annotated[Mapping[str, Any], NoDecode] = Field(
+        {}, description='claims that every token must carry with exactly these values, as JSON: {"iss": "..."}'
+    )
+    publishable_keys: SecretList = Field((), description="opaque API keys (sb_publishable_...) of role anon, by comma")
+    secret_keys: SecretList = Field(
+        (), description="opaque API keys (sb_secret_...) of role service_role, by comma, each at least 32 bytes"
     )
     anon_key: SecretStr | None = Field(None, description="API key of role anon; unset: made from the secret")
     service_key: SecretStr | None = Field(None, description="API key of role service_role; unset: made from the secret")
@@ -50,14 +65,14 @@ class Settings(BaseSettings):
     max_pending_messages: int = Field(
         1000, ge=1, description="messages of one channel that may wait for its join or its authorization"
     )
-    max_depth: int = Field(64, ge=1, description="frames whose payload nests deeper are dropped")
+    max_depth: int = Field(64, ge=1, description="frames whose payload nests deeper are dropped, on REST refused (422)")
     max_messages_per_second: float = Field(
         1000, ge=0, description="pushes of one socket, twice as many at once; more end the channel; 0: no limit"
     )
     max_events_per_second: float = Field(
         0,
         ge=0,
-        description="messages and deliveries of the server on average; more end the receiving channels; 0: no limit",
+        description="messages and deliveries of the server on average; more end the receiving channels, REST answers 429; 0: no limit",
     )
     max_joins_per_second: float = Field(1000, ge=0, description="joins of the server on average; 0: no limit")
     max_presence_events_per_second: float = Field(
@@ -69,16 +84,64 @@ class Settings(BaseSettings):
     no_channel_timeout_s: float = Field(
         600.0, gt=0, description="a socket without a channel for so long is closed (1000)"
     )
+    max_idempotency_keys: int = Field(
+        50_000, ge=1, description="REST requests with an Idempotency-Key that are remembered, about 300 bytes each"
+    )
+    idempotency_s: float = Field(600.0, gt=0, description="a repeated Idempotency-Key is not sent again for so long")
     private_only: bool = Field(False, description="refuse joins of public topics")
+    retention: timedelta = Field(timedelta(hours=72), description="how long messages are kept, in seconds or ISO 8601")
     idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")
     drain_timeout_s: float = Field(5.0, gt=0, description="time for sockets to close when the server stops")
     policy_timeout_s: float = Field(5.0, gt=0, description="longest evaluation of row-level security for a join")
     database_timeout_s: float = Field(5.0, gt=0, description="longest wait for a database connection")
 
-    @field_validator("roles", "allowed_origins", mode="before")
+    @property
+    def opaque_keys(self) -> dict[str, str]:
+        """Opaque API key → role. A key in both lists gets the lesser role."""
+        return {
+            **{key.get_secret_value(): "service_role" for key in self.secret_keys},
+            **{key.get_secret_value(): "anon" for key in self.publishable_keys},
+        }
+
+    @field_validator("roles", "allowed_origins", "publishable_keys", "secret_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("jwt_claims", mode="before")
+    @classmethod
+    def _object(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                value = msgspec.json.decode(value)
+            except (ValueError, RecursionError):
+                value = None
+        if not isinstance(value, Mapping):
+            raise ValueError('must be a JSON object, such as {"iss": "https://issuer.example"}')
+        return value
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("must be an address that starts with http:// or https://")
+        return value
+
+    @field_validator("publishable_keys", "secret_keys")
+    @classmethod
+    def _opaque(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(key.get_secret_value().startswith("sb_") for key in value):
+            raise ValueError("each key must start with sb_")
+        return value
+
+    @field_validator("secret_keys")
+    @classmethod
+    def _hard_to_guess(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value().encode()) < 32 for key in value):
+            raise ValueError("each key must have at least 32 bytes")
+        return value
 
     @field_validator("jwt_secret")
     @classmethod

@@ -2,12 +2,12 @@
 
     RealtimeError
     ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly
-    ├── AuthError           MissingKey  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
+    ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
     │                       InvalidClaims  Unauthorized
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled
-    ├── MalformedCursor  Gap  UnableToReplay
+    ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
     ├── SchemaMismatch
     ├── SettingsError
     └── EmbeddedError
@@ -75,6 +75,13 @@ class MissingKey(AuthError):
 
     def __str__(self) -> str:
         return "API key is missing"
+
+
+class InvalidTicket(AuthError):
+    code = "InvalidTicket"
+
+    def __str__(self) -> str:
+        return "the ticket is unknown, used or older than half a minute"
 
 
 class MalformedToken(AuthError):
@@ -210,6 +217,18 @@ class MalformedCursor(RealtimeError):
 
     def __str__(self) -> str:
         return "the cursor is malformed, hand it back as it came"
+
+
+class InvalidLimit(RealtimeError):
+    code = "InvalidLimit"
+    status = 400
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"limit must be a number from 1 to {self.limit}"
 
 
 class Gap(RealtimeError):

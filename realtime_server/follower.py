@@ -20,38 +20,68 @@ ReadAfter = Callable[[Room, str], Awaitable[Page]]
 MOST_HELD: Final = 1000
 
 
+class Hold:
+    """What came for one client while it is still being sent older messages, of all rooms in the order it came."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Follower, Message, Frame]] = []
+        self.is_overfull = False
+
+    def add(self, follower: Follower, message: Message, frame: Frame) -> None:
+        if len(self._entries) < MOST_HELD:
+            self._entries.append((follower, message, frame))
+        else:
+            self.is_overfull = True
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.is_overfull = False
+
+    def release(self) -> None:
+        """Send what was held; from now on everything at once."""
+        for follower, message, frame in self._entries:
+            follower.hold = None
+            follower.deliver(message, frame)
+        self._entries.clear()
+
+
 class Follower:
-    """Of one room, for one client. `send` must not wait; `place` is where the relay is."""
+    """Of one room, for one client. `send` must not wait; `place` is where the relay is.
+
+    While `hold` is set, what is delivered goes there.
+    """
 
     def __init__(
-        self, room: Room, encoding: Encoding, send: Callable[[Frame], None], place: Callable[[], Place | None]
+        self,
+        room: Room,
+        encoding: Encoding,
+        send: Callable[[Frame], None],
+        place: Callable[[], Place | None],
+        hold: Hold | None = None,
     ) -> None:
         self.room = room
         self.encoding = encoding
+        self.hold = hold
         self._send = send
         self._place = place
-        # Messages that came while the client is still being sent older ones; None once it is live.
-        self._held: list[tuple[Message, Frame]] | None = None
-        self._held_too_many = False
         # Ids that were read and may come again, until the relay has passed the newest transaction among them.
         self._seen: set[str] = set()
         self._seen_xid = 0
 
     def deliver(self, message: Message, frame: Frame) -> None:
-        if self._held is not None:
-            if len(self._held) < MOST_HELD:
-                self._held.append((message, frame))
-            else:
-                self._held_too_many = True
+        if self.hold is not None:
+            self.hold.add(self, message, frame)
         elif not self._was_seen(message):
             self._send(frame)
 
-    def hold(self) -> None:
-        """Keep what is delivered from now on, until `go_live`."""
-        self._held, self._held_too_many = [], False
+    def go_live(self) -> None:
+        """Send what was held, and from now on everything at once."""
+        if self.hold is not None:
+            self.hold.release()
+            self.hold = None
 
     async def catch_up(self, cursor: str, read: ReadAfter, ready: Callable[[], Awaitable[bool]]) -> None:
-        """Send all that lies behind the cursor. `hold` must have been called, and the hub subscribed to, before.
+        """Send all that lies behind the cursor. `hold` must be set, and the hub subscribed to, before.
 
         `ready` is awaited before each page; it returns False when the client is gone. Raises: Gap, MalformedCursor,
         DatabaseUnavailable, QueryCanceled: then what is held is still held.
@@ -64,26 +94,19 @@ class Follower:
                 if not await ready():
                     return
                 self.send_stored(messages, place)
-            if not self._held_too_many:
+            if self.hold is None or not self.hold.is_overfull:
                 return
             # More came than can be held: it is in the database, so hold anew and read on.
-            self.hold()
+            self.hold.clear()
 
     def send_stored(self, messages: list[Stored], place: Place | None) -> None:
-        """Send what was read; `place` is where the relay was when `hold` was called, or before."""
+        """Send what was read; `place` is where the relay was when `hold` was set, or before."""
         for message, xid in messages:
             if (frame := message.encode(self.encoding)) is not None:
                 self._send(frame)
             if message.id is not None and (place is None or not place.since.sees(xid)):
                 self._seen.add(message.id)
                 self._seen_xid = max(self._seen_xid, xid)
-
-    def go_live(self) -> None:
-        """Send what was held, and from now on everything at once."""
-        held, self._held = self._held or [], None
-        for message, frame in held:
-            if not self._was_seen(message):
-                self._send(frame)
 
     def _was_seen(self, message: Message) -> bool:
         if not self._seen:

@@ -114,19 +114,27 @@ def role_statements(login: str, server_version: int) -> list[str]:
 def missing_role_statements(url: str) -> list[str]:
     """The same, if this database needs an administrator for it; empty when the migration can do it alone or all is there."""
     with psycopg.connect(url, autocommit=True) as db:
+        # Until PostgreSQL 15 CREATEROLE hands out every ordinary role; since 16 only those it has the ADMIN option of.
         row = db.execute(
             """
             select
                 current_user::text,
                 current_setting('server_version_num')::int,
-                (select rolsuper or rolcreaterole from pg_roles where rolname = current_user),
-                (
-                    select count(*) from pg_roles
-                    where rolname in ('anon', 'authenticated', 'service_role')
-                        and pg_has_role(current_user, oid, 'member')
-                ) = 3
+                bool_and(
+                    me.rolsuper
+                    or case
+                        when theirs.oid is null then me.rolcreaterole
+                        when current_setting('server_version_num')::int < 160000
+                            then me.rolcreaterole or pg_has_role(theirs.oid, 'member')
+                        else pg_has_role(theirs.oid, 'set') or pg_has_role(theirs.oid, 'member with admin option')
+                    end
+                )
+            from pg_roles as me
+            cross join unnest(array['anon', 'authenticated', 'service_role']) as needed
+            left join pg_roles as theirs on theirs.rolname = needed
+            where me.rolname = current_user
             """
         ).fetchone()
-    assert row is not None, "a select without a table returns a row"
-    login, server_version, may_create, has_all = row
-    return [] if may_create or has_all else role_statements(login, server_version)
+    assert row is not None, "an aggregate returns a row"
+    login, server_version, can_alone = row
+    return [] if can_alone else role_statements(login, server_version)

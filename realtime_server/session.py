@@ -39,7 +39,7 @@ from realtime_server.errors import (
     Unauthorized,
     UnmatchedTopic,
 )
-from realtime_server.follower import Follower
+from realtime_server.follower import Follower, Hold
 from realtime_server.history import Stored
 from realtime_server.hub import Room
 from realtime_server.limits import Bucket
@@ -91,7 +91,7 @@ class Channel(Follower):
         self.presence_calls = 0
         self.presence_window_ends_at = 0.0
         self.watches = False
-        self.warned = False
+        self.warned = _is_brief(claims)
         # Read at the join, to be sent after its reply.
         self.replayed: list[Stored] = []
         self.place_at_join: Place | None = None
@@ -311,7 +311,7 @@ class Session:
         if (config.with_cursor or "after" in replay) and self.services.place() is None:
             raise DatabaseUnavailable
         if config.has_replay:
-            channel.hold()
+            channel.hold = Hold()
         if config.has_replay and "after" not in replay:
             channel.replayed = await self._read_by_time(channel)
         if channel.policy.can_read_broadcast:
@@ -432,7 +432,7 @@ class Session:
             return
         if channel.room.private and not await self._authorize_again(channel, claims):
             return
-        channel.token, channel.claims, channel.warned = token, claims, False
+        channel.token, channel.claims, channel.warned = token, claims, _is_brief(claims)
         self._watch_expiry()
 
     async def _authorize_again(self, channel: Channel, claims: Claims) -> bool:
@@ -603,3 +603,8 @@ class Session:
 
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_brief(claims: Claims) -> bool:
+    """Whether these claims expire so soon that a warning would say nothing new."""
+    return claims.expires_at - time.time() <= WARNING_S

@@ -1,3 +1,11 @@
 """Fixtures by theme; this file only names them."""
 
-pytest_plugins = ["tests.fix_postgres", "tests.fix_database", "tests.fix_server", "tests.fix_wire", "tests.fix_clients"]
+pytest_plugins = [
+    "tests.fix_postgres",
+    "tests.fix_database",
+    "tests.fix_server",
+    "tests.fix_wire",
+    "tests.fix_clients",
+    "tests.fix_rights",
+    "tests.fix_browser",
+]

@@ -1,164 +1,476 @@
-"""REST broadcast: `POST /api/broadcast` sends a batch of messages to subscribers. They are never stored.
+"""REST broadcast: a batch of messages, or one message with its names in the path. They are never stored.
 
-All or nothing until it is valid; then each message goes by itself. A private message that the caller may not send is dropped and logged,
-and the answer is 202 all the same: clients of this interface expect that.
-Source: Supabase Realtime `RealtimeWeb.BroadcastController`, `Realtime.Tenants.BatchBroadcast`.
+* `POST /api/broadcast`: all or nothing until the batch is valid; then each message goes by itself. A private message that the caller may
+  not send is dropped and logged, and the answer is 202 all the same: clients of this interface expect that.
+* `POST /api/broadcast/{topic}/events/{event}`: the body is the payload, as it came: any JSON value, or bytes.
+
+What is checked comes in this order: body, `Accept`, content type, rate, token, contents, `Idempotency-Key`, rate with these messages,
+permission. Source: Supabase Realtime `RealtimeWeb.BroadcastController`, `Realtime.Tenants.BatchBroadcast`. Not taken over from there: a
+`private` key in the payload of a single message, payloads wrapped as `_json`, bodies without a content type that count as `{}`.
+
+A request with an `Idempotency-Key` is sent once: repeating it answers the first one's 202, reusing the key for another request 422, and
+repeating it while the first is still running 409. Source: draft-ietf-httpapi-idempotency-key-header.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+import contextlib
+import hashlib
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from enum import Enum, auto
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import structlog
-from starlette.requests import Request
+from msgspec import Meta
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from realtime_server.authorization import Policy
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
+from realtime_server.endpoints.openapi import BYTES, JSON, Operation, Parameter, documented
 from realtime_server.errors import AuthError, DatabaseUnavailable, MissingKey, QueryCanceled
-from realtime_server.hub import Hub, Room
-from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast
-from realtime_server.protocol.messages import TOPIC_PREFIX
-from realtime_server.session import Authorize, Verify
+from realtime_server.hub import Room
+from realtime_server.limits import Rate
+from realtime_server.protocol.frames import Broadcast
+from realtime_server.protocol.messages import TOPIC_PREFIX, is_deeper_than
+from realtime_server.services import Authorize, Verify
 
 log = structlog.get_logger()
 
-BLANK = "can't be blank"
-INVALID = "is invalid"
-TOO_LARGE = "Payload size exceeds tenant limit"
-TOO_LONG = "should be at most 255 byte(s)"
+MAX_NAME_BYTES: Final = 255
+BLANK: Final = "can't be blank"
+INVALID: Final = "is invalid"
+TOO_LARGE: Final = "Payload size exceeds tenant limit"
 
+# Not blank, whatever a regular expression's dialect and Python take for white space.
+Name = Annotated[
+    str, Meta(pattern=r"[^\s\x1c-\x1f\x85\ufeff]", max_length=MAX_NAME_BYTES, description="at most 255 bytes")
+]
+Key = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$")]
+_KEY_PATTERN: Final = re.compile(r"[!-~]{1,255}")
+Binary = Annotated[str, Meta(extra_json_schema={"format": "binary"})]
 RawMessage = dict[str, msgspec.Raw]
 
 
-def broadcast_endpoint(
-    *, hub: Hub[Broadcast | ForwardedBroadcast], authorize: Authorize, verify: Verify, settings: Settings
-) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        body = await _body(request, settings.max_body_bytes)
-        if body is None:
-            return _message("Request body is too large", 413)
-        try:
-            raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            return _message("Request body must be a JSON object", 400)
-        try:
-            claims = await verify(_token(request))
-        except AuthError as error:
-            log.info("broadcast refused", code=error.code, reason=str(error))
-            return _message("Unauthorized", 401)
+class BatchMessage(msgspec.Struct):
+    topic: Annotated[Name, Meta(description="without realtime:")]
+    event: Name
+    payload: dict[str, Any]
+    private: bool | Literal["true", "false", "1", "0"] | None = False
+    id: Annotated[str, Meta(max_length=MAX_NAME_BYTES, description="arrives as meta.id")] | None = None
 
-        batch, errors = _read_batch(raw.get("messages"), settings.max_payload_bytes)
+
+class Batch(msgspec.Struct):
+    messages: Annotated[list[BatchMessage], Meta(min_length=1)]
+
+
+class Refusal(msgspec.Struct):
+    message: str
+
+
+class UnsupportedType(msgspec.Struct):
+    error: str
+
+
+class BatchErrors(msgspec.Struct):
+    """One sentence about the whole batch, or for each message what is wrong with each field."""
+
+    messages: list[str | dict[str, list[str]]]
+
+
+class InvalidBatch(msgspec.Struct):
+    errors: BatchErrors
+
+
+class InvalidMessage(msgspec.Struct):
+    errors: dict[str, list[str]]
+
+
+_IDEMPOTENCY_KEY: Final = Parameter("Idempotency-Key", "header", Key, "sends a repeated request once; kept for minutes")
+_ANSWERS: Final[dict[int, tuple[Any, ...]]] = {
+    202: ("accepted",),
+    400: ("the body or Idempotency-Key cannot be read", Refusal),
+    401: ("no valid token", Refusal),
+    406: ("the answer would be JSON, which Accept excludes", Refusal),
+    409: ("a request with this Idempotency-Key is running", Refusal),
+    413: ("the body is too large", Refusal),
+    429: ("too many messages", Refusal),
+}
+BATCH: Final = Operation(
+    summary="Send messages to subscribers",
+    body={JSON: Batch},
+    parameters=(_IDEMPOTENCY_KEY,),
+    answers={
+        **_ANSWERS,
+        422: ("the batch is invalid, or Idempotency-Key was used for another request", InvalidBatch, Refusal),
+    },
+    needs_token=True,
+)
+SINGLE: Final = Operation(
+    summary="Send one message to subscribers; the body is its payload",
+    body={JSON: Any, BYTES: Binary},
+    parameters=(
+        Parameter("topic", "path", Name, "without realtime:"),
+        Parameter("event", "path", Name, "what subscribers listen for"),
+        Parameter("private", "query", str, "true: to the private topic; anything else: to the public one"),
+        _IDEMPOTENCY_KEY,
+    ),
+    answers={
+        **_ANSWERS,
+        403: ("the caller may not write to the private topic", Refusal),
+        415: ("neither JSON nor bytes", UnsupportedType),
+        422: (
+            "the message is invalid, permission could not be found out, or Idempotency-Key was used for another request",
+            InvalidMessage,
+            Refusal,
+        ),
+        500: ("permission could not be found out", Refusal),
+    },
+    needs_token=True,
+)
+
+
+class Seen(Enum):
+    """What is known of a request's key; the request that is told NEW has it until `finish` or `forget`."""
+
+    NEW = auto()
+    RUNNING = auto()
+    ANSWERED = auto()
+    REUSED = auto()
+
+
+class SeenKeys:
+    """The idempotency keys of accepted requests of this process: the last `capacity` ones, for `keep_s`. Digests only."""
+
+    def __init__(self, *, capacity: int, keep_s: float) -> None:
+        self._capacity = capacity
+        self._keep_s = keep_s
+        # Key to digest of its request, time it ends, and whether the request was answered.
+        self._entries: OrderedDict[bytes, tuple[bytes, float, bool]] = OrderedDict()
+
+    def begin(self, key: bytes, request: bytes, now: float) -> Seen:
+        entry = self._entries.get(key)
+        if entry is not None and entry[1] > now:
+            self._entries.move_to_end(key)
+            if entry[0] != request:
+                return Seen.REUSED
+            return Seen.ANSWERED if entry[2] else Seen.RUNNING
+        self._put(key, (request, now + self._keep_s, False))
+        return Seen.NEW
+
+    def finish(self, key: bytes, request: bytes, now: float) -> None:
+        self._put(key, (request, now + self._keep_s, True))
+
+    def forget(self, key: bytes) -> None:
+        self._entries.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _put(self, key: bytes, entry: tuple[bytes, float, bool]) -> None:
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+
+
+class _Refused(Exception):
+    """Ends a request with this answer."""
+
+    def __init__(self, status: int, message: str | None = None, **body: Any) -> None:
+        self.response = JSONResponse(body if message is None else {"message": message}, status)
+
+
+class BroadcastEndpoints:
+    """Both endpoints. `publish` hands a message to the subscribers of its room and counts it among the `events`."""
+
+    def __init__(
+        self,
+        *,
+        publish: Callable[[Room, Broadcast], object],
+        authorize: Authorize,
+        verify: Verify,
+        settings: Settings,
+        events: Rate,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._publish = publish
+        self._authorize = authorize
+        self._verify = verify
+        self._settings = settings
+        self._events = events
+        self._clock = clock
+        self._keys = SeenKeys(capacity=settings.max_idempotency_keys, keep_s=settings.idempotency_s)
+
+    @documented(BATCH)
+    async def send_batch(self, request: Request) -> Response:
+        return await _answer(self._batch(request))
+
+    @documented(SINGLE)
+    async def send_single(self, request: Request) -> Response:
+        return await _answer(self._single(request))
+
+    async def _batch(self, request: Request) -> None:
+        body = await self._body(request)
+        raw = _decode(body, dict[str, msgspec.Raw], "Request body must be a JSON object")
+        _check_accept(request)
+        claims = await self._caller(request)
+        batch, errors = _read_batch(raw.get("messages"), self._settings)
         if errors is not None:
-            return JSONResponse({"errors": {"messages": errors}}, 422)
+            raise _Refused(422, errors={"messages": errors})
+        with self._once(request, claims, b"batch", body) as is_new:
+            if is_new:
+                self._check_rate(len(batch))
+                await self._send(batch, claims, request)
 
-        headers = {name: value for name, value in request.headers.items() if name.startswith("x-")}
+    async def _send(self, batch: list[tuple[Room, Broadcast]], claims: Claims, request: Request) -> None:
+        headers = _policy_headers(request)
         policies: dict[str, Policy | None] = {}
         for room, broadcast in batch:
             if room.private:
                 topic = room.topic.removeprefix(TOPIC_PREFIX)
                 if topic not in policies:
-                    policies[topic] = await _policy(authorize, topic, claims, headers)
+                    policies[topic] = await self._policy_or_none(topic, claims, headers)
                 policy = policies[topic]
                 if policy is None or not policy.can_write_broadcast:
                     log.warning("private broadcast dropped", topic=topic, role=claims.role)
                     continue
-            hub.publish(room, broadcast)
-        return Response(status_code=202)
+            self._publish(room, broadcast)
 
-    return endpoint
-
-
-async def _policy(authorize: Authorize, topic: str, claims: Claims, headers: dict[str, str]) -> Policy | None:
-    try:
-        return await authorize(topic, claims, headers)
-    except (DatabaseUnavailable, QueryCanceled) as error:
-        log.warning("private broadcast could not be authorized", topic=topic, code=error.code)
-        return None
-
-
-async def _body(request: Request, limit_bytes: int) -> bytes | None:
-    """The body; None as soon as it is over the limit."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
+    async def _policy_or_none(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy | None:
+        try:
+            return await self._authorize(topic, claims, headers)
+        except (DatabaseUnavailable, QueryCanceled) as error:
+            log.warning("private broadcast could not be authorized", topic=topic, code=error.code)
             return None
-    return bytes(body)
+
+    async def _single(self, request: Request) -> None:
+        topic, event = request.path_params["topic"], request.path_params["event"]
+        private = request.query_params.get("private") == "true"
+        media_type = _media_type(request)
+        payload = body = await self._body(request)
+        if media_type == JSON:
+            payload = bytes(_decode(body, msgspec.Raw, "Request body must be JSON"))
+        _check_accept(request)
+        if media_type not in (JSON, BYTES):
+            raise _Refused(415, error=f"Unsupported Media Type. Use {JSON} or {BYTES}")
+        claims = await self._caller(request)
+        is_json = media_type == JSON
+        # Bytes only fit into binary frames, which have one byte for the length of the topic with its prefix.
+        errors = _name_errors("topic", topic, MAX_NAME_BYTES - (0 if is_json else len(TOPIC_PREFIX)))
+        errors |= _name_errors("event", event, MAX_NAME_BYTES)
+        if len(payload) > self._settings.max_payload_bytes:
+            errors["payload"] = [TOO_LARGE]
+        elif is_json and is_deeper_than(payload, self._settings.max_depth):
+            errors["payload"] = [INVALID]
+        if errors:
+            raise _Refused(422, errors=errors)
+        with self._once(request, claims, repr((topic, event, private, is_json)).encode(), body) as is_new:
+            if is_new:
+                self._check_rate()
+                if private and not (await self._policy(topic, claims, request)).can_write_broadcast:
+                    raise _Refused(403, "Unauthorized")
+                room = Room(TOPIC_PREFIX + topic, private)
+                self._publish(room, Broadcast(room.topic, event, payload, is_json=is_json))
+
+    async def _policy(self, topic: str, claims: Claims, request: Request) -> Policy:
+        try:
+            return await self._authorize(topic, claims, _policy_headers(request))
+        except DatabaseUnavailable:
+            raise _Refused(422, "Tenant database unavailable") from None
+        except QueryCanceled:
+            raise _Refused(422, "Query canceled") from None
+        except Exception:
+            log.exception("private broadcast could not be authorized", topic=topic)
+            raise _Refused(500, "Unable to authorize broadcast") from None
+
+    async def _body(self, request: Request) -> bytes:
+        """The body; refused as soon as it is over the limit."""
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self._settings.max_body_bytes:
+                    raise _Refused(413, "Request body is too large")
+        except ClientDisconnect:
+            raise _Refused(400, "Request body is incomplete") from None
+        return bytes(body)
+
+    async def _caller(self, request: Request) -> Claims:
+        if self._events.is_over(self._clock()):
+            raise _Refused(429, "Too many requests")
+        try:
+            claims = await self._verify(_token(request))
+        except AuthError as error:
+            log.info("broadcast refused", code=error.code, reason=str(error))
+            raise _Refused(401, "Unauthorized") from None
+        return claims
+
+    def _check_rate(self, messages: int = 0) -> None:
+        """Again: the rate may have risen while the token was verified. A batch must fit as a whole, a single message need not."""
+        limit, rolling = self._events.limit_per_s, self._events.rolling(self._clock())
+        if limit and rolling > limit:
+            raise _Refused(429, "You have exceeded your rate limit")
+        if limit and messages and rolling + messages > limit:
+            raise _Refused(429, "Too many messages to broadcast, please reduce the batch size")
+
+    @contextlib.contextmanager
+    def _once(self, request: Request, claims: Claims, *parts: bytes) -> Iterator[bool]:
+        """Whether the request is to be carried out: not when it was before. Its key is free again if that fails."""
+        theirs = request.headers.get("idempotency-key")
+        if theirs is None:
+            yield True
+            return
+        if not _KEY_PATTERN.fullmatch(theirs):
+            raise _Refused(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
+        key = _digest(repr((claims.role, claims.subject, theirs)).encode())
+        contents = _digest(*parts)
+        seen = self._keys.begin(key, contents, self._clock())
+        if seen is Seen.REUSED:
+            raise _Refused(422, "Idempotency-Key was already used for another request")
+        if seen is Seen.RUNNING:
+            raise _Refused(409, "A request with this Idempotency-Key is being processed")
+        try:
+            yield seen is Seen.NEW
+        except BaseException:
+            self._keys.forget(key)
+            raise
+        if seen is Seen.NEW:
+            self._keys.finish(key, contents, self._clock())
+
+
+async def _answer(work: Awaitable[None]) -> Response:
+    try:
+        await work
+    except _Refused as refused:
+        return refused.response
+    return Response(status_code=202)
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
+
+
+def _decode(body: bytes, type_: Any, problem: str) -> Any:
+    """Decode JSON of which parts may stay text. Those are not looked at by msgspec, so their UTF-8 is."""
+    try:
+        body.decode()
+        return msgspec.json.decode(body, type=type_)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise _Refused(400, problem) from None
+
+
+def _media_type(request: Request) -> str:
+    """The content type without its parameters; JSON when there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() or JSON
+
+
+def _check_accept(request: Request) -> None:
+    """RFC 9110, 12.5.1: the most specific range that covers JSON decides."""
+    accept = ",".join(request.headers.getlist("accept"))
+    if not accept.strip():
+        return
+    ranges = {}
+    for item in accept.lower().split(","):
+        media_range, *parameters = (part.strip() for part in item.split(";"))
+        ranges[media_range] = not any(_is_zero_weight(parameter) for parameter in parameters)
+    for covering in (JSON, "application/*", "*/*"):
+        if covering in ranges:
+            if ranges[covering]:
+                return
+            break
+    raise _Refused(406, "Not Acceptable")
+
+
+def _is_zero_weight(parameter: str) -> bool:
+    name, _, value = parameter.partition("=")
+    return name.strip() == "q" and value.strip() != "" and value.strip().strip("0.") == ""
 
 
 def _token(request: Request) -> str:
-    """The bearer token, or else the API key. Raises: RealtimeError."""
+    """The bearer token, or else the API key; never the key when there is an `Authorization`. Raises: MissingKey."""
     authorization = request.headers.get("authorization")
     if authorization is None:
         token = request.headers.get("apikey", "")
     else:
-        scheme, _, token = authorization.partition(" ")
-        token = token.strip() if scheme.lower() == "bearer" else ""
+        words = authorization.split()
+        token = words[1] if len(words) == 2 and words[0].lower() == "bearer" else ""
     if not token:
         raise MissingKey
     return token
 
 
-def _message(text: str, status: int) -> Response:
-    return JSONResponse({"message": text}, status)
+def _policy_headers(request: Request) -> dict[str, str]:
+    return {name: value for name, value in request.headers.items() if name.startswith("x-")}
 
 
 def _read_batch(
-    raw: msgspec.Raw | None, max_payload_bytes: int
+    raw: msgspec.Raw | None, settings: Settings
 ) -> tuple[list[tuple[Room, Broadcast]], None] | tuple[list[Any], list[Any]]:
-    """The messages, public ones first; or what is wrong with them, by position."""
-    if raw is None or bytes(raw) in (b"null", b"[]"):
+    """The messages, public ones first and private ones by topic; or what is wrong with them, by position."""
+    if raw is None or bytes(raw) == b"null":
         return [], [BLANK]
     try:
         items = msgspec.json.decode(raw, type=list[RawMessage])
-    except (msgspec.DecodeError, UnicodeError):
+    except msgspec.DecodeError:
         return [], [INVALID]
     if not items:
         return [], [BLANK]
-    results = [_read_message(item, max_payload_bytes) for item in items]
+    results = [_read_message(item, settings) for item in items]
     errors = [result if isinstance(result, dict) else {} for result in results]
     if any(errors):
         return [], errors
     batch = [result for result in results if not isinstance(result, dict)]
-    return sorted(batch, key=lambda entry: entry[0].private), None
+    return sorted(batch, key=lambda entry: (entry[0].private, entry[0].topic if entry[0].private else "")), None
 
 
-def _read_message(item: RawMessage, max_payload_bytes: int) -> tuple[Room, Broadcast] | dict[str, list[str]]:
+def _read_message(item: RawMessage, settings: Settings) -> tuple[Room, Broadcast] | dict[str, list[str]]:
     errors: dict[str, list[str]] = {}
 
-    def text(name: str, *, required: bool) -> str:
-        value = msgspec.json.decode(item[name]) if name in item else None
-        if value is None or (isinstance(value, str) and not value.strip()):
-            if required:
-                errors[name] = [BLANK]
-        elif not isinstance(value, str):
-            errors[name] = [INVALID]
-        elif len(value.encode("utf-8", "surrogatepass")) > 255:
-            errors[name] = [TOO_LONG]
-        else:
-            return value
-        return ""
+    def text(name: str) -> str:
+        raw = bytes(item.get(name, b"null"))
+        value = msgspec.json.decode(raw) if raw.startswith(b'"') else "" if raw == b"null" else None
+        found = _name_errors(name, value, MAX_NAME_BYTES)
+        if name == "id" and found.get(name) == [BLANK]:
+            return ""
+        errors.update(found)
+        return "" if found else str(value)
 
-    topic, event, message_id = text("topic", required=True), text("event", required=True), text("id", required=False)
+    topic, event, message_id = text("topic"), text("event"), text("id")
     payload = bytes(item.get("payload", b"null"))
     if payload == b"null":
         errors["payload"] = [BLANK]
     elif not payload.startswith(b"{"):
         errors["payload"] = [INVALID]
-    elif len(payload) > max_payload_bytes:
+    elif len(payload) > settings.max_payload_bytes:
         errors["payload"] = [TOO_LARGE]
+    elif is_deeper_than(payload, settings.max_depth):
+        errors["payload"] = [INVALID]
     private = _PRIVATE.get(bytes(item.get("private", b"false")))
     if private is None:
         errors["private"] = [INVALID]
         private = False
     if errors:
         return errors
-    wire_topic = TOPIC_PREFIX + topic
-    return Room(wire_topic, private), Broadcast(wire_topic, event, payload, id=message_id or None)
+    room = Room(TOPIC_PREFIX + topic, private)
+    return room, Broadcast(room.topic, event, payload, id=message_id or None)
+
+
+def _name_errors(name: str, value: object, max_bytes: int) -> dict[str, list[str]]:
+    if not isinstance(value, str):
+        return {name: [INVALID]}
+    if not value.strip():
+        return {name: [BLANK]}
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        return {name: [INVALID]}
+    return {name: [f"should be at most {max_bytes} byte(s)"]} if size > max_bytes else {}
 
 
 _PRIVATE = {

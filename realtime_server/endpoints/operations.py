@@ -1,11 +1,29 @@
-"""What operators and load balancers ask: is it alive, is it ready."""
+"""What operators, load balancers and clients ask about the server itself: is it alive, is it ready, how busy is it."""
 
 from __future__ import annotations
 
+import re
+import time
+import uuid
 from collections.abc import Awaitable, Callable
+from typing import Final
 
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from realtime_server.endpoints.openapi import Operation, documented
+from realtime_server.limits import Rate
+
+# What `x-rate-limit` says where there is none: clients expect an integer, and one with a remainder.
+UNLIMITED: Final = 2**31 - 1
+REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+class Told(msgspec.Struct):
+    message: str
 
 
 async def alive(request: Request) -> Response:
@@ -21,3 +39,49 @@ def ready_endpoint(is_ready: Callable[[], dict[str, bool]]) -> Callable[[Request
         return JSONResponse({"ready": all(parts.values()), **parts}, 200 if all(parts.values()) else 503)
 
     return endpoint
+
+
+def ping_endpoint(
+    events: Rate, clock: Callable[[], float] = time.monotonic
+) -> Callable[[Request], Awaitable[Response]]:
+    """What clients and probes outside may ask without a token. Source: Supabase Realtime `RealtimeWeb.PingController`."""
+
+    @documented(
+        Operation(summary="Is the server there?", answers={200: ("it is", Told), 429: ("it has too much to do", Told)})
+    )
+    async def ping(request: Request) -> Response:
+        if events.is_over(clock()):
+            return JSONResponse({"message": "Too many requests"}, 429)
+        return JSONResponse({"message": "Success"})
+
+    return ping
+
+
+class RateHeaders:
+    """Middleware that adds the rate of events and the request's id to every answer.
+
+    An id of the client is taken over when it is short and printable: it ends in other people's logs.
+    Source: Supabase Realtime `RealtimeWeb.Plugs.RateLimiter`.
+    """
+
+    def __init__(self, app: ASGIApp, events: Rate, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._events = events
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        theirs = Headers(scope=scope).get("x-request-id", "")
+        request_id = theirs if REQUEST_ID.fullmatch(theirs) else str(uuid.uuid4())
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                limit = int(self._events.limit_per_s) or UNLIMITED
+                rolling = int(self._events.rolling(self._clock()))
+                headers["x-rate-rolling"] = str(rolling)
+                headers["x-rate-limit"] = str(limit)
+                headers["x-rate-limit-remaining"] = str(limit - rolling)
+                headers["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import structlog
 from starlette.responses import JSONResponse, Response
@@ -25,20 +26,24 @@ from realtime_server.session import Session
 log = structlog.get_logger()
 
 
+class Closable(Protocol):
+    def close(self, code: int, reason: str = "") -> None: ...
+
+
 class Sockets:
-    """The sockets of this process, so that they can be closed before it ends."""
+    """The sockets and event streams of this process, so that they can be closed before it ends."""
 
     def __init__(self) -> None:
-        self._connections: set[Connection] = set()
+        self._connections: set[Closable] = set()
         self.is_draining = False
 
     def __len__(self) -> int:
         return len(self._connections)
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Closable) -> None:
         self._connections.add(connection)
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: Closable) -> None:
         self._connections.discard(connection)
 
     def drain(self) -> None:

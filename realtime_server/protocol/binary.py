@@ -24,20 +24,20 @@ JSON: Final = 1
 
 def decode(frame: bytes) -> BroadcastPush:
     """Decode a client's frame of kind 0 (event `broadcast` only) or 3. Metadata is checked and dropped. Raises: MalformedFrame."""
-    match frame[:1]:
-        case bytes([0]):
-            (join_ref, ref, topic, event), payload = _fields(frame, header=5, fields=4)
-            if event != BROADCAST:
-                raise MalformedFrame(f"binary push of event {event!r}, expected {BROADCAST!r}")
-            return BroadcastPush(join_ref or None, ref or None, topic, event, payload, is_json=False)
-        case bytes([3]):
-            (join_ref, ref, topic, event, metadata), payload = _fields(frame, header=7, fields=5)
-            if metadata and not is_json(metadata.encode()):
-                raise MalformedFrame("metadata is not JSON")
-            encoding = frame[6]
-            if encoding != BINARY and not is_json(payload):
-                raise MalformedFrame("payload is marked as JSON but is not")
-            return BroadcastPush(join_ref or None, ref or None, topic, event, payload, is_json=encoding != BINARY)
+    kind = frame[0] if frame else None
+    if kind == PUSH:
+        (join_ref, ref, topic, event), payload = _fields(frame, header=5, fields=4)
+        if event != BROADCAST:
+            raise MalformedFrame(f"binary push of event {event!r}, expected {BROADCAST!r}")
+        return BroadcastPush(join_ref or None, ref or None, topic, event, payload, is_json=False)
+    if kind == USER_BROADCAST_PUSH:
+        (join_ref, ref, topic, event, metadata), payload = _fields(frame, header=7, fields=5)
+        if metadata and not is_json(metadata.encode()):
+            raise MalformedFrame("metadata is not JSON")
+        encoding = frame[6]
+        if encoding != BINARY and not is_json(payload):
+            raise MalformedFrame("payload is marked as JSON but is not")
+        return BroadcastPush(join_ref or None, ref or None, topic, event, payload, is_json=encoding != BINARY)
     raise MalformedFrame(f"unknown kind of binary frame: {frame[:1].hex() or 'empty'}")
 
 

@@ -21,6 +21,7 @@ from realtime_server.protocol.messages import (
     decode_text,
     dumps,
     encode_text,
+    loads_object,
 )
 
 
@@ -98,23 +99,24 @@ class Broadcast:
         return b'{"type":"broadcast","event":%b,"payload":%b%b}' % (dumps(self.event), self.payload, meta)
 
     def _encode_event(self) -> Frame:
-        """As an unnamed event, which `EventSource.onmessage` sees; bytes as base64, marked so."""
-        topic = dumps(self.topic.removeprefix(TOPIC_PREFIX))
-        meta = self._meta(with_cursor=False) or b"{}"
+        """As an unnamed event, which `EventSource.onmessage` sees."""
+        return event_frame(self.to_json(), id=self.cursor)
+
+    def to_json(self, *, with_cursor: bool = False) -> bytes:
+        """The whole message as one JSON object on one line; bytes as base64, marked so."""
         payload, mark = self.payload, b""
         if not self.is_json:
             payload, mark = dumps(base64.b64encode(self.payload).decode()), b',"encoding":"base64"'
         elif b"\n" in payload or b"\r" in payload:
             # Only white space between tokens can hold line ends; an event's data is one line.
             payload = payload.translate(_LINE_ENDS_TO_SPACES)
-        data = b'{"topic":%b,"event":%b,"type":"broadcast","payload":%b%b,"meta":%b}' % (
-            topic,
+        return b'{"topic":%b,"event":%b,"type":"broadcast","payload":%b%b,"meta":%b}' % (
+            dumps(self.topic.removeprefix(TOPIC_PREFIX)),
             dumps(self.event),
             payload,
             mark,
-            meta,
+            self._meta(with_cursor=with_cursor) or b"{}",
         )
-        return event_frame(data, id=self.cursor)
 
 
 _LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
@@ -127,6 +129,11 @@ class ForwardedBroadcast:
     topic: str
     payload: bytes
     id: None = None
+
+    @property
+    def event(self) -> str | None:
+        event = (loads_object(self.payload) or {}).get("event")
+        return event if isinstance(event, str) else None
 
     def encode(self, encoding: Encoding) -> Frame:
         if encoding.format is Format.SSE:

@@ -1,0 +1,142 @@
+"""The OpenAPI 3.1 document of the REST part: what each endpoint says about itself, with the schemas of its own types.
+
+An endpoint is described where it is written, with `@documented(...)`; paths and methods come from the routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+JSON: Final = "application/json"
+BYTES: Final = "application/octet-stream"
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+E = TypeVar("E", bound=Callable[..., Awaitable[Response]])
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    name: str
+    place: Literal["path", "query", "header"]
+    type: Any
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """`answers`: what each status means and the types its JSON body may have, none when it is empty. `body`: media type to type."""
+
+    summary: str
+    answers: Mapping[int, tuple[Any, ...]]
+    body: Mapping[str, Any] | None = None
+    parameters: tuple[Parameter, ...] = ()
+    needs_token: bool = False
+
+
+def documented(operation: Operation) -> Callable[[E], E]:
+    def mark(endpoint: E) -> E:
+        endpoint.__dict__["operation"] = operation
+        return endpoint
+
+    return mark
+
+
+RESPONSE_HEADERS: Final = {
+    "x-rate-rolling": "events per second, averaged over the last minute at most",
+    "x-rate-limit": "events per second that are allowed; 2147483647: any number",
+    "x-rate-limit-remaining": "the difference of both, below 0 when over the limit",
+    "x-request-id": "the request's own, or one made up",
+}
+
+
+def openapi_endpoint(routes: Iterable[BaseRoute], version: str) -> Endpoint:
+    described = document(routes, version)
+
+    async def endpoint(request: Request) -> Response:
+        return JSONResponse(described)
+
+    return endpoint
+
+
+def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:
+    """The document of all described routes under `/api/`."""
+    operations = [
+        (route, route.endpoint.operation)
+        for route in routes
+        if isinstance(route, Route) and route.path.startswith("/api/") and hasattr(route.endpoint, "operation")
+    ]
+    types = list({id(type_): type_ for _, operation in operations for type_ in _types(operation)}.values())
+    found, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schemas = {id(type_): schema for type_, schema in zip(types, found, strict=True)}
+    paths: dict[str, dict[str, Any]] = {}
+    for route, operation in operations:
+        method = next(iter((route.methods or {"GET"}) - {"HEAD"}))
+        paths.setdefault(route.path_format, {})[method.lower()] = _describe(operation, route.name, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Realtime", "version": version},
+        "servers": [{"url": "/realtime/v1"}, {"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "headers": {
+                name: {"description": meaning, "schema": {"type": "string" if name == "x-request-id" else "integer"}}
+                for name, meaning in RESPONSE_HEADERS.items()
+            },
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+                "key": {"type": "apiKey", "in": "header", "name": "apikey"},
+            },
+        },
+    }
+
+
+def _types(operation: Operation) -> Iterable[Any]:
+    yield from (operation.body or {}).values()
+    yield from (parameter.type for parameter in operation.parameters)
+    for _, *types in operation.answers.values():
+        yield from types
+
+
+def _describe(operation: Operation, name: str, schemas: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in RESPONSE_HEADERS}
+    described: dict[str, Any] = {
+        "operationId": name,
+        "summary": operation.summary,
+        "responses": {
+            str(status): {
+                "description": meaning,
+                "headers": headers,
+                **({"content": {JSON: {"schema": _any_of([schemas[id(type_)] for type_ in types])}}} if types else {}),
+            }
+            for status, (meaning, *types) in operation.answers.items()
+        },
+    }
+    if operation.parameters:
+        described["parameters"] = [
+            {
+                "name": parameter.name,
+                "in": parameter.place,
+                "required": parameter.place == "path",
+                "description": parameter.meaning,
+                "schema": schemas[id(parameter.type)],
+            }
+            for parameter in operation.parameters
+        ]
+    if operation.body is not None:
+        content = {media_type: {"schema": schemas[id(type_)]} for media_type, type_ in operation.body.items()}
+        described["requestBody"] = {"required": True, "content": content}
+    if operation.needs_token:
+        described["security"] = [{"token": []}, {"key": []}]
+    return described
+
+
+def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}

@@ -1,0 +1,82 @@
+"""The OpenAPI document is valid, and a fuzzer that reads nothing else finds no request whose answer it does not foretell."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import httpx2
+import hypothesis
+import openapi_spec_validator
+import pytest
+import schemathesis
+from hypothesis import HealthCheck
+from schemathesis import GenerationMode
+
+from tests.fix_server import Server, make_token
+
+OPERATIONS = ["GET /api/ping", "POST /api/broadcast", "POST /api/broadcast/{topic}/events/{event}"]
+
+
+async def test_document_is_valid_and_names_every_operation(shared_server: Server, http: httpx2.AsyncClient) -> None:
+    answer = await http.get(f"{shared_server.url}/api/openapi")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    document: dict[str, Any] = answer.json()
+    openapi_spec_validator.validate(document)
+    assert document["openapi"].startswith("3.1.")
+    assert {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods} == set(
+        OPERATIONS
+    )
+
+
+async def test_fuzzer_finds_nothing_wrong_with_ping(shared_server: Server, http: httpx2.AsyncClient) -> None:
+    document = await document_of(shared_server, http)
+    fuzz(document, shared_server, OPERATIONS[0], GenerationMode.POSITIVE)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[1:])
+async def test_fuzzer_has_every_good_request_accepted_and_none_without_a_token(
+    shared_server: Server, http: httpx2.AsyncClient, operation: str
+) -> None:
+    fuzz(await document_of(shared_server, http), shared_server, operation, GenerationMode.POSITIVE)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[1:])
+async def test_fuzzer_has_every_bad_request_refused(
+    shared_server: Server, http: httpx2.AsyncClient, operation: str
+) -> None:
+    document = await document_of(shared_server, http)
+    # Bad in other ways than by its token: that one would end every request.
+    for methods in document["paths"].values():
+        for described in methods.values():
+            described.pop("security", None)
+    fuzz(document, shared_server, operation, GenerationMode.NEGATIVE)
+
+
+async def document_of(server: Server, http: httpx2.AsyncClient) -> dict[str, Any]:
+    document: dict[str, Any] = (await http.get(f"{server.url}/api/openapi")).json()
+    return document
+
+
+def fuzz(document: dict[str, Any], server: Server, operation: str, mode: GenerationMode) -> None:
+    """Status, headers, media type and body of every answer must be as the document says."""
+    method, path = operation.split()
+    # The service role may write to private topics.
+    headers = {"Authorization": f"Bearer {make_token('service_role')}"}
+    strategy = schemathesis.openapi.from_dict(document)[path][method].as_strategy(generation_mode=mode)
+
+    @hypothesis.settings(
+        max_examples=50,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(case=strategy)
+    def run(case: schemathesis.Case[Any]) -> None:
+        if mode is GenerationMode.POSITIVE and "Idempotency-Key" in case.headers:
+            # Two requests with the same key are no good requests.
+            case.headers["Idempotency-Key"] = str(uuid.uuid4())
+        case.call_and_validate(base_url=f"{server.url}/realtime/v1", headers=headers)
+
+    run()

@@ -1,0 +1,520 @@
+"""Tokens at the edge, against an issuer on a real socket. Time is told by the test; nothing sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import quote
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from structlog.testing import capture_logs
+
+from realtime_server import claims, tokens
+from realtime_server.errors import (
+    InvalidClaims,
+    InvalidSignature,
+    MalformedToken,
+    NoSigningKey,
+    SettingsError,
+    TokenExpired,
+)
+from realtime_server.tokens import MAX_LIFETIME_S, MIN_LIFETIME_S, PAUSE_S, STALE_LIMIT_S, Tokens
+
+NOW = 1_700_000_000.0
+SECRET = "s" * 40
+PRIVATE_KEYS: dict[str, Any] = {
+    "RS256": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+    "ES256": ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+    "rotated": ec.generate_private_key(ec.SECP256R1()),
+}
+PUBLISHABLE, SERVICE = "sb_publishable_abcdefgh", "sb_secret_abcdefgh"
+LIMIT_S = 10.0
+
+
+def jwk(kid: str) -> dict[str, Any]:
+    algorithms: dict[str, Any] = {"RS256": RSAAlgorithm, "EdDSA": OKPAlgorithm}
+    found = algorithms.get(kid, ECAlgorithm).to_jwk(PRIVATE_KEYS[kid].public_key(), as_dict=True)
+    return {**found, "kid": kid, "key_ops": ["verify"]}
+
+
+def signed(kid: str, *, named: str | None = None, expires_at: float = NOW + 1e6, **more: object) -> str:
+    payload = {"role": "authenticated", "exp": expires_at, **more}
+    algorithm = "ES256" if kid == "rotated" else kid
+    return jwt.encode(payload, PRIVATE_KEYS[kid], algorithm, headers={"kid": named or kid})
+
+
+class Clock:
+    """Both of the clocks that tokens are told."""
+
+    now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Issuer:
+    """Answers each request with `keys`, or with what the test says instead, once `gate` is open."""
+
+    def __init__(self) -> None:
+        self.keys: list[Any] = [jwk("RS256"), jwk("ES256"), jwk("EdDSA")]
+        self.status = "200 OK"
+        self.headers = ""
+        self.body: bytes | None = None
+        self.requests = 0
+        self.asked = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/auth/v1/.well-known/jwks.json"
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            self.requests += 1
+            self.asked.set()
+            await self.gate.wait()
+            body = json.dumps({"keys": self.keys}).encode() if self.body is None else self.body
+            head = f"HTTP/1.1 {self.status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{self.headers}\r\n"
+            writer.write(head.encode() + body)
+            await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+
+@pytest.fixture
+async def issuer() -> AsyncIterator[Issuer]:
+    issuer = Issuer()
+    server = await asyncio.start_server(issuer.answer, "127.0.0.1", 0)
+    issuer.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield issuer
+        issuer.gate.set()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(issuer: Issuer | None, clock: Clock, *, secret: str | None = SECRET, **more: Any) -> Tokens:
+    return Tokens(
+        secret=secret,
+        jwks_url=None if issuer is None else issuer.url,
+        roles=frozenset({"anon", "authenticated", "service_role"}),
+        required_claims=more.pop("required_claims", {}),
+        opaque_keys={PUBLISHABLE: "anon", SERVICE: "service_role"},
+        clock=clock,
+        steady=clock,
+        **more,
+    )
+
+
+# -- fetching
+
+
+async def test_sixty_verifications_at_once_are_one_fetch(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    issuer.gate.clear()
+    kinds = ("RS256", "ES256", "EdDSA")
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
+        found = [tasks.create_task(subject.verify(signed(kinds[n % 3], sub=str(n)))) for n in range(60)]
+        await issuer.asked.wait()
+        issuer.gate.set()
+    assert [task.result().subject for task in found] == [str(n) for n in range(60)]
+    assert issuer.requests == 1
+
+
+async def test_unknown_key_ids_do_not_hammer_the_issuer(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    await subject.verify(signed("ES256"))
+
+    async def knock() -> None:
+        for n in range(20):
+            with pytest.raises(NoSigningKey, match=f'"unknown{n}"'):
+                await subject.verify(signed("ES256", named=f"unknown{n}"))
+
+    await knock()
+    assert issuer.requests == 1
+    clock.now += PAUSE_S - 1
+    await knock()
+    assert issuer.requests == 1
+    clock.now += 1
+    await knock()
+    assert issuer.requests == 2
+
+
+async def test_failing_issuer_is_not_hammered_either(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    issuer.status = "500 Internal Server Error"
+    for _ in range(20):
+        with pytest.raises(NoSigningKey):
+            await subject.verify(signed("ES256"))
+    assert issuer.requests == 1
+
+
+async def test_tokens_that_no_other_key_set_could_verify_cause_no_fetch(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    payload = {"role": "anon", "exp": NOW + 60}
+    for bad in (
+        jwt.encode(payload, "", "none", headers={"kid": "new"}),
+        jwt.encode(payload, PRIVATE_KEYS["RS256"], "PS256", headers={"kid": "RS256"}),
+        jwt.encode(payload, PRIVATE_KEYS["ES256"], "ES256"),
+    ):
+        with pytest.raises(NoSigningKey):
+            await subject.verify(bad)
+    with pytest.raises(InvalidSignature):
+        await subject.verify(claims.sign(payload, "x" * 40))
+    with pytest.raises(MalformedToken):
+        await subject.verify("nonsense")
+    assert (await subject.verify(claims.sign(payload, SECRET))).role == "anon"
+    assert issuer.requests == 0
+
+
+async def test_rotation_brings_the_new_key_and_ends_the_old_one_at_once(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    old, new = signed("ES256"), signed("rotated")
+    assert await subject.verify(old)
+    issuer.keys = [jwk("rotated")]
+    clock.now += PAUSE_S
+    assert (await subject.verify(new)).role == "authenticated"
+    # Its claims were remembered, but they go with their key.
+    with pytest.raises(NoSigningKey, match='"ES256"'):
+        await subject.verify(old)
+
+
+async def test_keys_outlive_a_failing_issuer_up_to_a_limit(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    await subject.verify(signed("ES256"))
+    issuer.status = "503 Service Unavailable"
+    clock.now += STALE_LIMIT_S - 1
+    await subject.refresh()
+    assert await subject.verify(signed("ES256", sub="alice"))
+    clock.now += 1
+    with pytest.raises(NoSigningKey, match='"ES256"'):
+        await subject.verify(signed("ES256", sub="alice"))
+    assert await subject.verify(claims.sign({"role": "anon", "exp": NOW + 1e6}, SECRET))
+    issuer.status = "200 OK"
+    clock.now += PAUSE_S
+    assert (await subject.verify(signed("ES256", sub="alice"))).subject == "alice"
+
+
+async def test_keys_that_the_issuer_confirms_do_not_grow_old(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    first = await subject.verify(signed("EdDSA"))
+    for _ in range(3):
+        clock.now += STALE_LIMIT_S - 1
+        await subject.refresh()
+    issuer.status = "500 Internal Server Error"
+    # The very same claims: an unchanged key set forgets nothing.
+    assert await subject.verify(signed("EdDSA")) is first
+
+
+async def test_slow_issuer_does_not_hold_up_tokens_of_known_keys(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    await subject.verify(signed("ES256"))
+    clock.now += PAUSE_S
+    issuer.gate.clear()
+    issuer.asked.clear()
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
+        unknown = tasks.create_task(subject.verify(signed("rotated")))
+        await issuer.asked.wait()
+        assert (await subject.verify(signed("ES256", sub="bob"))).subject == "bob"
+        assert (await subject.verify(claims.sign({"role": "anon", "exp": NOW + 1e6}, SECRET))).role == "anon"
+        assert not unknown.done()
+        issuer.keys.append(jwk("rotated"))
+        issuer.gate.set()
+    assert unknown.result().role == "authenticated"
+
+
+async def test_client_that_goes_away_does_not_end_the_fetch_of_others(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    issuer.gate.clear()
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
+        gone = tasks.create_task(subject.verify(signed("ES256", sub="gone")))
+        stays = tasks.create_task(subject.verify(signed("ES256", sub="stays")))
+        await issuer.asked.wait()
+        gone.cancel()
+        await asyncio.wait([gone])
+        issuer.gate.set()
+    assert gone.cancelled()
+    assert stays.result().subject == "stays"
+    assert issuer.requests == 1
+
+
+BAD_ANSWERS: dict[str, dict[str, Any]] = {
+    "error": {"status": "500 Internal Server Error"},
+    "not found": {"status": "404 Not Found", "body": b'{"keys": []}'},
+    "empty": {"body": b""},
+    "no JSON": {"body": b"<html>"},
+    "no UTF-8": {"body": b'{"keys": ["\xff"]}'},
+    "no object": {"body": b"[]"},
+    "no keys": {"body": b'{"error": "x"}'},
+    "keys are no list": {"body": b'{"keys": {}}'},
+    "deeply nested": {"body": b"[" * 50_000},
+    "too large": {"body": b'{"keys": []' + b" " * tokens.MAX_SET_BYTES + b"}"},
+    "compressed": {
+        "headers": "content-encoding: gzip\r\n",
+        "body": gzip.compress(json.dumps({"keys": [jwk("rotated")]}).encode()),
+    },
+    "redirect to https": {"status": "302 Found", "headers": "location: https://127.0.0.1:1/\r\n"},
+    "redirect to a file": {"status": "302 Found", "headers": "location: file:///etc/passwd\r\n"},
+    "redirect to itself": {"status": "302 Found", "headers": "location: /\r\n"},
+    "redirect to nowhere": {"status": "302 Found", "headers": "location: http://[\r\n"},
+    "no HTTP": {"status": "garbage\r\n\r\n"},
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+async def test_bad_answer_changes_no_keys_and_is_logged_once_without_the_token(
+    issuer: Issuer, clock: Clock, case: str
+) -> None:
+    subject = make(issuer, clock)
+    await subject.verify(signed("ES256"))
+    clock.now += PAUSE_S
+    for name, value in BAD_ANSWERS[case].items():
+        setattr(issuer, name, value)
+    unknown = signed("rotated")
+    with capture_logs() as logs:
+        for _ in range(3):
+            with pytest.raises(NoSigningKey):
+                await subject.verify(unknown)
+    assert [(line["log_level"], line["event"]) for line in logs] == [("warning", "signing keys not fetched")]
+    assert not any(part in str(logs) for part in unknown.split("."))
+    assert (await subject.verify(signed("ES256", sub="alice"))).subject == "alice"
+
+
+async def test_scheme_of_a_redirect_is_what_is_refused(issuer: Issuer, clock: Clock) -> None:
+    issuer.status, issuer.headers = "302 Found", "location: https://127.0.0.1:1/\r\n"
+    with capture_logs() as logs:
+        await make(issuer, clock).refresh()
+    assert "redirected to another scheme" in logs[0]["error"]
+
+
+async def test_redirect_within_the_scheme_is_followed(issuer: Issuer, clock: Clock) -> None:
+    other = Issuer()
+    async with await asyncio.start_server(other.answer, "127.0.0.1", 0) as server:
+        other.port = server.sockets[0].getsockname()[1]
+        issuer.status, issuer.headers = "301 Moved Permanently", f"location: {other.url}\r\n"
+        assert await make(issuer, clock).verify(signed("ES256"))
+    assert (issuer.requests, other.requests) == (1, 1)
+
+
+async def test_issuer_that_does_not_answer_in_time_is_given_up(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "FETCH_TIMEOUT_S", 0.05)
+    issuer.gate.clear()
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(NoSigningKey):
+            await make(issuer, clock).verify(signed("ES256"))
+
+
+async def test_issuer_that_is_not_there_is_given_up(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    issuer.port = 1
+    with capture_logs() as logs, pytest.raises(NoSigningKey):
+        await make(issuer, clock).verify(signed("ES256"))
+    assert len(logs) == 1
+    assert await subject.verify(signed("ES256"))
+
+
+async def test_password_of_the_address_is_not_logged(issuer: Issuer, clock: Clock) -> None:
+    subject = Tokens(
+        secret=None,
+        jwks_url=issuer.url.replace("//", "//alice:hunter2@"),
+        roles=frozenset(),
+        required_claims={},
+        opaque_keys={},
+        clock=clock,
+        steady=clock,
+    )
+    with capture_logs() as logs:
+        await subject.refresh()
+        issuer.status = "500 Internal Server Error"
+        await subject.refresh()
+    assert len(logs) == 2
+    assert "hunter2" not in str(logs)
+
+
+# -- keeping fresh
+
+
+class Waits:
+    """Takes the place of sleeping: time passes at once; after `count` waits the waiter waits for good."""
+
+    def __init__(self, clock: Clock, count: int) -> None:
+        self.clock, self.count = clock, count
+        self.lengths: list[float] = []
+        self.is_over = asyncio.Event()
+
+    async def __call__(self, seconds: float) -> None:
+        self.lengths.append(seconds)
+        if len(self.lengths) == self.count:
+            self.is_over.set()
+            await asyncio.Event().wait()
+        self.clock.now += seconds
+
+
+async def run_for(subject: Tokens, waits: Waits) -> None:
+    running = asyncio.create_task(subject.run())
+    async with asyncio.timeout(LIMIT_S):
+        await waits.is_over.wait()
+        running.cancel()
+        await asyncio.wait([running])
+    assert running.cancelled()
+
+
+@pytest.mark.parametrize(
+    ("cache_control", "lifetime_s"),
+    [
+        (None, 600),
+        ("public, max-age=1200", 1200),
+        ('MAX-AGE="1200"', 1200),
+        ("max-age=0", MIN_LIFETIME_S),
+        ("max-age=999999999999", MAX_LIFETIME_S),
+        ("max-age=-5", 600),
+        ("max-age=soon", 600),
+        ("s-maxage=700", 600),
+        ("no-store", MIN_LIFETIME_S),
+    ],
+)
+async def test_keys_are_fetched_again_when_the_issuer_says_within_bounds(
+    issuer: Issuer, clock: Clock, cache_control: str | None, lifetime_s: float
+) -> None:
+    issuer.headers = "" if cache_control is None else f"cache-control: {cache_control}\r\n"
+    waits = Waits(clock, 3)
+    await run_for(make(issuer, clock, wait=waits), waits)
+    assert waits.lengths == [lifetime_s] * 3
+    assert issuer.requests == 3
+
+
+async def test_failed_fetch_is_tried_again_ever_later_and_success_ends_that(issuer: Issuer, clock: Clock) -> None:
+    waits = Waits(clock, 8)
+    subject = make(issuer, clock, wait=waits)
+    issuer.status = "500 Internal Server Error"
+    await run_for(subject, waits)
+    assert waits.lengths == [1, 2, 4, 8, 16, 30, 30, 30]
+    issuer.status = "200 OK"
+    await subject.refresh()
+    issuer.status = "500 Internal Server Error"
+    waits.lengths.clear()
+    waits.is_over.clear()
+    await run_for(subject, waits)
+    assert waits.lengths[0] == 1
+
+
+async def test_without_an_address_there_is_nothing_to_keep_fresh(clock: Clock) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        await make(None, clock).run()
+
+
+async def test_end_of_running_ends_the_fetch_and_those_who_wait_for_it(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "FETCH_TIMEOUT_S", 10 * LIMIT_S)
+    subject = make(issuer, clock)
+    issuer.gate.clear()
+    before = asyncio.all_tasks()
+    running = asyncio.create_task(subject.run())
+    async with asyncio.timeout(LIMIT_S):
+        await issuer.asked.wait()
+        waiting = asyncio.create_task(subject.verify(signed("ES256")))
+        await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(NoSigningKey):
+            await waiting
+        await asyncio.wait([running])
+    assert {task for task in asyncio.all_tasks() - before if "answer" not in repr(task)} == set()
+
+
+# -- remembering
+
+
+async def test_claims_are_remembered_until_the_token_expires(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    token = signed("ES256", expires_at=NOW + 10)
+    first = await subject.verify(token)
+    clock.now += 9.9
+    assert await subject.verify(f" {token}\n") is first
+    clock.now += 0.1
+    for _ in range(2):
+        with pytest.raises(TokenExpired):
+            await subject.verify(token)
+
+
+async def test_refusal_is_not_remembered(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock)
+    token = signed("rotated")
+    with pytest.raises(NoSigningKey):
+        await subject.verify(token)
+    issuer.keys.append(jwk("rotated"))
+    clock.now += PAUSE_S
+    assert await subject.verify(token)
+
+
+async def test_only_so_many_tokens_are_remembered_and_those_in_use_longest(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_CACHED_TOKENS", 2)
+    subject = make(None, clock)
+    one, two, three = (claims.sign({"role": "anon", "exp": NOW + 60, "sub": name}, SECRET) for name in "abc")
+    first, second = await subject.verify(one), await subject.verify(two)
+    assert await subject.verify(one) is first
+    await subject.verify(three)
+    assert await subject.verify(one) is first
+    assert await subject.verify(two) is not second
+    assert len(subject._cache) == 2
+
+
+# -- what is presented
+
+
+@pytest.mark.parametrize(("key", "role"), [(PUBLISHABLE, "anon"), (SERVICE, "service_role")])
+async def test_opaque_key_is_its_role(clock: Clock, key: str, role: str) -> None:
+    subject = make(None, clock, secret=None)
+    for text in (key, f" {key}\n", quote(key).replace("_", "%5F"), key + "%0A"):
+        found = await subject.verify(text)
+        assert (found.role, found.subject, json.loads(found.json)) == (role, None, {"role": role})
+        assert found.expires_at > NOW + 1e9
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sb_publishable_", SERVICE[:-1], SERVICE + "x", SERVICE.upper(), "sb_", "", "sb_ä", "\ud800", "x" * 1_000_000],
+)
+async def test_other_opaque_key_is_no_token(clock: Clock, key: str) -> None:
+    with pytest.raises(MalformedToken):
+        await make(None, clock).verify(key)
+
+
+async def test_opaque_key_of_a_role_that_is_not_allowed_is_a_wrong_setting(clock: Clock) -> None:
+    with pytest.raises(SettingsError, match="service_role"):
+        Tokens(
+            secret=SECRET,
+            jwks_url=None,
+            roles=frozenset({"anon"}),
+            required_claims={},
+            opaque_keys={PUBLISHABLE: "anon", SERVICE: "service_role"},
+        )
+
+
+async def test_required_claims_are_asked_of_every_token(issuer: Issuer, clock: Clock) -> None:
+    subject = make(issuer, clock, required_claims={"iss": "https://issuer.example"})
+    assert await subject.verify(signed("ES256", iss="https://issuer.example"))
+    for token in (signed("ES256"), signed("ES256", iss="https://other.example")):
+        with pytest.raises(InvalidClaims):
+            await subject.verify(token)
+    with pytest.raises(InvalidClaims):
+        await subject.verify(claims.sign({"role": "anon", "exp": NOW + 60}, SECRET))
