@@ -12,7 +12,6 @@ from typing import Any, Final
 from urllib.parse import quote, unquote
 
 import structlog
-from psycopg_pool import AsyncConnectionPool
 from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
@@ -23,11 +22,11 @@ from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from realtime_server import __version__, database
+from realtime_server import __version__
 from realtime_server.authorization import Authorization
 from realtime_server.config import Settings
 from realtime_server.cursor import Place
-from realtime_server.database import Database
+from realtime_server.database import Pool, Target
 from realtime_server.delivery import Delivery
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
 from realtime_server.endpoints.messages import messages_endpoint
@@ -53,7 +52,7 @@ HISTORY_TIMEOUT_S: Final = 30.0
 log = structlog.get_logger()
 
 
-def make_app(settings: Settings, *, database_url: str, secret: str | None, anon_key: str | None) -> Starlette:
+def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key: str | None) -> Starlette:
     """The server as an ASGI application, for any ASGI server. Raises: SettingsError."""
     sockets = Sockets()
     tokens = Tokens(
@@ -63,22 +62,22 @@ def make_app(settings: Settings, *, database_url: str, secret: str | None, anon_
         required_claims=settings.jwt_claims,
         opaque_keys=settings.opaque_keys,
     )
-    pool = database.pool(
-        database_url,
+    pool = Pool(
+        target,
         name="authorization",
         size=POOL_SIZE,
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=settings.policy_timeout_s,
     )
     authorization = Authorization(pool)
-    history_pool = database.pool(
-        database_url,
+    history_pool = Pool(
+        target,
         name="history",
         size=POOL_SIZE,
         timeout_s=HISTORY_TIMEOUT_S,
         statement_timeout_s=HISTORY_TIMEOUT_S,
     )
-    relay = Relay(database_url, timeout_s=settings.database_timeout_s)
+    relay = Relay(target, timeout_s=settings.database_timeout_s)
     services = _services(
         settings,
         verify=tokens.verify,
@@ -229,15 +228,12 @@ def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
     ]
 
 
-async def _maintain(pool: AsyncConnectionPool[Database], retention: timedelta) -> None:
+async def _maintain(pool: Pool, retention: timedelta) -> None:
     """Keep partitions ahead of the days and drop what is older than the retention. Any server may; the database lets one at a time."""
     while True:
         try:
-            with database.errors():
-                async with pool.connection() as db:
-                    cursor = await db.execute("select partition, action from realtime.maintain(%s)", (retention,))
-                    for partition, action in await cursor.fetchall():
-                        log.info(f"partition {action}", partition=partition)
+            for partition, action in await pool.fetch("select * from realtime.maintain(%s)", (retention,)):
+                log.info(f"partition {action}", partition=partition)
         except (DatabaseUnavailable, QueryCanceled) as error:
             log.warning("partitions were not looked after", error=str(error.__cause__))
         await asyncio.sleep(MAINTENANCE_S)

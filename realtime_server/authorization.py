@@ -13,11 +13,10 @@ from typing import Final
 
 import msgspec
 import structlog
-from psycopg_pool import AsyncConnectionPool
 
 from realtime_server import database
 from realtime_server.claims import Claims
-from realtime_server.database import Database
+from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable
 
 QUESTIONS_AT_ONCE: Final = 50
@@ -48,7 +47,7 @@ class Question:
 
 
 class Authorization:
-    def __init__(self, pool: AsyncConnectionPool[Database]) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._waiting: list[tuple[Question, asyncio.Future[Policy]]] = []
         self._wanted = asyncio.Event()
@@ -63,7 +62,7 @@ class Authorization:
     async def run(self) -> None:
         """Answer questions until cancelled, on as many connections as the pool has."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._pool.max_size):
+            for _ in range(self._pool.size):
                 tasks.create_task(self._answer_batches())
 
     async def _answer_batches(self) -> None:
@@ -98,18 +97,15 @@ class Authorization:
                     answer.set_result(policy)
 
     async def _ask(self, questions: list[Question]) -> list[Policy]:
-        with database.errors():
-            async with self._pool.connection() as db:
-                cursor = await db.execute(
-                    "select * from realtime.authorize_batch(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[])",
-                    (
-                        [question.topic for question in questions],
-                        [question.claims.role for question in questions],
-                        [question.claims.json for question in questions],
-                        [msgspec.json.encode(question.headers).decode() for question in questions],
-                    ),
-                )
-                rows = await cursor.fetchall()
+        rows = await self._pool.fetch(
+            "select * from realtime.authorize_batch(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[])",
+            (
+                [question.topic for question in questions],
+                [question.claims.role for question in questions],
+                [question.claims.json for question in questions],
+                [msgspec.json.encode(question.headers).decode() for question in questions],
+            ),
+        )
         rights: list[dict[str, bool]] = [{} for _ in questions]
         for number, extension, can_read, can_write, problem in rows:
             rights[number - 1] |= {f"can_read_{extension}": can_read, f"can_write_{extension}": can_write}

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import structlog
@@ -21,6 +21,9 @@ from pydantic import SecretStr
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
 from realtime_server.errors import RealtimeError, SettingsError
+
+if TYPE_CHECKING:
+    from realtime_server.database import Target
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,10 +63,11 @@ def run() -> None:
         secret = _secret(settings)
         anon_key, service_key = _api_keys(settings, secret)
         port = listener.getsockname()[1]
-        app = make_app(settings, database_url=url, secret=secret, anon_key=anon_key)
+        target = _target(settings, url)
+        app = make_app(settings, target=target, secret=secret, anon_key=anon_key)
 
         def announce() -> None:
-            _announce(f"http://{settings.host}:{port}", shown_url, anon_key, service_key)
+            _announce(f"http://{settings.host}:{port}", shown_url, anon_key, service_key, target)
 
         server.serve(app, settings, listener, announce)
 
@@ -218,6 +222,14 @@ def _plain_database_errors() -> Iterator[None]:
         _fail(f"the database refused: {error.orig}")
 
 
+def _target(settings: Settings, url: str) -> Target:
+    from realtime_server.database import Target, target_of
+
+    if settings.wakeup == "auto":
+        return target_of(url, timeout_s=settings.database_timeout_s)
+    return Target(url, is_pooled=settings.wakeup == "poll")
+
+
 def _migrate(url: str, targets: list[str]) -> None:
     from realtime_server import schema
 
@@ -304,7 +316,7 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _announce(url: str, database_url: str, anon_key: str | None, service_key: str | None) -> None:
+def _announce(url: str, database_url: str, anon_key: str | None, service_key: str | None, target: Target) -> None:
     facts = {
         "page": f"{url}/",
         "client URL": url,
@@ -312,7 +324,7 @@ def _announce(url: str, database_url: str, anon_key: str | None, service_key: st
         "database": database_url,
         "anon key": anon_key or "not known here (set REALTIME_ANON_KEY to show it)",
         "service key": service_key or "not known here (set REALTIME_SERVICE_KEY to show it)",
-        "mode": "relay: snapshot reads with doorbell (NOTIFY) · bus: in-process · workers: 1",
+        "mode": f"wake-up: {'poll' if target.is_pooled else 'notify'} · bus: in-process · workers: 1",
     }
     width = max(map(len, facts))
     print(f"\nrealtime-server {__version__} is ready\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -48,6 +48,10 @@ class Settings(BaseSettings):
     service_key: SecretStr | None = Field(None, description="API key of role service_role; unset: made from the secret")
     roles: TokenList = Field(
         ("anon", "authenticated", "service_role"), description="database roles that tokens may name, by comma"
+    )
+    wakeup: Literal["auto", "notify", "poll"] = Field(
+        "auto",
+        description="how the relay learns of messages: NOTIFY, or polling, which works through a transaction pooler",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(4000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-import psycopg
-from psycopg_pool import AsyncConnectionPool
-
-from realtime_server import database
-from realtime_server.database import Database
-from realtime_server.errors import Gap, MalformedCursor
+from realtime_server.database import Pool
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast
 from realtime_server.protocol.messages import TOPIC_PREFIX
@@ -33,12 +28,12 @@ class Page(NamedTuple):
 
 
 class History:
-    def __init__(self, pool: AsyncConnectionPool[Database]) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     async def after(self, room: Room, cursor: str, max_rows: int = PAGE_ROWS) -> Page:
         """The next messages behind a cursor. Raises: Gap, MalformedCursor, DatabaseUnavailable, QueryCanceled."""
-        rows = await self._fetch(
+        rows = await self._pool.fetch(
             "select id, event, payload::text, binary_payload, xid::text, cursor"
             " from realtime.messages_after(%s, %s, %s, %s)",
             (room.topic.removeprefix(TOPIC_PREFIX), cursor, max_rows, room.private),
@@ -47,25 +42,12 @@ class History:
 
     async def newest(self, room: Room, since_ms: int, max_rows: int) -> list[Stored]:
         """The newest messages since a time (milliseconds since 1970), oldest first. Raises: DatabaseUnavailable, QueryCanceled."""
-        rows = await self._fetch(
+        rows = await self._pool.fetch(
             "select id, event, payload::text, binary_payload, xid::text, null"
             " from realtime.messages_between(%s, to_timestamp(%s / 1000.0), %s)",
             (room.topic.removeprefix(TOPIC_PREFIX), since_ms, max_rows),
         )
         return _messages(room, rows)
-
-    async def _fetch(self, query: Any, arguments: tuple[object, ...]) -> list[tuple[Any, ...]]:
-        try:
-            with database.errors():
-                async with self._pool.connection() as db:
-                    cursor = await db.execute(query, arguments)
-                    return await cursor.fetchall()
-        except psycopg.Error as error:
-            if error.sqlstate == database.GAP:
-                raise Gap(error.diag.message_primary or "", error.diag.message_detail or "") from error
-            if isinstance(error, psycopg.DataError) or error.diag.constraint_name == "cursor_format":
-                raise MalformedCursor from error
-            raise
 
 
 def _messages(room: Room, rows: list[tuple[Any, ...]]) -> list[Stored]:

@@ -7,7 +7,8 @@ standby does not list what is in progress.
 **The bell is only a hint.** A relay that falls asleep takes the doorbell lock first, and then reads on until every transaction that was
 running at that moment has ended: a writer that found the lock free, and so kept silent, is among them. From then on every writer finds the
 lock taken and rings. What a bell that was lost would have told, the safety read every few seconds finds. Where several relays sleep, one
-holds the lock and the others stand in its queue; writers ring for either.
+holds the lock and the others stand in its queue; writers ring for either. Behind a transaction pooler nothing can be listened to: there the
+same loop looks again every few hundredths of a second.
 
 **After a lost connection** the relay listens again and goes on from its snapshot. A read that broke off in the middle is repeated; what was
 handed on already is dropped by its sequence number.
@@ -27,7 +28,7 @@ import structlog
 
 from realtime_server import database
 from realtime_server.cursor import Place, Snapshot
-from realtime_server.database import Database
+from realtime_server.database import Database, Target
 from realtime_server.errors import DatabaseUnavailable
 
 NOTIFY_CHANNEL: Final = "realtime"
@@ -36,6 +37,8 @@ NOTIFY_CHANNEL: Final = "realtime"
 SHORTEST_PAUSE_S: Final = 0.002
 LONGEST_PAUSE_S: Final = 0.02
 AWAKE_S: Final = 0.25
+# Behind a transaction pooler, where there is no bell.
+DOZE_S: Final = 0.05
 # Falling asleep: a transaction older than the lock may still commit silently; this bounds how late its messages can be.
 LONGEST_DRAIN_PAUSE_S: Final = 0.1
 SAFETY_READ_S: Final = 5.0
@@ -72,8 +75,8 @@ class Receiver(Protocol):
 class Relay:
     """Reads for one process."""
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
-        self._url = url
+    def __init__(self, target: Target, *, timeout_s: float) -> None:
+        self._target = target
         self._timeout_s = timeout_s
         self._life = ""
         self._position: Snapshot | None = None
@@ -91,7 +94,7 @@ class Relay:
         backoff_s = SHORTEST_BACKOFF_S
         while True:
             try:
-                reader = await database.connect(self._url, name="relay", timeout_s=self._timeout_s)
+                reader = await database.connect(self._target, name="relay", timeout_s=self._timeout_s)
                 async with reader:
                     with database.errors():
                         await self._begin(reader)
@@ -105,7 +108,8 @@ class Relay:
 
     async def _begin(self, reader: Database) -> None:
         """Listen, and only then take up the position: between the two nothing can pass unheard."""
-        await reader.execute(f"listen {NOTIFY_CHANNEL}")
+        if not self._target.is_pooled:
+            await reader.execute(f"listen {NOTIFY_CHANNEL}")
         life, snapshot, seq, oldest = await _row(
             reader,
             "select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
@@ -124,6 +128,9 @@ class Relay:
     async def _relay(self, reader: Database) -> None:
         while True:
             await self._stay_awake(reader)
+            if self._target.is_pooled:
+                await self._doze(reader)
+                continue
             async with self._doorbell(reader):
                 if await self._is_drained(reader):
                     self.is_asleep = True
@@ -141,6 +148,13 @@ class Relay:
             self.is_ready = True
             await asyncio.sleep(pause_s)
 
+    async def _doze(self, reader: Database) -> None:
+        """Where no bell can be heard: look now and then, until something has come."""
+        self.is_asleep = True
+        while not await self._read(reader):
+            await asyncio.sleep(DOZE_S)
+        self.is_asleep = False
+
     @contextlib.asynccontextmanager
     async def _doorbell(self, reader: Database) -> AsyncIterator[None]:
         """Hold the doorbell lock; where another relay sleeps with it, stand in the queue for it on a connection of its own."""
@@ -152,7 +166,7 @@ class Relay:
                 if not reader.closed:
                     await reader.execute("select pg_advisory_unlock(realtime.doorbell_key())")
             return
-        queue = await database.connect(self._url, name="doorbell", timeout_s=self._timeout_s)
+        queue = await database.connect(self._target, name="doorbell", timeout_s=self._timeout_s)
         async with queue:
             waiting = asyncio.create_task(_scalar(queue, "select pg_advisory_lock(realtime.doorbell_key())"))
             try:

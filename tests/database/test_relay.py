@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import psycopg
 import pytest
 
 from realtime_server.cursor import Place
+from realtime_server.database import Target
 from realtime_server.relay import Relay, Row
-from tests.fix_database import TestDatabase
+from tests.fix_database import Cluster, TestDatabase
 
 WRITERS = 20
 NAPS = 4
@@ -51,8 +53,8 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 @asynccontextmanager
-async def running(url: str, received: Received) -> AsyncIterator[Relay]:
-    relay = Relay(url, timeout_s=5)
+async def running(ledger: Ledger, received: Received) -> AsyncIterator[Relay]:
+    relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), timeout_s=5)
     task = asyncio.create_task(relay.run(received))
     try:
         await until(lambda: relay.is_ready, "the relay to be ready")
@@ -62,11 +64,20 @@ async def running(url: str, received: Received) -> AsyncIterator[Relay]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.fixture
-def ledger(any_database: TestDatabase) -> TestDatabase:
-    """A database with a ledger, and a function that writes rows and says so in the ledger."""
-    any_database.execute("create table ledger (number bigint generated always as identity, topic text)")
-    any_database.execute(
+@dataclass(frozen=True)
+class Ledger(TestDatabase):
+    """A database with a ledger, and a function that writes rows and says so in the ledger; and how the relay is to be woken."""
+
+    is_pooled: bool = False
+
+
+@pytest.fixture(params=["newest, notify", "oldest, notify", "newest, poll"])
+def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
+    age, mode = request.param.split(", ")
+    cluster: Cluster = request.getfixturevalue("cluster" if age == "newest" else "old_cluster")
+    database = cluster.create("heads")
+    database.execute("create table ledger (number bigint generated always as identity, topic text)")
+    database.execute(
         """
         create function write_row(topic text) returns bigint language plpgsql as $$
         declare
@@ -79,7 +90,8 @@ def ledger(any_database: TestDatabase) -> TestDatabase:
         $$
         """
     )
-    return any_database
+    yield Ledger(database.url, database.administrator_url, is_pooled=mode == "poll")
+    cluster.drop(database)
 
 
 def committed(database: TestDatabase) -> list[int]:
@@ -115,11 +127,11 @@ async def write(database: TestDatabase, seed: int) -> None:
                 await db.commit()
 
 
-async def test_every_committed_row_arrives_exactly_once_while_the_relay_is_cut_off(ledger: TestDatabase) -> None:
+async def test_every_committed_row_arrives_exactly_once_while_the_relay_is_cut_off(ledger: Ledger) -> None:
     seed = int(os.environ.get("REALTIME_TEST_SEED", random.randrange(10**6)))
     print(f"seed {seed}")
     received = Received()
-    async with running(ledger.url, received) as relay:
+    async with running(ledger, received) as relay:
 
         async def cut_off() -> None:
             for at in (200, 800, 1400):
@@ -138,9 +150,9 @@ async def test_every_committed_row_arrives_exactly_once_while_the_relay_is_cut_o
     assert len(expected) > 1400
 
 
-async def test_a_relay_that_sleeps_wakes_for_each_row_and_sleeps_again(ledger: TestDatabase) -> None:
+async def test_a_relay_that_sleeps_wakes_for_each_row_and_sleeps_again(ledger: Ledger) -> None:
     received = Received()
-    async with running(ledger.url, received) as relay:
+    async with running(ledger, received) as relay:
         for count in range(1, 11):
             await until(lambda: relay.is_asleep, "the relay to fall asleep")
             with ledger.connect() as db:
@@ -149,14 +161,14 @@ async def test_a_relay_that_sleeps_wakes_for_each_row_and_sleeps_again(ledger: T
     assert received.numbers == list(range(1, 11))
 
 
-async def test_a_row_of_a_transaction_that_was_open_before_the_relay_slept_arrives(ledger: TestDatabase) -> None:
+async def test_a_row_of_a_transaction_that_was_open_before_the_relay_slept_arrives(ledger: Ledger) -> None:
     """Such a writer found the doorbell free and does not ring when it commits."""
     received = Received()
-    async with running(ledger.url, received) as relay, await psycopg.AsyncConnection.connect(ledger.url) as slow:
+    async with running(ledger, received) as relay, await psycopg.AsyncConnection.connect(ledger.url) as slow:
         await slow.execute("select write_row('slow')")
         # Longer than the relay stays awake: it holds the lock by now and waits for that transaction.
         await asyncio.sleep(1)
-        assert not relay.is_asleep
+        assert ledger.is_pooled or not relay.is_asleep
         ledger.execute("select write_row('quick')")
         await until(lambda: len(received.rows) == 1, "the quick row, not held up by the slow one")
         await slow.commit()
@@ -164,9 +176,9 @@ async def test_a_row_of_a_transaction_that_was_open_before_the_relay_slept_arriv
     assert [row.topic for row in received.rows] == ["quick", "slow"]
 
 
-async def test_rows_written_while_the_relay_has_no_database_arrive_afterwards(ledger: TestDatabase) -> None:
+async def test_rows_written_while_the_relay_has_no_database_arrive_afterwards(ledger: Ledger) -> None:
     received = Received()
-    async with running(ledger.url, received):
+    async with running(ledger, received):
         name = psycopg.conninfo.conninfo_to_dict(ledger.url)["dbname"]
         with psycopg.connect(ledger.administrator_url, autocommit=True) as administrator:
             administrator.execute(f'alter database "{name}" connection limit 0')
@@ -179,10 +191,10 @@ async def test_rows_written_while_the_relay_has_no_database_arrive_afterwards(le
     assert received.numbers == [1, 2, 3, 4, 5]
 
 
-async def test_order_is_causal_per_topic_and_as_written_within_a_transaction(ledger: TestDatabase) -> None:
+async def test_order_is_causal_per_topic_and_as_written_within_a_transaction(ledger: Ledger) -> None:
     """What had committed before another transaction wrote arrives before it."""
     received = Received()
-    async with running(ledger.url, received):
+    async with running(ledger, received):
         # Each link of the chain is written after the one before it was committed, by another session.
         async with (
             await psycopg.AsyncConnection.connect(ledger.url) as one,
@@ -197,12 +209,12 @@ async def test_order_is_causal_per_topic_and_as_written_within_a_transaction(led
     assert received.numbers == list(range(1, 601))
 
 
-async def test_several_relays_sleep_at_once_and_all_wake(ledger: TestDatabase) -> None:
+async def test_several_relays_sleep_at_once_and_all_wake(ledger: Ledger) -> None:
     everyone = [Received() for _ in range(3)]
     async with (
-        running(ledger.url, everyone[0]) as first,
-        running(ledger.url, everyone[1]) as second,
-        running(ledger.url, everyone[2]) as third,
+        running(ledger, everyone[0]) as first,
+        running(ledger, everyone[1]) as second,
+        running(ledger, everyone[2]) as third,
     ):
         for count in range(1, 6):
             await until(lambda: first.is_asleep and second.is_asleep and third.is_asleep, "all relays to fall asleep")
@@ -214,15 +226,15 @@ async def test_several_relays_sleep_at_once_and_all_wake(ledger: TestDatabase) -
     assert all(received.numbers == [1, 2, 3, 4, 5] for received in everyone)
 
 
-async def test_a_large_transaction_arrives_whole_and_in_order(ledger: TestDatabase) -> None:
+async def test_a_large_transaction_arrives_whole_and_in_order(ledger: Ledger) -> None:
     received = Received()
-    async with running(ledger.url, received):
+    async with running(ledger, received):
         ledger.execute("select write_row('bulk') from generate_series(1, 20000)")
         await until(lambda: len(received.rows) == 20000, "all rows")
     assert received.numbers == list(range(1, 20001))
 
 
-async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(ledger: TestDatabase) -> None:
+async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(ledger: Ledger) -> None:
     """More than the buffers between the database and here can hold, so that the cut comes in the middle."""
     ended: list[int] = []
 
@@ -233,7 +245,7 @@ async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(led
                 ended.append(terminate_relay(ledger))
 
     received = Cutting()
-    async with running(ledger.url, received):
+    async with running(ledger, received):
         ledger.execute(
             "select realtime.send(jsonb_build_object('filler', repeat(md5(number::text), 300)), number::text, 'bulk', false)"
             " from generate_series(1, 4000) as number"
@@ -244,20 +256,20 @@ async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(led
     assert ended == [1]
 
 
-async def test_relaying_survives_a_lost_bell(ledger: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_relaying_survives_a_lost_bell(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
     ledger.execute("alter table realtime.messages disable trigger ring_doorbell")
     received = Received()
-    async with running(ledger.url, received) as relay:
+    async with running(ledger, received) as relay:
         await until(lambda: relay.is_asleep, "the relay to fall asleep")
         ledger.execute("select write_row('t')")
         await until(lambda: len(received.rows) == 1, "the row, found by the safety read")
 
 
-async def test_the_position_counts_only_rows_of_this_life_of_the_database(ledger: TestDatabase) -> None:
+async def test_the_position_counts_only_rows_of_this_life_of_the_database(ledger: Ledger) -> None:
     """Rows of a dump from another cluster may carry transaction ids that this one has not reached: they never show."""
     received = Received()
-    async with running(ledger.url, received):
+    async with running(ledger, received):
         ledger.execute(
             "insert into realtime.messages (topic, extension, payload, event, xid)"
             " values ('old', 'broadcast', '{}', '99', '999999999999')"
