@@ -40,6 +40,7 @@ from realtime_server.hub import Hub
 from realtime_server.limits import Rate
 from realtime_server.presence import Presence
 from realtime_server.relay import Relay
+from realtime_server.roster import Roster
 from realtime_server.services import Authorize, Limits, Rates, Services, Verify
 from realtime_server.tokens import Tokens
 
@@ -78,11 +79,13 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         statement_timeout_s=HISTORY_TIMEOUT_S,
     )
     relay = Relay(target, timeout_s=settings.database_timeout_s)
+    roster = Roster(pool)
     services = _services(
         settings,
         verify=tokens.verify,
         authorize=authorization.authorize,
         history=History(history_pool),
+        roster=roster,
         place=lambda: relay.place,
     )
 
@@ -96,6 +99,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 ("relay", relay.run(Delivery(services))),
                 ("authorization", authorization.run()),
                 ("tokens", tokens.run()),
+                ("roster", roster.run()),
                 ("maintenance", _maintain(pool, settings.retention)),
             )
         ]
@@ -152,6 +156,7 @@ def _services(
     verify: Verify,
     authorize: Authorize,
     history: History,
+    roster: Roster,
     place: Callable[[], Place | None],
 ) -> Services:
     return Services(
@@ -178,6 +183,7 @@ def _services(
         ),
         users=set(),
         history=history,
+        roster=roster,
         place=place,
     )
 

@@ -16,6 +16,7 @@ from realtime_server.hub import Hub, Room
 from realtime_server.limits import Rate
 from realtime_server.presence import Diff, Presence
 from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, PresenceDiff
+from realtime_server.roster import Roster
 
 Verify = Callable[[str], Awaitable[Claims]]
 Authorize = Callable[[str, Claims, Mapping[str, str]], Awaitable[Policy]]
@@ -66,6 +67,7 @@ class Services:
     rates: Rates
     users: set[Member]
     history: History
+    roster: Roster
     place: Callable[[], Place | None]
 
     def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> None:
@@ -76,5 +78,6 @@ class Services:
     def announce(self, room: Room, diff: Diff | None) -> None:
         """Tell those who watch a room of a change of presence."""
         if diff is not None:
+            self.roster.record(room, diff)
             delivered = self.watchers.publish(room, PresenceDiff(room.topic, diff.to_json()))
             self.rates.presence.count(time.monotonic(), 1 + delivered)

@@ -209,6 +209,10 @@ join pg_catalog.pg_class as child on child.oid = inhrelid
 where inhparent = 'realtime.messages'::regclass
 order by child.relname;
 comment on view realtime.partitions is 'What is kept: the partitions of realtime.messages, their bounds and sizes.';
+comment on column realtime.partitions.partition is 'Name of the table, in schema realtime.';
+comment on column realtime.partitions.bounds is 'UTC days it holds.';
+comment on column realtime.partitions.estimated_rows is 'Rows at the last analyze; 0 before the first.';
+comment on column realtime.partitions.bytes is 'Size on disk, indexes included.';
 
 do $$
 begin

@@ -16,7 +16,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     # Messages are kept for days only, so dropping them is a downgrade and not a loss. Roles and auth may be in use elsewhere. The
     # schema stays, because the version table lives in it.
-    op.execute("drop table realtime.messages cascade")
+    op.execute("drop table realtime.messages, realtime.stream cascade")
+    op.execute("drop domain realtime.cursor cascade")
     op.execute(
         """
         do $$

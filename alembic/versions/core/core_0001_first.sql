@@ -119,6 +119,37 @@ comment on column realtime.stream.epoch is 'Drawn at install: cursors of another
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
 insert into realtime.stream default values;
 
+-- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
+
+create unlogged table realtime.nodes (
+    id uuid primary key,
+    started_at timestamptz not null default now(),
+    last_seen_at timestamptz not null default now()
+);
+comment on table realtime.nodes is 'The servers on this database.';
+comment on column realtime.nodes.id is 'Drawn by the server when it starts.';
+comment on column realtime.nodes.started_at is 'When it first wrote here.';
+comment on column realtime.nodes.last_seen_at is 'Written every few seconds; a server not seen for half a minute is taken for dead.';
+
+create unlogged table realtime.presence_entries (
+    node uuid not null references realtime.nodes (id) on delete cascade,
+    ref text not null,
+    topic text not null,
+    private boolean not null,
+    key text not null,
+    payload jsonb not null,
+    since timestamptz not null default now(),
+    constraint presence_entries_pkey primary key (node, ref)
+);
+comment on table realtime.presence_entries is 'What clients track, written by the servers a moment after the clients saw it. Read the view realtime.presence.';
+comment on column realtime.presence_entries.node is 'Server that the client is connected to.';
+comment on column realtime.presence_entries.ref is 'phx_ref of the entry.';
+comment on column realtime.presence_entries.topic is 'Without "realtime:" in front.';
+comment on column realtime.presence_entries.private is 'Which of the two rooms of this name.';
+comment on column realtime.presence_entries.key is 'Presence key of the client.';
+comment on column realtime.presence_entries.payload is 'What the client tracks.';
+comment on column realtime.presence_entries.since is 'When it was written here.';
+
 -- What policies ask: who is calling, and about which topic.
 
 create or replace function realtime.topic()
@@ -687,6 +718,10 @@ join pg_catalog.pg_class as child on child.oid = inhrelid
 where inhparent = 'realtime.messages'::regclass
 order by child.relname;
 comment on view realtime.partitions is 'What is kept: the partitions of realtime.messages, their bounds and sizes.';
+comment on column realtime.partitions.partition is 'Name of the table, in schema realtime.';
+comment on column realtime.partitions.bounds is 'UTC days it holds.';
+comment on column realtime.partitions.estimated_rows is 'Rows at the last analyze; 0 before the first.';
+comment on column realtime.partitions.bytes is 'Size on disk, indexes included.';
 
 do $$
 begin
@@ -985,3 +1020,36 @@ comment on function realtime.revalidate(text, text) is
     'Asks the policies again for joined private channels of a topic, of a user (claim "sub"), of both, or of all; who lost the right loses the channel within a second of the commit. Call it in a trigger on the table that policies read.';
 revoke all on function realtime.revalidate(text, text) from public;
 grant execute on function realtime.revalidate(text, text) to service_role;
+
+-- Presence for people who ask in SQL.
+
+create or replace view realtime.presence as
+select entry.topic, entry.private, entry.key, entry.payload, entry.since, entry.ref, entry.node
+from realtime.presence_entries as entry
+join realtime.nodes as node on node.id = entry.node
+where node.last_seen_at > now() - interval '30 seconds';
+comment on view realtime.presence is 'Who is present where now, with what they track.';
+
+create or replace function realtime.write_presence(node uuid, entries jsonb, gone text[])
+returns boolean
+language plpgsql
+volatile
+as $$
+declare
+    v_is_new boolean;
+begin
+    delete from realtime.nodes where last_seen_at < now() - interval '30 seconds' and id <> write_presence.node;
+    insert into realtime.nodes (id) values (write_presence.node)
+    on conflict (id) do update set last_seen_at = now()
+    returning started_at = last_seen_at into v_is_new;
+    delete from realtime.presence_entries as e where e.node = write_presence.node and e.ref = any (gone);
+    insert into realtime.presence_entries (node, ref, topic, private, key, payload)
+    select write_presence.node, entry.ref, entry.topic, entry.private, entry.key, entry.payload
+    from jsonb_to_recordset(entries) as entry (ref text, topic text, private boolean, key text, payload jsonb)
+    on conflict do nothing;
+    return v_is_new;
+end
+$$;
+comment on function realtime.write_presence(uuid, jsonb, text[]) is
+    'Called by each server every few seconds and when presence changed. True when the server was not known: then it must write everything.';
+revoke all on function realtime.write_presence(uuid, jsonb, text[]) from public;

@@ -1,0 +1,97 @@
+"""Presence for people who ask in SQL: what changed is written to the database a moment later, in batches, and nobody waits for it.
+
+The table is true as far as the servers live: a server that is not seen for half a minute is taken for dead, and one that the database has
+forgotten (an unlogged table is emptied by a crash) writes everything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from realtime_server.database import InvalidText, Pool
+from realtime_server.errors import RealtimeError
+from realtime_server.hub import Room
+from realtime_server.presence import Diff
+from realtime_server.protocol.messages import TOPIC_PREFIX
+
+FLUSH_S: Final = 0.25
+HEARTBEAT_S: Final = 10.0
+
+log = structlog.get_logger()
+
+
+class Roster:
+    """This process's part of `realtime.presence`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._node = uuid.uuid4()
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._added: set[str] = set()
+        self._gone: set[str] = set()
+
+    def record(self, room: Room, diff: Diff) -> None:
+        if diff.left is not None:
+            self._entries.pop(diff.left.ref, None)
+            self._added.discard(diff.left.ref)
+            self._gone.add(diff.left.ref)
+        if diff.joined is not None:
+            meta = diff.joined
+            self._entries[meta.ref] = {
+                "ref": meta.ref,
+                "topic": room.topic.removeprefix(TOPIC_PREFIX),
+                "private": room.private,
+                "key": meta.key,
+                "payload": meta.payload,
+            }
+            self._added.add(meta.ref)
+
+    async def run(self) -> None:
+        """Write until cancelled, through any loss of the database."""
+        written_at = 0.0
+        while True:
+            if self._added or self._gone or time.monotonic() - written_at > HEARTBEAT_S:
+                try:
+                    await self._write()
+                except RealtimeError as error:
+                    log.info("presence was not written", code=error.code)
+                written_at = time.monotonic()
+            await asyncio.sleep(FLUSH_S)
+
+    async def _write(self) -> None:
+        added, gone = self._added, self._gone
+        self._added, self._gone = set(), set()
+        try:
+            if await self._send(added, gone):
+                await self._send(set(self._entries), set())
+        except BaseException:
+            # Once more next time; what is gone by then is not added.
+            self._added |= added & self._entries.keys()
+            self._gone |= gone
+            raise
+
+    async def _send(self, added: set[str], gone: set[str]) -> bool:
+        entries = [self._entries[ref] for ref in added if ref in self._entries]
+        try:
+            return await self._call(entries, gone)
+        except InvalidText:
+            # JSON that PostgreSQL cannot hold, as "\u0000" is: clients may track it, but it is not shown in SQL.
+            for entry in entries:
+                try:
+                    await self._call([entry], set())
+                except InvalidText:
+                    log.info("presence entry is no text to PostgreSQL", topic=entry["topic"])
+            return await self._call([], gone)
+
+    async def _call(self, entries: list[dict[str, Any]], gone: set[str]) -> bool:
+        rows = await self._pool.fetch(
+            "select realtime.write_presence(%s, %s::jsonb, %s::text[])",
+            (self._node, msgspec.json.encode(entries).decode(), list(gone)),
+        )
+        return bool(rows[0][0])
