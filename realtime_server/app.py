@@ -133,7 +133,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             Route("/healthz", alive),
             Route("/readyz", ready_endpoint(lambda: {"relay": relay.is_ready, "serving": not sockets.is_draining})),
             Route("/start.json", start_facts),
-            Mount("/", StaticFiles(directory=PAGES, html=True)),
+            Mount("/", Pages(directory=PAGES, html=True)),
         ],
         middleware=[
             Middleware(
@@ -232,6 +232,15 @@ def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
         )
         for prefix in ("/realtime/v1", "")
     ]
+
+
+class Pages(StaticFiles):
+    """Asked for again each time: after an upgrade no browser mixes old modules with new ones."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 async def _maintain(pool: Pool, retention: timedelta) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from typing import Any, Final
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.protocol import State
 
 from realtime_server.config import Settings
 from realtime_server.connection import EXTENSION
 
+# Time to send a whole request head.
+HANDSHAKE_S: Final = 10.0
 # A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
 GOODBYE_S: Final = 2.0
 
@@ -72,6 +76,22 @@ class Protocol(WebSocketsSansIOProtocol):
         return self.close_sent or self.disconnected or self.transport.is_closing() or self.conn.state is not State.OPEN
 
 
+class HttpProtocol(HttpToolsProtocol):
+    """Drops who connects and then does not say what it wants: such a client has shown no key and would hold its socket for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(HANDSHAKE_S, transport.abort)
+
+    def on_headers_complete(self) -> None:
+        self._patience.cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+
 class Server(uvicorn.Server):
     """Says goodbye to every socket before uvicorn closes it; `on_ready` is called once requests are served."""
 
@@ -110,7 +130,9 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain."""
     options: dict[str, Any] = {
+        "http": HttpProtocol,
         "ws": Protocol,
+        "limit_concurrency": settings.max_sockets or None,
         "ws_max_size": settings.max_frame_bytes,
         # No compression: it costs more than it saves on small messages. No pings: clients send heartbeats.
         "ws_per_message_deflate": False,

@@ -66,6 +66,8 @@ def websocket_endpoint(
                 raise Restarting
             api_key = await _identify(websocket, services.verify)
             _check_limits(services)
+            if settings.max_sockets and len(sockets) >= settings.max_sockets:
+                raise TooManyUsers
         except RealtimeError as error:
             log.info("handshake refused", code=error.code, reason=str(error))
             text = "Token has expired" if isinstance(error, TokenExpired) else str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 import httpx2
 import psycopg
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from tests.fix_database import Cluster, TestDatabase
 from tests.fix_server import SECRET, Server, ServerFactory, make_token
@@ -365,3 +367,27 @@ async def test_wheel_in_an_empty_folder_serves(installed_command: list[str], fol
             db.execute("select realtime.send('{\"from\": \"the wheel\"}', 'e', 't', false)")
             assert db.execute("select to_regclass('public.chat_messages') is not null").fetchone() == (True,)
         assert b'"from": "the wheel"' in await socket.hear_bytes()
+
+
+async def test_client_that_never_finishes_its_request_is_dropped(server: Server) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+    async with asyncio.timeout(LIMIT_S):
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    writer.close()
+
+
+async def test_more_sockets_than_allowed_are_refused(start_server: ServerFactory, wire: WireFactory) -> None:
+    server = await start_server(max_sockets="5")
+    sockets = [await wire(server.websocket_url, server.anon_key) for _ in range(5)]
+    with pytest.raises(InvalidStatus) as refused:
+        await wire(server.websocket_url, server.anon_key)
+    assert refused.value.response.status_code == 429
+    assert all([await socket.is_alive() for socket in sockets])
+    await sockets.pop().socket.close()
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            with contextlib.suppress(InvalidStatus):
+                await wire(server.websocket_url, server.anon_key)
+                break

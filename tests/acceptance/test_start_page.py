@@ -194,12 +194,14 @@ async def test_copy_takes_the_whole_text(
     page = await browser_page(shared_server.url)
     if not has_clipboard:
         await page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    payload = page.get_by_label("Payload")
+    await payload.fill("what the clipboard held before")
+    await payload.press("Control+A")
+    await payload.press("Control+X")
     button = page.get_by_role("button", name=f"Copy the {name}")
     await button.click()
     await expect(button).to_have_text("Copied")
     shown = await page.locator(f"#{await button.get_attribute('data-copies')}").text_content()
-    payload = page.get_by_label("Payload")
-    await payload.fill("")
     await payload.press("Control+V")
     assert await payload.input_value() == shown
 
@@ -275,9 +277,12 @@ async def test_after_leaving_nothing_arrives(
     server: Server, browser_page: PageFactory, http: httpx2.AsyncClient
 ) -> None:
     page, other = [await browser_page(server.url) for _ in range(2)]
-    for each in (page, other):
-        await join(each, "room:1")
-    await page.get_by_role("button", name="Leave").click()
+    await join(other, "room:1")
+    async with page.expect_websocket() as opened:
+        await join(page, "room:1")
+    socket = await opened.value
+    async with socket.expect_event("close"):
+        await page.get_by_role("button", name="Leave").click()
     await expect(page.locator("#state-text")).to_have_text("Not joined")
     await broadcast(http, server, "room:1", "late", {})
     assert await expect_message(other, "late") == "{}"
