@@ -5,7 +5,7 @@ PY ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do c
 V := .venv
 BIN := $(V)/bin
 
-.PHONY: help run test install format lint types unit upgrade revision schema-diff freeze lock build clean
+.PHONY: help run test test-faults install format lint types unit upgrade revision schema-diff freeze lock docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ run: $(V)/.run ## start everything: PostgreSQL, migrations, server
 
 test: $(V)/.test lint types ## every check and every test
 	$(BIN)/python -m pytest
+
+test-faults: $(V)/.test ## every fault at length, about a quarter of an hour; the result goes to docs/faults.md
+	REALTIME_FAULTS_REPORT=docs/faults.md $(BIN)/python -m pytest tests/faults -m faults
 
 unit: $(V)/.test ## the tests without I/O
 	$(BIN)/python -m pytest tests/unit
@@ -67,6 +70,9 @@ lock: ## resolve requirements/*.txt again (needs uv)
 	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --extra embedded -o requirements/run.txt
 	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --all-extras --group test -c requirements/run.txt --no-emit-package realtime-server -o requirements/test.txt
 	uv pip compile requirements/clients.in -q --universal --python-version 3.11 --generate-hashes -o requirements/clients.txt
+
+docs: $(V)/.run ## write the generated pages of docs/ again
+	$(BIN)/python docs/generate.py
 
 build: $(V)/.test ## wheel and sdist in dist/
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         ge=0,
         description="messages and deliveries of the server on average; more end the receiving channels, REST answers 429; 0: no limit",
     )
-    max_joins_per_second: float = Field(1000, ge=0, description="joins of the server on average; 0: no limit")
+    max_joins_per_second: float = Field(5000, ge=0, description="joins of the server on average; 0: no limit")
     max_presence_events_per_second: float = Field(
         0, ge=0, description="presence messages of the server on average; 0: no limit"
     )

@@ -43,6 +43,8 @@ class MalformedFrame(ProtocolError):
 
 
 class TopicNameRequired(ProtocolError):
+    """The topic of a join or a request is empty."""
+
     code = "TopicNameRequired"
 
     def __str__(self) -> str:
@@ -60,6 +62,8 @@ class UnmatchedTopic(ProtocolError):
 
 
 class PrivateOnly(ProtocolError):
+    """A public topic was joined on a server that is set to private topics only."""
+
     code = "PrivateOnly"
 
     def __str__(self) -> str:
@@ -71,6 +75,8 @@ class AuthError(RealtimeError):
 
 
 class MissingKey(AuthError):
+    """The request or the handshake brings neither key nor token."""
+
     code = "MissingAPIKey"
 
     def __str__(self) -> str:
@@ -78,6 +84,8 @@ class MissingKey(AuthError):
 
 
 class InvalidTicket(AuthError):
+    """Tickets for event streams are good once and for half a minute: ask for a new one."""
+
     code = "InvalidTicket"
 
     def __str__(self) -> str:
@@ -85,6 +93,8 @@ class InvalidTicket(AuthError):
 
 
 class MalformedToken(AuthError):
+    """What was given as a token is none. Look for a cut-off or doubled one."""
+
     code = "MalformedJWT"
 
     def __str__(self) -> str:
@@ -92,6 +102,8 @@ class MalformedToken(AuthError):
 
 
 class MissingClaims(AuthError):
+    """The token does not say which role it stands for, or when it ends."""
+
     code = "InvalidJWTToken"
 
     def __str__(self) -> str:
@@ -99,6 +111,8 @@ class MissingClaims(AuthError):
 
 
 class TokenExpired(AuthError):
+    """The token has ended. Get a new one, and give it to the channels that are joined before the old one ends."""
+
     code = "InvalidJWTToken"
 
     def __init__(self, seconds_ago: int) -> None:
@@ -110,6 +124,8 @@ class TokenExpired(AuthError):
 
 
 class InvalidSignature(AuthError):
+    """The token was not signed with the secret or key of this server, or was changed since."""
+
     code = "JwtSignatureError"
 
     def __str__(self) -> str:
@@ -140,6 +156,8 @@ class InvalidClaims(AuthError):
 
 
 class Unauthorized(AuthError):
+    """No policy on realtime.messages lets this role and these claims receive on this private topic, or a policy raised an error (the server's log says which)."""
+
     code = "Unauthorized"
     status = 403
 
@@ -156,6 +174,8 @@ class LimitError(RealtimeError):
 
 
 class TooManyChannels(LimitError):
+    """One socket has joined as many topics as one may. Leave some, or raise REALTIME_MAX_CHANNELS_PER_SOCKET."""
+
     code = "ChannelRateLimitReached"
 
     def __str__(self) -> str:
@@ -163,6 +183,8 @@ class TooManyChannels(LimitError):
 
 
 class TooManyUsers(LimitError):
+    """As many sockets have joined topics, or are open at all, as the server allows. Come again later."""
+
     code = "ConnectionRateLimitReached"
 
     def __str__(self) -> str:
@@ -170,6 +192,8 @@ class TooManyUsers(LimitError):
 
 
 class TooManyJoins(LimitError):
+    """More joins a second than the server allows. Come again later, after a pause that grows."""
+
     code = "ClientJoinRateLimitReached"
 
     def __str__(self) -> str:
@@ -177,6 +201,8 @@ class TooManyJoins(LimitError):
 
 
 class PayloadTooLarge(LimitError):
+    """The payload is larger than REALTIME_MAX_PAYLOAD_BYTES."""
+
     code = "payload_size_exceeded"
     status = 413
 
@@ -186,6 +212,8 @@ class PayloadTooLarge(LimitError):
 
 
 class Restarting(RealtimeError):
+    """The server is stopping. Connect again: another one, or the same one after its restart, answers."""
+
     code = "RealtimeRestarting"
     status = 503
 
@@ -194,6 +222,8 @@ class Restarting(RealtimeError):
 
 
 class DatabaseUnavailable(RealtimeError):
+    """What was asked needs the database, and there is none at the moment. Public topics and what clients send each other work on."""
+
     code = "UnableToConnectToProject"
     status = 503
 
@@ -212,6 +242,8 @@ class QueryCanceled(RealtimeError):
 
 
 class MalformedCursor(RealtimeError):
+    """What was given as a cursor is none."""
+
     code = "MalformedCursor"
     status = 400
 
@@ -220,6 +252,8 @@ class MalformedCursor(RealtimeError):
 
 
 class InvalidLimit(RealtimeError):
+    """The number of messages asked for is none, or too large."""
+
     code = "InvalidLimit"
     status = 400
 
@@ -243,6 +277,8 @@ class Gap(RealtimeError):
 
 
 class UnableToReplay(RealtimeError):
+    """The replay that a join asked for is not allowed, not well formed, or could not be read."""
+
     code = "UnableToReplayMessages"
     status = 422
 

@@ -17,7 +17,10 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.pg_try_advisory_lock_shared(realtime.doorbell_key()) then
+    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+        -- For transactions that are to be prepared: PREPARE TRANSACTION refuses those that notify.
+        return null;
+    elsif pg_catalog.pg_try_advisory_lock_shared(realtime.doorbell_key()) then
         perform pg_catalog.pg_advisory_unlock_shared(realtime.doorbell_key());
     else
         perform pg_catalog.pg_notify('realtime', '');
@@ -25,7 +28,8 @@ begin
     return null;
 end
 $$;
-comment on function realtime.ring_doorbell() is 'Wakes the relay at commit if it sleeps.';
+comment on function realtime.ring_doorbell() is
+    'Wakes the relay at commit if it sleeps. "set local realtime.doorbell = ''off''" keeps it silent, for PREPARE TRANSACTION; the relay then finds the messages within seconds.';
 
 create or replace trigger ring_doorbell
     after insert on realtime.messages

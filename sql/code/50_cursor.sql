@@ -160,7 +160,7 @@ returns table (
     is_private boolean,
     inserted_at timestamp,
     xid xid8,
-    cursor realtime.cursor
+    cursor text
 )
 language plpgsql
 volatile
@@ -172,8 +172,11 @@ declare
     v_until pg_snapshot;
     v_seq bigint;
     v_left integer := least(greatest(max_rows, 0), 10000);
+    v_found integer;
     v_is_present boolean;
-    v_row record;
+    -- A cursor without its last part; taken together once, because a page has many.
+    v_within text;
+    v_behind text;
 begin
     select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
     perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
@@ -182,52 +185,49 @@ begin
         if v_is_present then
             v_until := pg_catalog.pg_current_snapshot();
         end if;
-        for v_row in
-            select page.*, pg_catalog.lead(page.seq) over (order by page.seq) is null as is_last
-            from (
-                (
-                    select m.*
-                    from realtime.messages as m
-                    where m.topic = messages_after.topic
-                        and m.extension = 'broadcast'
-                        and m.seq > v_seq
-                        and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
-                        and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                        and (messages_after.private is null or m.private = messages_after.private)
-                    order by m.seq
-                    limit v_left + 1
-                )
-                union all
-                (
-                    select m.*
-                    from realtime.messages as m
-                    where m.topic = messages_after.topic
-                        and m.extension = 'broadcast'
-                        and (v_is_present or m.seq > v_seq)
-                        and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
-                        and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                        and (messages_after.private is null or m.private = messages_after.private)
-                    order by m.seq
-                    limit v_left + 1
-                )
-            ) as page
-            order by page.seq
-            limit v_left
-        loop
-            v_left := v_left - 1;
-            id := v_row.id;
-            event := v_row.event;
-            payload := v_row.payload;
-            binary_payload := v_row.binary_payload;
-            is_private := v_row.private;
-            inserted_at := v_row.inserted_at;
-            xid := v_row.xid;
-            cursor := case
-                when v_row.is_last then realtime.format_cursor(v_life, v_until, null, v_row.seq)
-                else realtime.format_cursor(v_life, v_since, v_until, v_row.seq)
-            end;
-            return next;
-        end loop;
+        v_within := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_since, v_until, 0), '0$', '');
+        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_until, null, 0), '0$', '');
+        return query
+        select
+            page.id,
+            page.event,
+            page.payload,
+            page.binary_payload,
+            page.private,
+            page.inserted_at,
+            page.xid,
+            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end || page.seq
+        from (
+            (
+                select m.*
+                from realtime.messages as m
+                where m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq > v_seq
+                    and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and (v_is_present or m.seq > v_seq)
+                    and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+        ) as page
+        order by page.seq
+        limit v_left;
+        get diagnostics v_found = row_count;
+        v_left := v_left - v_found;
         exit when v_is_present or v_left = 0;
         v_since := v_until;
         v_until := null;

@@ -6,6 +6,13 @@ from realtime.presence_entries as entry
 join realtime.nodes as node on node.id = entry.node
 where node.last_seen_at > now() - interval '30 seconds';
 comment on view realtime.presence is 'Who is present where now, with what they track.';
+comment on column realtime.presence.topic is 'Without "realtime:" in front.';
+comment on column realtime.presence.private is 'Which of the two rooms of this name.';
+comment on column realtime.presence.key is 'Presence key of the client.';
+comment on column realtime.presence.payload is 'What the client tracks.';
+comment on column realtime.presence.since is 'When it was written here.';
+comment on column realtime.presence.ref is 'phx_ref of the entry.';
+comment on column realtime.presence.node is 'Server that the client is connected to.';
 
 create or replace function realtime.write_presence(node uuid, entries jsonb, gone text[])
 returns boolean

@@ -16,16 +16,26 @@ def upgrade() -> None:
 def downgrade() -> None:
     # Messages are kept for days only, so dropping them is a downgrade and not a loss. Roles and auth may be in use elsewhere. The
     # schema stays, because the version table lives in it.
-    op.execute("drop table realtime.messages, realtime.stream cascade")
-    op.execute("drop domain realtime.cursor cascade")
     op.execute(
         """
         do $$
         declare
-            v_function regprocedure;
+            v_name text;
         begin
-            for v_function in select oid from pg_catalog.pg_proc where pronamespace = 'realtime'::regnamespace loop
-                execute 'drop function ' || v_function || ' cascade';
+            for v_name in
+                select oid::regclass from pg_catalog.pg_class
+                where relnamespace = 'realtime'::regnamespace and relkind in ('r', 'p')
+                    and not relispartition and relname <> 'alembic_version'
+            loop
+                execute 'drop table ' || v_name || ' cascade';
+            end loop;
+            for v_name in
+                select oid::regtype from pg_catalog.pg_type where typnamespace = 'realtime'::regnamespace and typtype = 'd'
+            loop
+                execute 'drop domain ' || v_name || ' cascade';
+            end loop;
+            for v_name in select oid::regprocedure from pg_catalog.pg_proc where pronamespace = 'realtime'::regnamespace loop
+                execute 'drop function ' || v_name || ' cascade';
             end loop;
         end
         $$

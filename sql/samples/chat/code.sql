@@ -95,6 +95,29 @@ create or replace trigger broadcast_chat_message
     execute function public.broadcast_chat_message();
 comment on trigger broadcast_chat_message on public.chat_messages is 'Tells the thread''s topic of a new message.';
 
+-- Definer: only the owner and service_role may call realtime.revalidate.
+create or replace function public.revalidate_chat_thread()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform realtime.revalidate(topic => 'chat:' || old.thread_id);
+    return null;
+end
+$$;
+comment on function public.revalidate_chat_thread() is 'Asks again who may be in the thread''s topic.';
+revoke all on function public.revalidate_chat_thread() from public;
+
+create or replace trigger revalidate_chat_thread
+    after delete or update of thread_id, user_a_supabase_id, user_b_supabase_id on public.chat_threads
+    for each row
+    execute function public.revalidate_chat_thread();
+comment on trigger revalidate_chat_thread on public.chat_threads is
+    'Who is no longer a member of the thread loses its topic.';
+
 -- Definer, so that callers need no right to the tables; it checks itself that the caller is who the row says.
 create or replace function public.insert_chat_message(
     _thread_id text,
