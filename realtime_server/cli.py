@@ -11,7 +11,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import msgspec
 import structlog
@@ -23,6 +24,7 @@ from realtime_server.config import Settings
 from realtime_server.errors import RealtimeError, SettingsError
 
 if TYPE_CHECKING:
+    from realtime_server.client import Client, Gap, Message
     from realtime_server.database import Target
 
 app = typer.Typer(
@@ -31,6 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A realtime server on plain PostgreSQL. Settings come from the environment, prefix REALTIME_.",
 )
+
+Public = Annotated[bool, typer.Option("--public", help="The public room of this name; without: the private one.")]
+Url = Annotated[str | None, typer.Option(help="The server's URL; without: the one of these settings.")]
+Key = Annotated[str | None, typer.Option(help="API key; without: the service key of these settings.")]
+Token = Annotated[str | None, typer.Option(help="Token of a user; without: the key decides who it is.")]
 
 
 def main() -> None:
@@ -114,7 +121,7 @@ def keys(
     secret = _secret(settings)
     anon_key, service_key = _api_keys(settings, secret)
     facts = {
-        "url": f"http://{settings.host}:{settings.port}",
+        "url": _url(settings),
         "anon_key": anon_key,
         "service_role_key": service_key,
         "jwt_secret": secret,
@@ -156,6 +163,147 @@ def token(
     if secret is None:
         raise SettingsError("there is no secret to sign with: tokens come from the issuer of REALTIME_JWKS_URL")
     print(claims.sign(payload, secret))
+
+
+@app.command()
+def listen(
+    topic: str,
+    after: Annotated[
+        str | None, typer.Option(help="Begin behind this cursor, not with what comes from now on.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line; bytes as base64.")] = False,
+    public: Public = False,
+    url: Url = None,
+    key: Key = None,
+    token: Token = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File that keeps the place: the next run goes on from there, not from --after.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many messages.")] = None,
+) -> None:
+    """Print the messages of a topic, through restarts and lost connections.
+
+    At least once: a message is printed before its place is stored with --state. After a crash the last one may come again; none is missing.
+    Where the server no longer has messages that belong here, a line says that there is a gap.
+    """
+    import asyncio
+
+    if state is not None and state.exists():
+        after = state.read_text().strip()
+        if not after:
+            raise SettingsError(f"the file {state} holds no cursor; remove it to begin with what comes from now on")
+    client = _client(url, key, token)
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            asyncio.run(_print_messages(client, topic, after, not public, as_json, state, count))
+        except BrokenPipeError:
+            # Who read this has ended. Python would complain once more when it flushes standard output at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.command()
+def send(
+    topic: str,
+    event: str,
+    payload: Annotated[str, typer.Argument(help="A JSON object.")],
+    public: Public = False,
+    url: Url = None,
+    key: Key = None,
+    token: Token = None,
+) -> None:
+    """Send a message to those who listen to a topic now. It is not stored; realtime.send in the database does that."""
+    import asyncio
+
+    from realtime_server.protocol.messages import loads_object
+
+    content = loads_object(payload.encode(errors="replace"))
+    if content is None:
+        raise SettingsError(f'the payload must be a JSON object, such as {{"n": 1}}, not {payload!r}')
+    client = _client(url, key, token)
+
+    async def send_it() -> None:
+        async with client:
+            await client.send(topic, event, content, private=not public)
+
+    asyncio.run(send_it())
+
+
+def _client(url: str | None, key: str | None, token: str | None) -> Client:
+    from realtime_server.client import Client
+
+    settings = config.load()
+    if key is None:
+        _, key = _api_keys(settings, _secret(settings))
+    if key is None:
+        raise SettingsError("give --key, or set REALTIME_SERVICE_KEY: without a secret none can be made")
+    try:
+        return Client(url or _url(settings), key, token=token)
+    except ValueError as error:
+        raise SettingsError(f"--url: {error}") from None
+
+
+async def _print_messages(
+    client: Client, topic: str, after: str | None, private: bool, as_json: bool, state: Path | None, count: int | None
+) -> None:
+    from realtime_server.client import Message
+
+    async with client:
+        listener = client.listen(topic, after=after, private=private)
+        await listener.ready()
+        _progress(f"listening to {topic}")
+        stored = after
+        if state is not None and stored is None and listener.cursor is not None:
+            # What comes after this run is not to be missed either, even if nothing comes during it.
+            stored = listener.cursor
+            _store(state, stored)
+        async for item in listener:
+            _print_item(item, as_json=as_json)
+            if state is not None and item.cursor is not None and item.cursor != stored:
+                stored = item.cursor
+                _store(state, stored)
+            if isinstance(item, Message) and count is not None:
+                count -= 1
+                if count == 0:
+                    return
+
+
+def _print_item(item: Message | Gap, *, as_json: bool) -> None:
+    """Print and flush."""
+    import base64
+
+    from realtime_server.client import Gap
+
+    if isinstance(item, Gap):
+        _progress(f"gap in {item.topic}: {item.problem}")
+        facts: dict[str, Any] = {"gap": item.problem, "topic": item.topic, "cursor": item.cursor}
+        if not as_json:
+            return
+    else:
+        is_bytes = isinstance(item.payload, bytes)
+        payload = base64.b64encode(item.payload).decode() if is_bytes else item.payload
+        if not as_json:
+            event = item.event if item.event.isprintable() else repr(item.event)
+            print(event, payload if is_bytes else msgspec.json.encode(payload).decode(), flush=True)
+            return
+        facts = {"topic": item.topic, "event": item.event, "payload": payload, "id": item.id, "cursor": item.cursor}
+        if is_bytes:
+            facts["encoding"] = "base64"
+    print(msgspec.json.encode(facts).decode(), flush=True)
+
+
+def _store(file: Path, cursor: str) -> None:
+    """Replace the file's contents at once: whoever looks, and whenever this process ends, it holds one cursor or the other."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    with new.open("w") as stream:
+        stream.write(f"{cursor}\n")
+        stream.flush()
+        # Otherwise the name may reach the disk before the contents: an empty file after a power cut.
+        os.fsync(stream.fileno())
+    new.replace(file)
+
+
+def _url(settings: Settings) -> str:
+    return f"http://{settings.host}:{settings.port}"
 
 
 def _fail(sentence: str) -> NoReturn:

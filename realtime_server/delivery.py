@@ -28,9 +28,11 @@ class Delivery:
                 self._revalidate(row)
 
     def gap(self, oldest: str) -> None:
-        problem = "gap: the database has begun another life (restored or promoted)"
+        problem = "gap: the database was restored or promoted, or away for longer than messages are kept"
         for member in list(self._services.users):
             member.tell_gap(problem, oldest)
+            # A word of lost rights may be missing too.
+            member.revalidate(None, None)
 
     def _broadcast(self, row: Row, behind: Place) -> None:
         room = Room(messages.TOPIC_PREFIX + row.topic, row.private)

@@ -16,16 +16,26 @@ from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadc
 
 Message = Broadcast | ForwardedBroadcast
 ReadAfter = Callable[[Room, str], Awaitable[Page]]
+Ready = Callable[[], Awaitable[bool]]
 
 MOST_HELD: Final = 1000
 
 
 class Hold:
-    """What came for one client while it is still being sent older messages, of all rooms in the order it came."""
+    """Keeps what comes for one client, of all its rooms in the order it came, until `release`.
 
-    def __init__(self) -> None:
+    While it is sent older messages, or until policies have been asked again. `begin` is the cursor from which nothing is missed: where the
+    relay was when the hold began. Make it before subscribing, or when live.
+    """
+
+    def __init__(self, *followers: Follower) -> None:
+        self._followers = followers
         self._entries: list[tuple[Follower, Message, Frame]] = []
+        self._place = followers[0].place()
+        self.begin = None if self._place is None else self._place.cursor
         self.is_overfull = False
+        for follower in followers:
+            follower.hold = self
 
     def add(self, follower: Follower, message: Message, frame: Frame) -> None:
         if len(self._entries) < MOST_HELD:
@@ -33,16 +43,37 @@ class Hold:
         else:
             self.is_overfull = True
 
-    def clear(self) -> None:
-        self._entries.clear()
-        self.is_overfull = False
+    async def catch_up(self, cursor: str, read: ReadAfter, ready: Ready) -> str | None:
+        """Send all that lies behind the cursor; the cursor behind all of that, None when the client is gone.
+
+        `ready` is awaited before each message; it returns False when the client is gone. Raises: Gap, MalformedCursor,
+        DatabaseUnavailable, QueryCanceled: then what is held is still held.
+        """
+        cursors = dict.fromkeys(self._followers, cursor)
+        while True:
+            for follower in self._followers:
+                is_last = False
+                while not is_last:
+                    messages, cursors[follower], is_last = await read(follower.room, cursors[follower])
+                    for stored in messages:
+                        if not await ready():
+                            return None
+                        follower.send_stored(stored, self._place)
+            if not self.is_overfull:
+                # The first room's is the earliest; what it sees was in the other rooms' pages too.
+                return cursors[self._followers[0]]
+            # More came than can be held: it is in the database, so hold anew and read on, in all rooms.
+            self._entries.clear()
+            self.is_overfull = False
+            self._place = self._followers[0].place()
 
     def release(self) -> None:
         """Send what was held; from now on everything at once."""
-        for follower, message, frame in self._entries:
+        entries = [entry for entry in self._entries if not entry[0].was_read(entry[1])]
+        for follower in self._followers:
             follower.hold = None
+        for follower, message, frame in entries:
             follower.deliver(message, frame)
-        self._entries.clear()
 
 
 class Follower:
@@ -52,18 +83,13 @@ class Follower:
     """
 
     def __init__(
-        self,
-        room: Room,
-        encoding: Encoding,
-        send: Callable[[Frame], None],
-        place: Callable[[], Place | None],
-        hold: Hold | None = None,
+        self, room: Room, encoding: Encoding, send: Callable[[Frame], None], place: Callable[[], Place | None]
     ) -> None:
         self.room = room
         self.encoding = encoding
-        self.hold = hold
+        self.place = place
+        self.hold: Hold | None = None
         self._send = send
-        self._place = place
         # Ids that were read and may come again, until the relay has passed the newest transaction among them.
         self._seen: set[str] = set()
         self._seen_xid = 0
@@ -71,47 +97,23 @@ class Follower:
     def deliver(self, message: Message, frame: Frame) -> None:
         if self.hold is not None:
             self.hold.add(self, message, frame)
-        elif not self._was_seen(message):
-            self._send(frame)
-
-    def go_live(self) -> None:
-        """Send what was held, and from now on everything at once."""
-        if self.hold is not None:
-            self.hold.release()
-            self.hold = None
-
-    async def catch_up(self, cursor: str, read: ReadAfter, ready: Callable[[], Awaitable[bool]]) -> None:
-        """Send all that lies behind the cursor. `hold` must be set, and the hub subscribed to, before.
-
-        `ready` is awaited before each page; it returns False when the client is gone. Raises: Gap, MalformedCursor,
-        DatabaseUnavailable, QueryCanceled: then what is held is still held.
-        """
-        while True:
-            place = self._place()
-            is_last = False
-            while not is_last:
-                messages, cursor, is_last = await read(self.room, cursor)
-                if not await ready():
-                    return
-                self.send_stored(messages, place)
-            if self.hold is None or not self.hold.is_overfull:
+            return
+        if self._seen:
+            if self.was_read(message):
                 return
-            # More came than can be held: it is in the database, so hold anew and read on.
-            self.hold.clear()
+            place = self.place()
+            if place is not None and place.since.xmin > self._seen_xid:
+                self._seen.clear()
+        self._send(frame)
 
-    def send_stored(self, messages: list[Stored], place: Place | None) -> None:
+    def send_stored(self, stored: Stored, place: Place | None) -> None:
         """Send what was read; `place` is where the relay was when `hold` was set, or before."""
-        for message, xid in messages:
-            if (frame := message.encode(self.encoding)) is not None:
-                self._send(frame)
-            if message.id is not None and (place is None or not place.since.sees(xid)):
-                self._seen.add(message.id)
-                self._seen_xid = max(self._seen_xid, xid)
+        message, xid = stored
+        if (frame := message.encode(self.encoding)) is not None:
+            self._send(frame)
+        if message.id is not None and (place is None or not place.since.sees(xid)):
+            self._seen.add(message.id)
+            self._seen_xid = max(self._seen_xid, xid)
 
-    def _was_seen(self, message: Message) -> bool:
-        if not self._seen:
-            return False
-        place = self._place()
-        if place is not None and place.since.xmin > self._seen_xid:
-            self._seen.clear()
+    def was_read(self, message: Message) -> bool:
         return message.id in self._seen

@@ -34,11 +34,14 @@ class History:
     async def after(self, room: Room, cursor: str, max_rows: int = PAGE_ROWS) -> Page:
         """The next messages behind a cursor. Raises: Gap, MalformedCursor, DatabaseUnavailable, QueryCanceled."""
         rows = await self._pool.fetch(
+            # The last row is the place of the statement's beginning; the function reads later, so it has all that is before it.
             "select id, event, payload::text, binary_payload, xid::text, cursor"
-            " from realtime.messages_after(%s, %s, %s, %s)",
+            " from realtime.messages_after(%s, %s, %s, %s)"
+            " union all select null, null, null, null, null, realtime.cursor()",
             (room.topic.removeprefix(TOPIC_PREFIX), cursor, max_rows, room.private),
         )
-        return Page(_messages(room, rows), rows[-1][-1] if rows else cursor, len(rows) < max_rows)
+        (*_, present) = rows.pop()
+        return Page(_messages(room, rows), rows[-1][-1] if rows else present, len(rows) < max_rows)
 
     async def newest(self, room: Room, since_ms: int, max_rows: int) -> list[Stored]:
         """The newest messages since a time (milliseconds since 1970), oldest first. Raises: DatabaseUnavailable, QueryCanceled."""

@@ -92,9 +92,26 @@ class Channel(Follower):
         self.presence_window_ends_at = 0.0
         self.watches = False
         self.warned = _is_brief(claims)
+        # How often policies were to be asked again, and which of these times was answered last.
+        self.doubts = 0
+        self.doubts_settled = 0
         # Read at the join, to be sent after its reply.
         self.replayed: list[Stored] = []
         self.place_at_join: Place | None = None
+        self.is_resuming = False
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether policies are to be asked again, or are being asked."""
+        return self.doubts > self.doubts_settled
+
+    def doubt(self) -> bool:
+        """Send nothing until policies have been asked again; whether that was to be done already."""
+        was_in_doubt = self.is_in_doubt
+        self.doubts += 1
+        if self.hold is None:
+            Hold(self)
+        return was_in_doubt
 
     def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
         if self.session.services.rates.events.is_over(time.monotonic()):
@@ -157,13 +174,18 @@ class Session:
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
         """Ask again for the rights of private channels: of one topic (without `realtime:`), of one user, or of all where None."""
-        for channel in list(self._channels.values()):
-            if (
-                channel.room.private
-                and topic in (None, messages.sub_topic(channel.room.topic))
-                and subject in (None, channel.claims.subject)
-            ):
-                self._do(channel.room.topic, partial(self._revalidate, channel))
+        # A channel that is joining has asked already, and may have been answered by what was true before.
+        for wire_topic in {*self._channels, *self._busy}:
+            if topic not in (None, wire_topic.removeprefix(messages.TOPIC_PREFIX)):
+                continue
+            channel = self._channels.get(wire_topic)
+            if channel is not None and _is_meant(channel, subject) and channel.doubt():
+                continue
+            again = partial(self._revalidate, wire_topic, subject)
+            if wire_topic in self._busy:
+                self._busy[wire_topic].appendleft(again)
+            else:
+                self._do(wire_topic, again)
 
     def tell_gap(self, problem: str, oldest: str) -> None:
         """Messages of the database are missing from here on, on every channel that receives any."""
@@ -177,6 +199,7 @@ class Session:
             self._expiry.cancel()
         for channel in list(self._channels.values()):
             self._forget(channel)
+        self.services.users.discard(self)
 
     def shut_down(self, channel: Channel, reason: str) -> None:
         """End a channel from this side and say why. Clients do not join again by themselves."""
@@ -214,6 +237,8 @@ class Session:
                 work = self._guarded(topic, waiting.popleft())
         finally:
             del self._busy[topic]
+            if not self.has_channels:
+                self.services.users.discard(self)
 
     def _guarded(self, topic: str, action: Action) -> Work | None:
         try:
@@ -265,6 +290,8 @@ class Session:
         try:
             topic = messages.sub_topic(message.topic)
             self._admit(message)
+            # Already now, so that a word of lost rights finds the join.
+            self.services.users.add(self)
             config = join.parse(messages.loads_object(message.payload), self.connection.format)
             for problem in config.problems:
                 log.info("join field ignored", code="InvalidJoinPayload", topic=message.topic, problem=problem)
@@ -311,7 +338,7 @@ class Session:
         if (config.with_cursor or "after" in replay) and self.services.place() is None:
             raise DatabaseUnavailable
         if config.has_replay:
-            channel.hold = Hold()
+            Hold(channel)
         if config.has_replay and "after" not in replay:
             channel.replayed = await self._read_by_time(channel)
         if channel.policy.can_read_broadcast:
@@ -339,17 +366,17 @@ class Session:
             self._forget(old)
             self.connection.push(messages.closed(message.topic, old.literal_join_ref))
         self._channels[message.topic] = channel
-        self.services.users.add(self)
         config, place = channel.config, self.services.place()
         bindings = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
         cursor = {"cursor": place.cursor} if config.with_cursor and place is not None else {}
         self._reply(message, message.join_ref, {"postgres_changes": bindings, **cursor})
         after = config.replay.get("after")
         if after is not None:
-            self._tasks.create_task(self._resume(channel, after))
+            self._go_live(channel, after)
         elif config.has_replay:
-            channel.send_stored(channel.replayed, channel.place_at_join)
-            channel.go_live()
+            for stored in channel.replayed:
+                channel.send_stored(stored, channel.place_at_join)
+            self._go_live(channel, None)
         if bindings:
             text = "Row changes are not available on this server, subscribe to broadcasts"
             self._tell(channel, text, ok=False, extension="postgres_changes")
@@ -359,16 +386,32 @@ class Session:
             self._watch_presence(channel)
         self._watch_expiry()
 
-    async def _resume(self, channel: Channel, cursor: object) -> None:
-        """Send what lies behind the client's cursor, then flip to live. Where messages are missing: say so, then live."""
+    def _go_live(self, channel: Channel, cursor: object) -> None:
+        """Release what is held for a channel, after what lies behind the cursor; None when there is nothing to be read."""
+        hold = channel.hold
+        if hold is not None and cursor is None and not hold.is_overfull:
+            hold.release()
+        elif hold is not None:
+            channel.is_resuming = True
+            self._tasks.create_task(self._resume(channel, hold, hold.begin if cursor is None else cursor))
+
+    async def _catch_up(self, channel: Channel, hold: Hold, cursor: object) -> None:
+        """Send what lies behind the cursor; where messages are missing, say so."""
         try:
             if not isinstance(cursor, str):
                 raise MalformedCursor
-            await channel.catch_up(cursor, self.services.history.after, lambda: self._is_ready(channel))
+            await hold.catch_up(cursor, self.services.history.after, lambda: self._is_ready(channel))
         except Gap as error:
             self._tell_gap(channel, str(error), error.oldest)
         except MalformedCursor as error:
             self._tell_gap(channel, str(error), None)
+
+    async def _resume(self, channel: Channel, hold: Hold, cursor: object) -> None:
+        """Send what lies behind the cursor, then flip to live."""
+        try:
+            await self._catch_up(channel, hold, cursor)
+            while await self._is_ready(channel) and hold.is_overfull and hold.begin is not None:
+                await hold.catch_up(hold.begin, self.services.history.after, lambda: self._is_ready(channel))
         except RealtimeError as error:
             # Not caught up and not to be taken for it: the client joins again, with the same cursor.
             log.warning("channel could not be resumed", topic=channel.room.topic, code=error.code)
@@ -380,11 +423,12 @@ class Session:
             self._crash(channel.room.topic)
             return
         if self._is_open(channel):
-            channel.go_live()
+            channel.is_resuming = False
+            hold.release()
 
     async def _is_ready(self, channel: Channel) -> bool:
-        """Wait until the client has taken most of what was sent; False when the channel is gone."""
-        while self._is_open(channel) and self.connection.is_filling:
+        """Wait until the client has taken most of what was sent and keeps its rights; False when the channel is gone."""
+        while self._is_open(channel) and (self.connection.is_filling or channel.is_in_doubt):
             await asyncio.sleep(DRAIN_LOOK_S)
         return self._is_open(channel)
 
@@ -405,7 +449,7 @@ class Session:
         self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
         if self._channels.get(channel.room.topic) is channel:
             del self._channels[channel.room.topic]
-        if not self._channels:
+        if not self.has_channels:
             self.services.users.discard(self)
 
     # -- tokens
@@ -466,9 +510,22 @@ class Session:
         if self._is_open(channel):
             self.shut_down(channel, reason)
 
-    async def _revalidate(self, channel: Channel) -> None:
-        if self._is_open(channel):
-            await self._authorize_again(channel, channel.claims)
+    def _revalidate(self, topic: str, subject: str | None) -> Work | None:
+        channel = self._channels.get(topic)
+        if channel is None or not (channel.is_in_doubt or _is_meant(channel, subject)):
+            return None
+        if not channel.is_in_doubt:
+            channel.doubt()
+        return self._settle_doubts(channel)
+
+    async def _settle_doubts(self, channel: Channel) -> None:
+        while channel.is_in_doubt:
+            doubts = channel.doubts
+            if not await self._authorize_again(channel, channel.claims):
+                return
+            channel.doubts_settled = doubts
+        if channel.hold is not None and not channel.is_resuming:
+            self._go_live(channel, None)
 
     def _watch_expiry(self) -> None:
         """One timer per socket, set to the first token that expires or is to be warned of."""
@@ -599,6 +656,10 @@ class Session:
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
         log.info("refused", code=error.code, topic=push.topic, reason=str(error))
         self._reply(push, join_ref, {"reason": error.reason}, ok=False)
+
+
+def _is_meant(channel: Channel, subject: str | None) -> bool:
+    return channel.room.private and subject in (None, channel.claims.subject)
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -4,8 +4,11 @@ pytest_plugins = [
     "tests.fix_postgres",
     "tests.fix_database",
     "tests.fix_server",
+    "tests.fix_proxy",
     "tests.fix_wire",
+    "tests.fix_events",
     "tests.fix_clients",
     "tests.fix_rights",
     "tests.fix_browser",
+    "tests.fix_oracle",
 ]

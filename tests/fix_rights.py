@@ -12,7 +12,6 @@ from tests.fix_server import Server, make_token
 
 READ, WRITE = "broadcast:read", "broadcast:write"
 READ_PRESENCE, WRITE_PRESENCE = "presence:read", "presence:write"
-ALL_RIGHTS = (READ, WRITE, READ_PRESENCE, WRITE_PRESENCE)
 
 
 def grant_rights(database: TestDatabase) -> None:

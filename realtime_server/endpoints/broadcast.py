@@ -32,8 +32,9 @@ from starlette.responses import JSONResponse, Response
 from realtime_server.authorization import Policy
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
+from realtime_server.endpoints.caller import policy_headers, token_of
 from realtime_server.endpoints.openapi import BYTES, JSON, Operation, Parameter, documented
-from realtime_server.errors import AuthError, DatabaseUnavailable, MissingKey, QueryCanceled
+from realtime_server.errors import AuthError, DatabaseUnavailable, QueryCanceled
 from realtime_server.hub import Room
 from realtime_server.limits import Rate
 from realtime_server.protocol.frames import Broadcast
@@ -229,7 +230,7 @@ class BroadcastEndpoints:
                 await self._send(batch, claims, request)
 
     async def _send(self, batch: list[tuple[Room, Broadcast]], claims: Claims, request: Request) -> None:
-        headers = _policy_headers(request)
+        headers = policy_headers(request)
         policies: dict[str, Policy | None] = {}
         for room, broadcast in batch:
             if room.private:
@@ -280,7 +281,7 @@ class BroadcastEndpoints:
 
     async def _policy(self, topic: str, claims: Claims, request: Request) -> Policy:
         try:
-            return await self._authorize(topic, claims, _policy_headers(request))
+            return await self._authorize(topic, claims, policy_headers(request))
         except DatabaseUnavailable:
             raise _Refused(422, "Tenant database unavailable") from None
         except QueryCanceled:
@@ -305,7 +306,7 @@ class BroadcastEndpoints:
         if self._events.is_over(self._clock()):
             raise _Refused(429, "Too many requests")
         try:
-            claims = await self._verify(_token(request))
+            claims = await self._verify(token_of(request))
         except AuthError as error:
             log.info("broadcast refused", code=error.code, reason=str(error))
             raise _Refused(401, "Unauthorized") from None
@@ -390,23 +391,6 @@ def _check_accept(request: Request) -> None:
 def _is_zero_weight(parameter: str) -> bool:
     name, _, value = parameter.partition("=")
     return name.strip() == "q" and value.strip() != "" and value.strip().strip("0.") == ""
-
-
-def _token(request: Request) -> str:
-    """The bearer token, or else the API key; never the key when there is an `Authorization`. Raises: MissingKey."""
-    authorization = request.headers.get("authorization")
-    if authorization is None:
-        token = request.headers.get("apikey", "")
-    else:
-        words = authorization.split()
-        token = words[1] if len(words) == 2 and words[0].lower() == "bearer" else ""
-    if not token:
-        raise MissingKey
-    return token
-
-
-def _policy_headers(request: Request) -> dict[str, str]:
-    return {name: value for name, value in request.headers.items() if name.startswith("x-")}
 
 
 def _read_batch(

@@ -1,20 +1,31 @@
-"""Who calls: the token of an HTTP request, and what policies may read of it."""
+"""Who calls: the token of an HTTP request, what policies may read of it, what it may receive, and how it is refused."""
 
 from __future__ import annotations
 
-from starlette.requests import HTTPConnection
+from collections.abc import Mapping
 
-from realtime_server.errors import MissingKey
+import structlog
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse
+
+from realtime_server.authorization import EVERYTHING
+from realtime_server.claims import Claims
+from realtime_server.errors import MissingKey, PrivateOnly, RealtimeError, Unauthorized
+from realtime_server.hub import Room
+from realtime_server.protocol.messages import TOPIC_PREFIX
+from realtime_server.services import Services
+
+log = structlog.get_logger()
 
 
 def token_of(request: HTTPConnection) -> str:
-    """The bearer token, or else the API key of header or query. Raises: MissingKey."""
+    """The bearer token, or else the API key of header or query; never the key when there is an `Authorization`. Raises: MissingKey."""
     authorization = request.headers.get("authorization")
     if authorization is None:
         token = request.headers.get("apikey") or request.query_params.get("apikey") or ""
     else:
-        scheme, _, token = authorization.partition(" ")
-        token = token.strip() if scheme.lower() == "bearer" else ""
+        words = authorization.split()
+        token = words[1] if len(words) == 2 and words[0].lower() == "bearer" else ""
     if not token:
         raise MissingKey
     return token
@@ -23,3 +34,24 @@ def token_of(request: HTTPConnection) -> str:
 def policy_headers(request: HTTPConnection) -> dict[str, str]:
     """The headers that policies may read: those that begin with `x-`."""
     return {name: value for name, value in request.headers.items() if name.startswith("x-")}
+
+
+def room_of(topic: str, request: HTTPConnection) -> Room:
+    """The room of a topic, with or without `realtime:`, that the query asks for."""
+    is_private = request.query_params.get("private", "").lower() in ("true", "1")
+    return Room(TOPIC_PREFIX + topic.removeprefix(TOPIC_PREFIX), is_private)
+
+
+async def check_may_receive(services: Services, room: Room, claims: Claims, headers: Mapping[str, str]) -> None:
+    """Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled."""
+    topic = room.topic.removeprefix(TOPIC_PREFIX)
+    if services.limits.private_only and not room.private:
+        raise PrivateOnly
+    policy = await services.authorize(topic, claims, headers) if room.private else EVERYTHING
+    if not policy.can_read_broadcast:
+        raise Unauthorized(topic)
+
+
+def refusal(error: RealtimeError, **more: str) -> JSONResponse:
+    log.info("request refused", code=error.code, reason=str(error))
+    return JSONResponse({"code": error.code, "message": str(error), **more}, error.status)

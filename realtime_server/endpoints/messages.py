@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from realtime_server.endpoints.caller import policy_headers, token_of
-from realtime_server.errors import (
-    DatabaseUnavailable,
-    Gap,
-    InvalidLimit,
-    RealtimeError,
-    TopicNameRequired,
-    Unauthorized,
-)
-from realtime_server.hub import Room
+from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
+from realtime_server.errors import DatabaseUnavailable, Gap, InvalidLimit, RealtimeError, TopicNameRequired
 from realtime_server.protocol.messages import TOPIC_PREFIX
 from realtime_server.services import Services
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
-
-log = structlog.get_logger()
 
 
 def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]]:
@@ -35,12 +24,10 @@ def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Respo
     async def endpoint(request: Request) -> Response:
         try:
             return await _page(services, request)
+        except Gap as error:
+            return refusal(error, cursor=error.oldest)
         except RealtimeError as error:
-            log.info("messages refused", code=error.code, reason=str(error))
-            body: dict[str, Any] = {"code": error.code, "message": str(error)}
-            if isinstance(error, Gap):
-                body["cursor"] = error.oldest
-            return JSONResponse(body, error.status)
+            return refusal(error)
 
     return endpoint
 
@@ -48,15 +35,11 @@ def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Respo
 async def _page(services: Services, request: Request) -> Response:
     query = request.query_params
     claims = await services.verify(token_of(request))
-    topic = query.get("topic", "").removeprefix(TOPIC_PREFIX)
-    if not topic:
+    room = room_of(query.get("topic", ""), request)
+    if room.topic == TOPIC_PREFIX:
         raise TopicNameRequired
     limit = _limit(query.get("limit"))
-    room = Room(TOPIC_PREFIX + topic, query.get("private", "").lower() in ("true", "1"))
-    if room.private:
-        policy = await services.authorize(topic, claims, policy_headers(request))
-        if not policy.can_read_broadcast:
-            raise Unauthorized(topic)
+    await check_may_receive(services, room, claims, policy_headers(request))
     after = query.get("after")
     if after is None:
         place = services.place()
@@ -75,6 +58,8 @@ async def _page(services: Services, request: Request) -> Response:
 def _limit(text: str | None) -> int:
     if text is None:
         return DEFAULT_LIMIT
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_LIMIT:
+    # Python does not read numbers of thousands of digits.
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_LIMIT))
+    if not is_number or not 1 <= int(text) <= MAX_LIMIT:
         raise InvalidLimit(MAX_LIMIT)
     return int(text)

@@ -4,6 +4,11 @@ A message is an unnamed event, so that `onmessage` sees it; its `id` is its curs
 (`Last-Event-ID`). Everything else is a named event: `ready` first, from which on nothing is missed; `gap` where messages are missing;
 `error` before the stream ends. Comments keep proxies from closing it. Source: WHATWG HTML, "Server-sent events".
 
+A cursor moves on without messages too: after what was resumed, and with every comment, an `id` comes without an event.
+
+`EventSource` never comes back after an answer other than 200. Who accepts event streams only is therefore told of passing trouble (the
+server restarts, the database is away) in a stream that ends at once.
+
 `EventSource` sends no headers. So that tokens need not stand in URLs, `POST /stream/ticket` trades one for a ticket that is good once.
 """
 
@@ -20,37 +25,44 @@ from typing import Any, Final
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from realtime_server.authorization import EVERYTHING
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.endpoints.caller import policy_headers, token_of
-from realtime_server.endpoints.websocket import Sockets
+from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
+from realtime_server.endpoints.websocket import Sockets, check_limits
 from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
     InvalidTicket,
     MalformedCursor,
+    QueryCanceled,
     RealtimeError,
     Restarting,
     TokenExpired,
     TooManyChannels,
+    TooManyJoins,
     TooManyUsers,
     TopicNameRequired,
-    Unauthorized,
 )
-from realtime_server.follower import Follower, Hold
+from realtime_server.follower import Follower, Hold, Message
 from realtime_server.history import Page
 from realtime_server.hub import Room
-from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, event_frame
+from realtime_server.protocol.frames import Encoding, Frame, event_frame
 from realtime_server.protocol.messages import TOPIC_PREFIX, Format, dumps
 from realtime_server.services import Services
 
+EVENT_STREAM: Final = "text/event-stream"
 RETRY_MS: Final = 1000
 KEEP_ALIVE_S: Final = 15.0
 TICKET_S: Final = 30.0
 MOST_TICKETS: Final = 10_000
 DRAIN_LOOK_S: Final = 0.01
+# What the server below holds of a slow reader's events.
+PIECE_BYTES: Final = 65_536
+# Event loops refuse delays of decades.
+LONGEST_TIMER_S: Final = 86_400.0
+PASSING: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, TooManyUsers)
 
 log = structlog.get_logger()
 
@@ -80,8 +92,7 @@ class Tickets:
 class Wish:
     """What a request asks for. `events` empty: all."""
 
-    topics: tuple[str, ...]
-    private: bool
+    rooms: tuple[Room, ...]
     events: frozenset[str]
     after: str | None
 
@@ -90,34 +101,18 @@ def stream_endpoint(
     services: Services, sockets: Sockets, tickets: Tickets, settings: Settings
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type=EVENT_STREAM)
         try:
-            if sockets.is_draining:
-                raise Restarting
             wish = _read_wish(request, settings.max_channels_per_socket)
             ticket = request.query_params.get("ticket")
             claims = (
                 await services.verify(token_of(request)) if ticket is None else tickets.take(ticket, time.monotonic())
             )
-            if services.rates.max_users and len(services.users) >= services.rates.max_users:
-                raise TooManyUsers
-            stream = EventStream(services, wish, claims, policy_headers(request), settings.max_buffered_bytes)
-            await stream.authorize()
         except RealtimeError as error:
-            log.info("stream refused", code=error.code, reason=str(error))
-            return JSONResponse({"code": error.code, "message": str(error)}, error.status)
-        sockets.add(stream)
-        services.users.add(stream)
-
-        async def body() -> AsyncIterator[bytes]:
-            try:
-                async for chunk in stream.run():
-                    yield chunk
-            finally:
-                sockets.discard(stream)
-                services.users.discard(stream)
-
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+            return refusal(error)
+        stream = EventStream(services, sockets, wish, claims, policy_headers(request), settings.max_buffered_bytes)
+        return _Answer(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
 
     return endpoint
 
@@ -127,151 +122,199 @@ def ticket_endpoint(services: Services, tickets: Tickets) -> Callable[[Request],
         try:
             claims = await services.verify(token_of(request))
         except RealtimeError as error:
-            return JSONResponse({"code": error.code, "message": str(error)}, error.status)
+            return refusal(error)
         return JSONResponse({"ticket": tickets.give(claims, time.monotonic()), "expires_in": int(TICKET_S)})
 
     return endpoint
 
 
 class EventStream:
-    """One client's stream of events, of one topic or several."""
+    """One client's stream of events, of one topic or several: `begin`, `run`, and in any case `end`."""
 
     def __init__(
-        self, services: Services, wish: Wish, claims: Claims, headers: dict[str, str], max_buffered_bytes: int
+        self,
+        services: Services,
+        sockets: Sockets,
+        wish: Wish,
+        claims: Claims,
+        headers: dict[str, str],
+        max_buffered_bytes: int,
     ) -> None:
         self._services = services
+        self._sockets = sockets
         self._wish = wish
         self._claims = claims
         self._headers = headers
         self._max_buffered_bytes = max_buffered_bytes
+        self._followers = [_Topic(self, room, services, wish.events) for room in wish.rooms]
+        self._hold: Hold | None = None
+        self._is_following = False
+        self._is_in_doubt = False
+        self._is_over = False
         self._waiting = bytearray()
         self._wake = asyncio.Event()
-        self._is_over = False
-        self._hold = Hold()
-        encoding = Encoding(Format.SSE)
-        self._followers = [
-            _Filtered(
-                wish.events, Room(TOPIC_PREFIX + topic, wish.private), encoding, self.send, services.place, self._hold
-            )
-            for topic in wish.topics
-        ]
+        self._expiry: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def authorize(self) -> None:
-        """Raises: Unauthorized, DatabaseUnavailable, QueryCanceled."""
+    async def begin(self) -> None:
+        """Take up the stream.
+
+        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled.
+        """
+        if self._sockets.is_draining:
+            raise Restarting
+        check_limits(self._services)
+        self._services.rates.joins.count(time.monotonic())
+        # Before policies are asked, so that a word of lost rights finds the stream.
+        self._sockets.add(self)
+        self._services.users.add(self)
+        await self._authorize()
         if self._services.place() is None:
             raise DatabaseUnavailable
-        for topic in self._wish.topics:
-            policy = EVERYTHING
-            if self._wish.private:
-                policy = await self._services.authorize(topic, self._claims, self._headers)
-            if not policy.can_read_broadcast:
-                raise Unauthorized(topic)
+        self._hold = Hold(*self._followers)
+        self._is_following = True
+        for follower in self._followers:
+            self._services.broadcasts.subscribe(follower.room, follower)
+        topics = [follower.room.topic.removeprefix(TOPIC_PREFIX) for follower in self._followers]
+        # With a cursor of its own, the client has one to come back with.
+        begin = self._hold.begin if self._wish.after is None else None
+        self._waiting += b"retry: %d\n\n" % RETRY_MS
+        self.send(event_frame(dumps({"topics": topics}), event="ready", id=begin))
+        self._spawn(self._go_live(self._hold, self._wish.after))
+        self._watch_expiry()
 
     async def run(self) -> AsyncIterator[bytes]:
         """The stream's bytes, until it ends."""
-        loop = asyncio.get_running_loop()
+        while self._waiting or not self._is_over:
+            if self._waiting:
+                piece = bytes(self._waiting[:PIECE_BYTES])
+                del self._waiting[:PIECE_BYTES]
+                yield piece
+                continue
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                place = self._services.place() if self._hold is None else None
+                self._waiting += b": keep-alive\n" + _id_frame(None if place is None else place.cursor).data
+
+    def end(self) -> None:
+        """Leave all topics; what waits may still be read. Harmless when over."""
+        self._is_over = True
+        self._wake.set()
+        self._sockets.discard(self)
+        self._services.users.discard(self)
         for follower in self._followers:
-            self._services.broadcasts.subscribe(follower.room, follower)
-        place = self._services.place()
-        begin = self._wish.after or (place.cursor if place else None)
-        ready = event_frame(dumps({"topics": self._wish.topics}), event="ready", id=_one_line(begin))
-        self._waiting += b"retry: %d\n\n" % RETRY_MS + ready.data
-        self._spawn(self._catch_up())
-        lifetime_s = min(self._claims.expires_at - time.time(), 86_400.0 * 365)
-        expiry = loop.call_later(max(0.0, lifetime_s), self._expire)
-        try:
-            while self._waiting or not self._is_over:
-                if not self._waiting:
-                    self._wake.clear()
-                    try:
-                        await asyncio.wait_for(self._wake.wait(), KEEP_ALIVE_S)
-                    except TimeoutError:
-                        self._waiting += b": keep-alive\n\n"
-                    continue
-                chunk, self._waiting = bytes(self._waiting), bytearray()
-                yield chunk
-        finally:
-            self._is_over = True
-            expiry.cancel()
-            for follower in self._followers:
-                self._services.broadcasts.unsubscribe(follower.room, follower)
-            for task in self._tasks:
-                task.cancel()
+            self._services.broadcasts.unsubscribe(follower.room, follower)
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for task in self._tasks:
+            task.cancel()
 
     def send(self, frame: Frame) -> None:
         if self._is_over:
             return
+        # What is larger than the bound by itself goes through when nothing else waits: it could never be resumed otherwise.
+        if self._waiting and len(self._waiting) + len(frame.data) > self._max_buffered_bytes:
+            log.info("stream ended, its reader is too slow")
+            # What it has not got it resumes from the id of the last event it read.
+            self._waiting.clear()
+            self.end()
+            return
         self._waiting += frame.data
         self._wake.set()
-        if len(self._waiting) > self._max_buffered_bytes:
-            # The reader is too slow; what it has not got it resumes from the id of the last event it read.
-            self._waiting.clear()
-            self._end()
 
     def close(self, code: int, reason: str = "") -> None:
-        """End the stream; `code` is for sockets."""
-        self._end()
+        """End the stream; code and reason are for sockets."""
+        self.end()
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
-        if (
-            self._wish.private
-            and subject in (None, self._claims.subject)
-            and (topic is None or topic in self._wish.topics)
-        ):
-            self._spawn(self._authorize_again())
+        """Ask policies again if the stream is meant; until they have answered, nothing is sent that was written after the question."""
+        is_meant = subject in (None, self._claims.subject) and any(
+            room.private and topic in (None, room.topic.removeprefix(TOPIC_PREFIX)) for room in self._wish.rooms
+        )
+        if is_meant:
+            self._is_in_doubt = True
+            if self._is_following and self._hold is None:
+                self._hold = Hold(*self._followers)
+                self._spawn(self._go_live(self._hold, None))
 
     def tell_gap(self, problem: str, oldest: str | None) -> None:
+        # Not the place of now: what is held is before it.
+        begin = self._hold.begin if self._hold is not None else None
         place = self._services.place()
-        data = dumps({"message": problem, "cursor": oldest})
-        self.send(event_frame(data, event="gap", id=place.cursor if place else None))
+        id = begin or (place.cursor if place is not None else None)
+        self.send(event_frame(dumps({"message": problem, "cursor": oldest}), event="gap", id=id))
 
-    async def _catch_up(self) -> None:
-        if self._wish.after is not None:
-            try:
-                for follower in self._followers:
-                    await follower.catch_up(self._wish.after, self._read, self._is_ready)
-            except (Gap, MalformedCursor) as error:
-                self.tell_gap(str(error), error.oldest if isinstance(error, Gap) else None)
-            except RealtimeError as error:
-                self._fail(error)
-                return
-        self._hold.release()
-        for follower in self._followers:
-            follower.hold = None
+    async def _authorize(self) -> None:
+        """Ask policies until no word of lost rights came meanwhile.
+
+        Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled.
+        """
+        self._is_in_doubt = True
+        while self._is_in_doubt:
+            self._is_in_doubt = False
+            await asyncio.gather(
+                *(check_may_receive(self._services, room, self._claims, self._headers) for room in self._wish.rooms)
+            )
+
+    async def _go_live(self, hold: Hold, after: str | None) -> None:
+        """Send what lies behind the cursor, if there is one, and what was held, once policies allow it."""
+        try:
+            if after is not None:
+                await self._catch_up(hold, after)
+            while await self._is_ready() and hold.is_overfull and hold.begin is not None:
+                await hold.catch_up(hold.begin, self._read, self._is_ready)
+        except RealtimeError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("stream crashed")
+            self.end()
+        else:
+            self._hold = None
+            hold.release()
+
+    async def _catch_up(self, hold: Hold, after: str) -> None:
+        try:
+            behind = await hold.catch_up(after, self._read, self._is_ready)
+        except (Gap, MalformedCursor) as error:
+            self.tell_gap(str(error), error.oldest if isinstance(error, Gap) else None)
+        else:
+            if await self._is_ready():
+                self.send(_id_frame(behind))
 
     async def _read(self, room: Room, cursor: str) -> Page:
         page = await self._services.history.after(room, cursor)
-        messages = [stored for stored in page.messages if self._is_wanted(stored.message)]
+        wanted = self._wish.events
+        messages = [stored for stored in page.messages if not wanted or stored.message.event in wanted]
         if len(self._followers) > 1:
             # A place in one topic is none in the others, which are read after it: until all are read, no event moves the place.
             messages = [stored._replace(message=replace(stored.message, cursor=None)) for stored in messages]
         return page._replace(messages=messages)
 
-    def _is_wanted(self, message: Broadcast) -> bool:
-        return not self._wish.events or message.event in self._wish.events
-
     async def _is_ready(self) -> bool:
-        while not self._is_over and len(self._waiting) > self._max_buffered_bytes // 4:
-            await asyncio.sleep(DRAIN_LOOK_S)
-        return not self._is_over
+        """Wait until the client has taken most of what was sent and its rights are sure; False when the stream is over."""
+        while not self._is_over:
+            if self._is_in_doubt:
+                await self._authorize()
+            elif len(self._waiting) > self._max_buffered_bytes // 4:
+                await asyncio.sleep(DRAIN_LOOK_S)
+            else:
+                return True
+        return False
 
-    async def _authorize_again(self) -> None:
-        try:
-            await self.authorize()
-        except RealtimeError as error:
-            self._fail(error)
-
-    def _expire(self) -> None:
-        self._fail(TokenExpired(max(0, int(time.time() - self._claims.expires_at))))
+    def _watch_expiry(self) -> None:
+        left_s = self._claims.expires_at - time.time()
+        if left_s <= 0:
+            self._fail(TokenExpired(int(-left_s)))
+        else:
+            self._expiry = asyncio.get_running_loop().call_later(min(left_s, LONGEST_TIMER_S), self._watch_expiry)
 
     def _fail(self, error: RealtimeError) -> None:
-        self.send(event_frame(dumps({"code": error.code, "message": str(error)}), event="error"))
-        self._end()
-
-    def _end(self) -> None:
-        self._is_over = True
-        self._wake.set()
+        log.info("stream ended", code=error.code, reason=str(error))
+        self.send(_error_frame(error))
+        self.end()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -279,34 +322,63 @@ class EventStream:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Filtered(Follower):
-    """A follower that wants some events only."""
+class _Topic(Follower):
+    """One topic of a stream, of which it may want some events only."""
 
-    def __init__(self, events: frozenset[str], *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
+    def __init__(self, stream: EventStream, room: Room, services: Services, events: frozenset[str]) -> None:
+        super().__init__(room, Encoding(Format.SSE), stream.send, services.place)
         self._events = events
 
-    def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
+    def deliver(self, message: Message, frame: Frame) -> None:
         if not self._events or message.event in self._events:
             super().deliver(message, frame)
+
+
+class _Answer(StreamingResponse):
+    """Begins the stream, so that a refusal has its own status, and ends it in any case, however the request ends."""
+
+    def __init__(self, stream: EventStream, *, is_event_source: bool) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(stream.run(), media_type=EVENT_STREAM, headers=headers)
+        self._stream = stream
+        self._is_event_source = is_event_source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            try:
+                await self._stream.begin()
+            except RealtimeError as error:
+                answer: Response = refusal(error)
+                if self._is_event_source and isinstance(error, PASSING):
+                    body = b"retry: %d\n\n%b" % (RETRY_MS, _error_frame(error).data)
+                    answer = Response(body, media_type=EVENT_STREAM)
+                await answer(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
+        finally:
+            self._stream.end()
 
 
 def _read_wish(request: Request, max_topics: int) -> Wish:
     """Raises: TopicNameRequired, TooManyChannels."""
     query = request.query_params
-    topics = tuple(dict.fromkeys(topic.removeprefix(TOPIC_PREFIX) for topic in query.getlist("topic")))
-    if not topics or not all(topics):
+    rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
+    if not rooms or any(room.topic == TOPIC_PREFIX for room in rooms):
         raise TopicNameRequired
-    if len(topics) > max_topics:
+    if len(rooms) > max_topics:
         raise TooManyChannels
     return Wish(
-        topics=topics,
-        private=query.get("private", "").lower() in ("true", "1"),
+        rooms=rooms,
         events=frozenset(query.getlist("event")),
         # What the browser remembers is later than what the page asked for when it was loaded.
         after=request.headers.get("last-event-id") or query.get("after"),
     )
 
 
-def _one_line(cursor: str | None) -> str | None:
-    return None if cursor is None or not cursor.isascii() or not cursor.isprintable() else cursor
+def _id_frame(cursor: str | None) -> Frame:
+    """Moves the place that a client comes back with, and is no event."""
+    return Frame(b"\n" if cursor is None else b"id: %b\n\n" % cursor.encode())
+
+
+def _error_frame(error: RealtimeError) -> Frame:
+    return event_frame(dumps({"code": error.code, "message": str(error)}), event="error")

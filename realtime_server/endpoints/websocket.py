@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import EXTENSION, NORMAL, RESTARTING, AsgiTransport, Connection, Transport
+from realtime_server.endpoints.caller import policy_headers
 from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired, TooManyJoins, TooManyUsers
 from realtime_server.protocol import messages
 from realtime_server.services import Services, Verify
@@ -65,7 +66,7 @@ def websocket_endpoint(
             if sockets.is_draining:
                 raise Restarting
             api_key = await _identify(websocket, services.verify)
-            _check_limits(services)
+            check_limits(services)
             if settings.max_sockets and len(sockets) >= settings.max_sockets:
                 raise TooManyUsers
         except RealtimeError as error:
@@ -88,7 +89,7 @@ def websocket_endpoint(
                     connection,
                     services,
                     api_key=api_key,
-                    headers={name: value for name, value in websocket.headers.items() if name.startswith("x-")},
+                    headers=policy_headers(websocket),
                     tasks=tasks,
                 )
                 idle = _IdleTimer(connection, session, settings)
@@ -148,7 +149,8 @@ class _IdleTimer:
             self._timer = self._loop.call_later(min(idle_left_s, channels_left_s), self._look)
 
 
-def _check_limits(services: Services) -> None:
+def check_limits(services: Services) -> None:
+    """Raises: TooManyUsers, TooManyJoins."""
     rates = services.rates
     if rates.max_users and len(services.users) >= rates.max_users:
         raise TooManyUsers

@@ -9,7 +9,7 @@ Source: Supabase Realtime `RealtimeWeb.Socket.V2Serializer`, realtime-js `src/li
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from realtime_server.errors import MalformedFrame
 from realtime_server.protocol.messages import BROADCAST, BroadcastPush, is_json
@@ -20,6 +20,16 @@ USER_BROADCAST: Final = 4
 
 BINARY: Final = 0
 JSON: Final = 1
+
+
+class UserBroadcast(NamedTuple):
+    """A broadcast as it reaches a client. `metadata` is JSON text or empty; `payload` is JSON text if `is_json`, else any bytes."""
+
+    topic: str
+    event: str
+    metadata: bytes
+    payload: bytes
+    is_json: bool
 
 
 def decode(frame: bytes) -> BroadcastPush:
@@ -46,6 +56,14 @@ def encode_broadcast(topic: str, event: str, payload: bytes, *, encoding: int, m
     fields = (topic.encode(), event.encode(), metadata)
     lengths = bytes(len(field) for field in fields)
     return bytes([USER_BROADCAST]) + lengths + bytes([encoding]) + b"".join(fields) + payload
+
+
+def decode_broadcast(frame: bytes) -> UserBroadcast:
+    """Decode a server's frame of kind 4, the other way round. Raises: MalformedFrame."""
+    if frame[:1] != bytes([USER_BROADCAST]):
+        raise MalformedFrame(f"expected a binary frame of kind {USER_BROADCAST}, got {frame[:1].hex() or 'empty'}")
+    (topic, event, metadata), payload = _fields(frame, header=5, fields=3)
+    return UserBroadcast(topic, event, metadata.encode(), payload, is_json=frame[4] != BINARY)
 
 
 def _fields(frame: bytes, *, header: int, fields: int) -> tuple[list[str], bytes]:

@@ -6,6 +6,7 @@ import base64
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import msgspec
 from websockets.frames import Frame as WebSocketFrame
 from websockets.frames import Opcode
 
@@ -71,6 +72,9 @@ class Broadcast:
         if encoding.format is Format.SSE:
             return self._encode_event()
         meta = self._meta(with_cursor=encoding.with_cursor)
+        if len(meta) > 255 and not self.is_json:
+            # Bytes have no other frame: better a message without its place than none. The next one has a place behind both.
+            meta = self._meta(with_cursor=False)
         fits = len(self.topic.encode()) <= 255 and len(self.event.encode()) <= 255 and len(meta) <= 255
         # Replayed messages go as text, as upstream sends them, unless they are bytes.
         if encoding.format is Format.V2 and fits and not (self.replayed and self.is_json):
@@ -135,13 +139,22 @@ class ForwardedBroadcast:
         event = (loads_object(self.payload) or {}).get("event")
         return event if isinstance(event, str) else None
 
-    def encode(self, encoding: Encoding) -> Frame:
+    def encode(self, encoding: Encoding) -> Frame | None:
         if encoding.format is Format.SSE:
-            topic = dumps(self.topic.removeprefix(TOPIC_PREFIX))
-            inner = self.payload.translate(_LINE_ENDS_TO_SPACES).lstrip()[1:]
-            separator = b"" if inner.lstrip().startswith(b"}") else b","
-            return event_frame(b'{"topic":%b%b%b' % (topic, separator, inner))
-        return encode(Message(None, None, self.topic, BROADCAST, self.payload), encoding.format)
+            # Only what belongs there: a key of the client's own could name another topic.
+            try:
+                fields = msgspec.json.decode(self.payload, type=dict[str, msgspec.Raw])
+            except (msgspec.DecodeError, RecursionError):
+                return None
+            inner = bytes(fields.get("payload", b"null"))
+            return event_frame(Broadcast(self.topic, self.event or "", inner).to_json())
+        payload = self.payload
+        if encoding.with_cursor and b'"meta"' in payload:
+            # Who keeps places takes them from `meta`: a client must not move another one's.
+            fields = msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
+            fields.pop("meta", None)
+            payload = msgspec.json.encode(fields)
+        return encode(Message(None, None, self.topic, BROADCAST, payload), encoding.format)
 
 
 @dataclass(frozen=True, slots=True)

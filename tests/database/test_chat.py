@@ -36,6 +36,18 @@ def act_as_user(db: Connection, user: str | None, role: str = "authenticated") -
     act_as(db, role, json.dumps({"sub": user} if user else {}))
 
 
+def execute_as(
+    db: Connection,
+    user: str | None,
+    statement: LiteralString,
+    arguments: tuple[str, ...] = (),
+    role: str = "authenticated",
+) -> None:
+    with db.transaction():
+        act_as_user(db, user, role)
+        db.execute(statement, arguments or None)
+
+
 def say(
     db: Connection, user: str | None, thread: str, sender: str, recipient: str, body: str, role: str = "authenticated"
 ) -> dict[str, Any]:
@@ -181,9 +193,8 @@ def test_a_direct_insert_is_for_the_true_sender(
                 assert db.execute(INSERT, values).rowcount == 1
             assert chat.execute("select topic from realtime.messages") == [(f"chat:{values[0]}",)]
         else:
-            with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
-                act_as_user(db, user)
-                db.execute(INSERT, values)
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                execute_as(db, user, INSERT, values)
             assert_nothing_written(chat)
 
 
@@ -201,9 +212,8 @@ def test_a_direct_insert_is_for_the_true_sender(
 def test_users_change_nothing_that_is_written(chat: TestDatabase, statement: LiteralString) -> None:
     with chat.connect() as db:
         say(db, ALICE, THREAD, "alice", "bob", "hello")
-        with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
-            act_as_user(db, ALICE)
-            db.execute(statement)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            execute_as(db, ALICE, statement)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +241,8 @@ def test_users_see_their_own_threads_only(
 def test_anon_sees_no_table_of_the_chat(chat: TestDatabase) -> None:
     with chat.connect() as db:
         for table in ("chat_threads", "chat_messages"):
-            with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
-                act_as_user(db, ALICE, "anon")
-                db.execute(f"select from {table}")  # type: ignore[arg-type]
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                execute_as(db, ALICE, f"select from {table}", role="anon")
 
 
 def hijack(db: Connection) -> None:
@@ -254,7 +263,7 @@ def hijack(db: Connection) -> None:
         "grant all on all tables in schema trap to authenticated",
         "set search_path = trap, pg_catalog, public",
     ):
-        db.execute(statement)  # type: ignore[arg-type]
+        db.execute(statement)
 
 
 def test_a_search_path_with_traps_does_not_help(chat: TestDatabase) -> None:
@@ -264,9 +273,8 @@ def test_a_search_path_with_traps_does_not_help(chat: TestDatabase) -> None:
         assert db.execute("select 'a'::text = 'b'::text, now() = '2000-01-01'").fetchone() == (True, True)
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="not that sender"):
             say(db, CAROL, THREAD, "alice", "bob", "hello")
-        with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
-            act_as_user(db, CAROL)
-            db.execute(INSERT, (THREAD, ALICE, "alice", "bob"))
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            execute_as(db, CAROL, INSERT, (THREAD, ALICE, "alice", "bob"))
         assert_nothing_written(chat)
 
         say(db, ALICE, THREAD, "alice", "bob", "hello")

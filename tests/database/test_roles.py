@@ -236,7 +236,7 @@ def test_functions_of_schema_auth_that_exist_are_not_replaced(any_cluster: Clust
             db.execute(sql.SQL("grant usage, create on schema auth to {}").format(sql.Identifier(OWNER)))
             for name in existing:
                 statement = sql.SQL("create function auth.{}() returns {} language sql as 'select null::{}'")
-                db.execute(statement.format(sql.Identifier(name), *[sql.SQL(types[name])] * 2))  # type: ignore[arg-type]
+                db.execute(statement.format(sql.Identifier(name), *[sql.SQL(types[name])] * 2))
         schema.upgrade(database.url, "heads")
         found = database.execute(
             "select proname::text, proowner <> current_user::regrole"

@@ -41,6 +41,12 @@ def columns(db: Connection) -> dict[str, Any]:
     return row
 
 
+def execute_as(db: Connection, role: str, statement: LiteralString, *arguments: Any) -> None:
+    with db.transaction():
+        act_as(db, role)
+        db.execute(statement, arguments or None)
+
+
 def count(db: Connection) -> int:
     row = db.execute("select count(*) from realtime.messages").fetchone()
     assert row is not None
@@ -233,12 +239,9 @@ def test_other_values_of_send_errors_raise(db: Connection, value: str) -> None:
 def test_a_user_role_sends_only_where_a_policy_says_so(policies: TestDatabase, role: str) -> None:
     with policies.connect() as db:
         for call in ("realtime.send('{}', 'event', %s)", "realtime.send_binary('\\x00', 'event', %s)"):
-            with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
-                act_as(db, role)
-                db.execute(f"select {call}", ("closed:1",))  # type: ignore[arg-type]
-            with db.transaction():
-                act_as(db, role)
-                db.execute(f"select {call}", ("open:1",))  # type: ignore[arg-type]
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                execute_as(db, role, f"select {call}", "closed:1")
+            execute_as(db, role, f"select {call}", "open:1")
         assert db.execute("select topic from realtime.messages").fetchall() == [("open:1",)] * 2
 
 
@@ -270,11 +273,11 @@ def test_who_wrote_and_in_which_order_is_not_for_users_to_say(
     policies: TestDatabase, role: str, column: LiteralString, value: LiteralString
 ) -> None:
     with policies.connect() as db:
-        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"), db.transaction():
-            act_as(db, role)
-            db.execute(
-                f"insert into realtime.messages (topic, extension, {column}) values ('open:1', 'broadcast', {value})"
-            )
+        statement = (
+            f"insert into realtime.messages (topic, extension, {column}) values ('open:1', 'broadcast', {value})"
+        )
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
+            execute_as(db, role, statement)
         with db.transaction():
             act_as(db, role)
             db.execute("select set_config('realtime.topic', 'open:1', true)")
@@ -398,7 +401,7 @@ def test_the_time_zone_of_a_session_does_not_change_the_day(db: Connection, zone
 def notifications(listener: Connection, database: TestDatabase) -> list[tuple[str, str]]:
     """What came until a mark, which is rung after everything else and so arrives last."""
     database.execute("select pg_notify('realtime', 'mark')")
-    got = []
+    got: list[tuple[str, str]] = []
     for notify in listener.notifies(timeout=10):
         if notify.payload == "mark":
             return got

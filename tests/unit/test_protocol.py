@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -146,6 +147,19 @@ def test_client_reads_in_a_binary_broadcast_what_was_encoded(
     assert UserBroadcast.read(frame.data) == UserBroadcast(topic, event, meta or None, payload, is_json=False)
 
 
+@given(names, names, st.binary(), st.booleans(), objects)
+def test_broadcast_round_trip(topic: str, event: str, payload: bytes, is_json: bool, meta: dict[str, Any]) -> None:
+    metadata = json.dumps(meta).encode() if len(json.dumps(meta)) <= 255 else b""
+    frame = binary.encode_broadcast(topic, event, payload, encoding=int(is_json), metadata=metadata)
+    assert binary.decode_broadcast(frame) == (topic, event, metadata, payload, is_json)
+
+
+@given(st.binary(), st.booleans())
+def test_any_bytes_are_a_broadcast_or_malformed(rest: bytes, marked: bool) -> None:
+    with contextlib.suppress(MalformedFrame):
+        binary.decode_broadcast(b"\x04" + rest if marked else rest)
+
+
 @given(st.binary(), st.sampled_from([0, 3, None]))
 def test_any_bytes_are_a_push_or_malformed(rest: bytes, kind: int | None) -> None:
     frame = rest if kind is None else bytes([kind]) + rest
@@ -262,7 +276,9 @@ def test_forwarded_payload_and_presence_diff_are_unchanged_in_both_versions(
     body = json.dumps(payload).encode()
     for encoding in (V1, V2):
         for message in (ForwardedBroadcast(topic, body), PresenceDiff(topic, body)):
-            decoded = messages.decode_text(message.encode(encoding).data.decode(), encoding.format)
+            frame = message.encode(encoding)
+            assert frame is not None
+            decoded = messages.decode_text(frame.data.decode(), encoding.format)
             event = "broadcast" if isinstance(message, ForwardedBroadcast) else "presence_diff"
             assert fields(decoded) == [None, None, topic, event, payload]
 

@@ -220,9 +220,7 @@ async def test_028_ref_of_a_join_stands_in_for_its_missing_join_ref(shared_serve
 
 
 @pytest.mark.parametrize("vsn", ["1.0.0", "2.0.0"])
-async def test_029_second_join_takes_the_place_of_the_first(
-    shared_server: Server, wire: WireFactory, vsn: str
-) -> None:
+async def test_029_second_join_takes_the_place_of_the_first(shared_server: Server, wire: WireFactory, vsn: str) -> None:
     socket = await wire(shared_server.websocket_url, shared_server.anon_key, vsn=vsn)
     other = await wire(shared_server.websocket_url, shared_server.anon_key)
     await other.join("029")

@@ -197,6 +197,51 @@ async def test_042_reply_comes_before_everything_else(shared_server: Server, wir
         await task
 
 
+async def test_042_what_follows_a_join_that_is_slow_waits_for_it(shared_server: Server, wire: WireFactory) -> None:
+    socket, other = [await wire(shared_server.websocket_url, shared_server.service_key) for _ in range(2)]
+    join = {"config": {"private": True, "broadcast": {"ack": True}}}
+    await other.join("042-w", {"private": True})
+    with shared_server.database.connect() as db:
+        with db.transaction():
+            # Policies cannot be asked as long as this transaction lasts.
+            db.execute("lock table realtime.messages in access exclusive mode")
+            first = await socket.say("realtime:042-w", "phx_join", join, join_ref="1")
+            push = await socket.say("realtime:042-w", "broadcast", {"event": "e"})
+            leave = await socket.say("realtime:042-w", "phx_leave", {})
+            second = await socket.say("realtime:042-w", "phx_join", join, join_ref="4")
+            assert await socket.is_alive()
+        answers = [(await socket.hear())[:4] for _ in range(5)]
+    assert answers == [
+        ["1", first, "realtime:042-w", "phx_reply"],
+        ["1", push, "realtime:042-w", "phx_reply"],
+        ["1", leave, "realtime:042-w", "phx_reply"],
+        ["1", "1", "realtime:042-w", "phx_close"],
+        ["4", second, "realtime:042-w", "phx_reply"],
+    ]
+    assert (await other.hear())[4] == {"event": "e"}
+
+
+async def test_042_socket_that_goes_while_its_join_is_slow_leaves_nothing_behind(
+    shared_server: Server, wire: WireFactory
+) -> None:
+    before = shared_server.log.count("Traceback")
+    with shared_server.database.connect() as db, db.transaction():
+        db.execute("lock table realtime.messages in access exclusive mode")
+        for _ in range(10):
+            socket = await wire(shared_server.websocket_url, shared_server.service_key)
+            config = {"private": True, "presence": {"enabled": True}}
+            await socket.say("realtime:042-g", "phx_join", {"config": config})
+            await socket.say("realtime:042-g", "presence", {"event": "track", "payload": {}})
+            assert await socket.is_alive()
+            socket.socket.transport.abort()
+    watching = await wire(shared_server.websocket_url, shared_server.service_key)
+    await watching.join("042-g", {"private": True, "presence": {"enabled": True}})
+    assert (await watching.hear())[3:] == ["presence_state", {}]
+    assert await watching.is_alive()
+    assert shared_server.log.count("Traceback") == before
+    assert "never awaited" not in shared_server.log
+
+
 async def test_043_private_only(strict_server: Server, wire: WireFactory) -> None:
     socket = await wire(strict_server.websocket_url, strict_server.service_key)
     assert await socket.join("043") == refused("PrivateOnly: This project only allows private channels")
@@ -324,7 +369,9 @@ async def test_049_right_to_read_presence_alone(shared_server: Server, wire: Wir
 async def test_050_what_policies_can_ask(
     shared_server: Server, wire: WireFactory, condition: Any, changed: dict[str, str]
 ) -> None:
-    shared_server.database.execute("create policy asks on realtime.messages for select to public using (" + condition + ")")
+    shared_server.database.execute(
+        "create policy asks on realtime.messages for select to public using (" + condition + ")"
+    )
     try:
         may = {
             "topic": "ask:049",

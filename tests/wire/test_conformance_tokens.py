@@ -151,8 +151,18 @@ async def test_055_refresh_that_loses_or_keeps_the_right_to_read(shared_server: 
     cases = [
         ("lost-both", (READ, READ_PRESENCE), (WRITE,), "You do not have permissions to read from this Channel topic: "),
         ("lost-only", (READ,), (), "You do not have permissions to read from this Channel topic: "),
-        ("lost-one", (READ, READ_PRESENCE), (READ_PRESENCE,), "You no longer have permission to read from this Channel topic: "),
-        ("lost-other", (READ, READ_PRESENCE), (READ,), "You no longer have permission to read from this Channel topic: "),
+        (
+            "lost-one",
+            (READ, READ_PRESENCE),
+            (READ_PRESENCE,),
+            "You no longer have permission to read from this Channel topic: ",
+        ),
+        (
+            "lost-other",
+            (READ, READ_PRESENCE),
+            (READ,),
+            "You no longer have permission to read from this Channel topic: ",
+        ),
         ("kept", (READ, READ_PRESENCE), (READ, READ_PRESENCE), None),
         ("won", (READ,), (READ, READ_PRESENCE), None),
     ]

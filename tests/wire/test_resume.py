@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import psycopg
@@ -188,6 +189,46 @@ async def test_replay_by_time_is_refused(
     )
     assert answer == {"status": "error", "response": {"reason": f"UnableToReplayMessages: {reason}"}}
     assert await socket.is_alive()
+
+
+async def test_bytes_arrive_also_when_the_cursor_is_too_long_for_their_frame(server: Server, wire: WireFactory) -> None:
+    socket, _ = await joined(server, wire, "bytes", CURSOR)
+    with ExitStack() as stack:
+        # Transactions in progress stand in the cursor.
+        for _ in range(40):
+            db = stack.enter_context(psycopg.connect(server.database.url))
+            db.execute("select pg_current_xact_id()")
+        server.database.execute("select realtime.send_binary('\\xdead', 'e', 'bytes', false)")
+        frame = await socket.hear_bytes()
+        assert frame.endswith(b"\xde\xad")
+        send(server.database, "bytes", 1)
+        assert len((await hear_broadcast(socket))["meta"]["cursor"]) > 255
+
+
+async def test_clients_cannot_move_the_place_of_others(shared_server: Server, wire: WireFactory) -> None:
+    keeper, _ = await joined(shared_server, wire, "forged", CURSOR)
+    plain, _ = await joined(shared_server, wire, "forged", {})
+    forged = {"type": "broadcast", "event": "e", "payload": {"n": 1}, "meta": {"cursor": "1-aaaaaaaaaaaa-5.5-0"}}
+    writer, _ = await joined(shared_server, wire, "forged", {})
+    await writer.say("realtime:forged", "broadcast", forged)
+    assert (await plain.hear())[4] == forged
+    assert (await keeper.hear())[4] == {"type": "broadcast", "event": "e", "payload": {"n": 1}}
+
+
+async def test_relay_that_was_away_for_longer_than_messages_are_kept_says_so(server: Server, wire: WireFactory) -> None:
+    socket, _ = await joined(server, wire, "away", CURSOR)
+    name = psycopg.conninfo.conninfo_to_dict(server.database.url)["dbname"]
+    with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
+        db.execute(f'alter database "{name}" connection limit 0')
+        db.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'realtime-server%'"
+        )
+        db.execute("select realtime.send('{}', 'e', 'away', false)")
+        db.execute("update realtime.messages set inserted_at = '2001-01-01'")
+        db.execute("select * from realtime.maintain('72 hours')")
+        db.execute(f'alter database "{name}" connection limit -1')
+    payload = (await socket.hear())[4]
+    assert (payload["status"], payload["extension"]) == ("gap", "broadcast")
 
 
 def test_psql_pages_through_a_topic_and_names_a_gap(any_database: TestDatabase) -> None:

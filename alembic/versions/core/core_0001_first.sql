@@ -234,6 +234,11 @@ begin
             errcode = 'invalid_parameter_value',
             message = 'topic must have 1 to 255 bytes',
             hint = 'Give the name that clients join, without "realtime:" in front.';
+    elsif message_binary_payload is not null and pg_catalog.octet_length(message_topic) > 246 then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'topic of a binary message must have at most 246 bytes',
+            hint = 'Longer names do not fit into the frames that carry bytes.';
     elsif message_event is null or message_event = '' or pg_catalog.octet_length(message_event) > 255 then
         raise exception using
             errcode = 'invalid_parameter_value',

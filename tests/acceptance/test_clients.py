@@ -1,0 +1,244 @@
+"""The official clients, unmodified, talking to each other through the server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import random
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from itertools import count
+from typing import Any
+
+import pytest
+
+from tests.fix_clients import ClientFactory, ClientProcess, Kind
+from tests.fix_database import Cluster
+from tests.fix_rights import READ, WRITE, grant_rights, token_with
+from tests.fix_server import Server
+
+KINDS: list[Kind] = ["js", "js-2.39", "py-realtime", "py-supabase"]
+# The oldest client knows no private channels.
+KINDS_WITH_PRIVATE: list[Kind] = ["js", "py-realtime", "py-supabase"]
+LIMIT_S = 15.0
+
+
+@pytest.fixture(scope="module")
+async def rights_server(cluster: Cluster) -> AsyncIterator[Server]:
+    """A server on which tokens claim their rights."""
+    database = cluster.create("heads")
+    grant_rights(database)
+    async with aclosing(Server(database)) as server:
+        yield await server.start()
+    cluster.drop(database)
+
+
+async def start_all(
+    client: ClientFactory, server: Server, *, token: str | None = None, kinds: list[Kind] = KINDS
+) -> list[ClientProcess]:
+    return list(await asyncio.gather(*(client(kind, server.url, server.anon_key, token) for kind in kinds)))
+
+
+async def subscribe(user: ClientProcess, topic: str, channel: str = "c", **options: Any) -> None:
+    options = {"broadcast": ["*"], **options}
+    if user.kind.startswith("py-"):
+        # The Python clients know no wildcard.
+        options["broadcast"] = ["e", "bin", "last"]
+    joined = await user.do("subscribe", channel=channel, topic=topic, **options)
+    assert joined["status"] == "SUBSCRIBED", user.story()
+
+
+async def hear(user: ClientProcess, channel: str = "c") -> tuple[str, Any]:
+    message = (await user.next("broadcast", channel=channel))["message"]
+    return message["event"], message["payload"]
+
+
+def no_errors(*users: ClientProcess) -> None:
+    for user in users:
+        assert not [event for event in user.seen if event["event"] == "client_error"], user.story()
+
+
+async def test_every_client_hears_every_other_and_not_itself(rights_server: Server, client: ClientFactory) -> None:
+    users = await start_all(client, rights_server)
+    await asyncio.gather(*(subscribe(user, "pairs") for user in users))
+    # The first one twice: had a client heard itself, that would stand before what it is to hear next.
+    for number, sender in enumerate([*users, users[0]]):
+        payload: dict[str, Any] = {
+            "from": sender.kind,
+            "text": 'héllo 😀 "\\\n',
+            "values": [number, 1.5, None, True, {}],
+        }
+        assert (await sender.do("send", channel="c", event="e", payload=payload))["result"] == "ok"
+        for receiver in users:
+            if receiver is not sender:
+                assert await hear(receiver) == ("e", payload)
+    no_errors(*users)
+
+
+@pytest.mark.parametrize("content", [b"\xde\xad\xbe\xef", b"", bytes(range(256)) * 100, b"[" * 5000])
+async def test_bytes_between_javascript_clients_and_not_to_others(
+    rights_server: Server, client: ClientFactory, content: bytes
+) -> None:
+    sender, receiver, old, python = await asyncio.gather(
+        *(client(kind, rights_server.url, rights_server.anon_key) for kind in ("js", "js", "js-2.39", "py-realtime"))
+    )
+    users = (sender, receiver, old, python)
+    await asyncio.gather(*(subscribe(user, "bytes") for user in users))
+    encoded = base64.b64encode(content).decode()
+    await sender.do("send", channel="c", event="bin", base64=encoded)
+    await sender.do("send", channel="c", event="last", payload={})
+    assert await hear(receiver) == ("bin", {"base64": encoded})
+    for user in users[1:]:
+        # Clients of version 1.0.0 cannot carry bytes; they hear what comes after them.
+        assert await hear(user) == ("last", {})
+    no_errors(*users)
+
+
+async def test_ack_and_self(rights_server: Server, client: ClientFactory) -> None:
+    users = await start_all(client, rights_server)
+
+    async def alone(user: ClientProcess) -> None:
+        await subscribe(user, f"self:{user.kind}", config={"broadcast": {"self": True, "ack": True}})
+        assert (await user.do("send", channel="c", event="e", payload={"n": 1}))["result"] == "ok"
+        assert await hear(user) == ("e", {"n": 1})
+
+    await asyncio.gather(*map(alone, users))
+    no_errors(*users)
+
+
+async def test_private_channel_for_who_may_and_who_may_not(rights_server: Server, client: ClientFactory) -> None:
+    writers = await start_all(client, rights_server, token=token_with(READ, WRITE), kinds=KINDS_WITH_PRIVATE)
+    readers = await start_all(client, rights_server, token=token_with(READ), kinds=KINDS_WITH_PRIVATE)
+    strangers = await start_all(client, rights_server, token=token_with(), kinds=KINDS_WITH_PRIVATE)
+    private = {"private": True, "broadcast": {"ack": True}}
+    await asyncio.gather(*(subscribe(user, "private", config=private) for user in (*writers, *readers)))
+    for stranger in strangers:
+        refused = await stranger.do("subscribe", channel="c", topic="private", config=private)
+        assert refused["status"] == "CHANNEL_ERROR"
+        assert "Unauthorized: You do not have permissions to read from this Channel topic: private" in refused["error"]
+    for reader in readers:
+        # An answer instead of ten seconds of silence.
+        assert (await reader.do("send", channel="c", event="e", payload={"by": "reader"}))["result"] == "error"
+    for writer in writers:
+        assert (await writer.do("send", channel="c", event="e", payload={"by": writer.kind}))["result"] == "ok"
+        for user in (*writers, *readers):
+            if user is not writer:
+                assert await hear(user) == ("e", {"by": writer.kind})
+    for stranger in strangers:
+        await stranger.nothing("broadcast", within_s=0)
+    no_errors(*writers, *readers, *strangers)
+
+
+async def test_new_token_that_keeps_the_right_and_one_that_loses_it(
+    rights_server: Server, client: ClientFactory
+) -> None:
+    users = await start_all(client, rights_server, token=token_with(READ, sub="before"), kinds=KINDS_WITH_PRIVATE)
+    await asyncio.gather(*(subscribe(user, "refresh", config={"private": True}) for user in users))
+
+    def say(number: int) -> None:
+        rights_server.database.execute("select realtime.send(jsonb_build_object('n', %s::int), 'e', 'refresh')", number)
+
+    # The Python clients wait in vain for an answer to a token, which there is none of; so nobody waits for them.
+    kept = [asyncio.create_task(user.do("set_auth", token=token_with(READ, sub="after"))) for user in users]
+    say(1)
+    for user in users:
+        assert (await hear(user))[1]["n"] == 1
+        await user.nothing("status", channel="c", within_s=0)
+    lost = [asyncio.create_task(user.do("set_auth", token=token_with(WRITE, sub="without"))) for user in users]
+    for user in users:
+        while (await user.next("status", channel="c", timeout_s=20))["status"] != "CLOSED":
+            pass
+    say(2)
+    for user in users:
+        await user.nothing("broadcast", within_s=0.1)
+    await asyncio.gather(*kept, *lost)
+    no_errors(*users)
+
+
+async def test_restart_of_the_server_is_survived_by_every_client(server: Server, client: ClientFactory) -> None:
+    users = await start_all(client, server)
+    await asyncio.gather(
+        *(subscribe(user, "restart", config={"presence": {"key": user.kind}}, presence=True) for user in users)
+    )
+    await asyncio.gather(*(user.do("track", channel="c", payload={"n": 1}) for user in users))
+    assert await server.stop() == 0
+    await server.start()
+    for user in users:
+        while (await user.next("status", channel="c", timeout_s=30))["status"] != "SUBSCRIBED":
+            pass
+    for sender in users:
+        assert (await sender.do("send", channel="c", event="e", payload={"from": sender.kind}))["result"] == "ok"
+        for receiver in users:
+            if receiver is not sender:
+                assert await hear(receiver) == ("e", {"from": sender.kind})
+    no_errors(*users)
+
+
+def shown(state: dict[str, list[dict[str, Any]]]) -> dict[str, list[int]]:
+    return {key: sorted(meta["n"] for meta in metas) for key, metas in state.items()}
+
+
+async def test_presence_of_every_client_is_the_truth_after_any_sequence(
+    rights_server: Server, client: ClientFactory
+) -> None:
+    seed = int(os.environ.get("REALTIME_TEST_SEED") or secrets.randbits(32))
+    print(f"REALTIME_TEST_SEED={seed}")
+    chance, numbers = random.Random(seed), count(1)
+    observers = await start_all(client, rights_server)
+    players = await start_all(client, rights_server)
+    # Keys are shared: a key has a meta for each channel that tracks under it.
+    keys = {user: f"key-{number % 3}" for number, user in enumerate(players)}
+    config = {user: {"presence": {"key": key, "enabled": True}} for user, key in keys.items()}
+    truth: dict[ClientProcess, int] = {}
+    joined = set(players)
+    await asyncio.gather(
+        *(subscribe(user, "presence", config={"presence": {"key": "o"}}, presence=True) for user in observers),
+        *(subscribe(user, "presence", config=config[user], presence=True) for user in players),
+    )
+
+    def expected() -> dict[str, list[int]]:
+        entries: dict[str, list[int]] = {}
+        for user, number in truth.items():
+            entries.setdefault(keys[user], []).append(number)
+        return {key: sorted(entry) for key, entry in entries.items()}
+
+    async def agrees(user: ClientProcess) -> None:
+        state: Any = None
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                while (state := shown((await user.do("presence_state", channel="c"))["state"])) != expected():
+                    await user.next("presence", channel="c")
+        except TimeoutError:
+            raise AssertionError(f"{user.kind} shows {state}, expected {expected()}{user.story()}") from None
+
+    for _ in range(60):
+        user = chance.choice(players)
+        if user not in joined:
+            await subscribe(user, "presence", config=config[user], presence=True)
+            joined.add(user)
+            continue
+        match chance.choice(["track", "track", "track", "again", "untrack", "leave"]):
+            case "track":
+                truth[user] = next(numbers)
+                assert (await user.do("track", channel="c", payload={"n": truth[user]}))["result"] == "ok"
+            case "again" if user in truth:
+                assert (await user.do("track", channel="c", payload={"n": truth[user]}))["result"] == "ok"
+            case "untrack":
+                truth.pop(user, None)
+                assert (await user.do("untrack", channel="c"))["result"] == "ok"
+            case "leave":
+                truth.pop(user, None)
+                joined.discard(user)
+                await user.do("unsubscribe", channel="c")
+    for user in (*observers, *joined):
+        await agrees(user)
+    # Sockets that are gone without a word.
+    for user in players[:2]:
+        truth.pop(user, None)
+        joined.discard(user)
+        await user.close()
+    for user in (*observers, *joined):
+        await agrees(user)
+    no_errors(*observers, *players)

@@ -1,0 +1,408 @@
+"""What happens to the server and to its database: killed, stopped, cut off, restarted, restored, filled up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx2
+import psycopg
+import pytest
+
+from realtime_server.embedded import bundled_bin
+from tests.fix_database import TestDatabase
+from tests.fix_oracle import (
+    FaultCluster,
+    Oracle,
+    OracleFactory,
+    ServerOf,
+    Size,
+    WireReader,
+    until,
+)
+from tests.fix_server import Server
+
+
+def terminate(database: TestDatabase, name: str = "relay") -> int:
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        return len(
+            db.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where application_name like %s and datname = current_database()",
+                (f"realtime-server {name}",),
+            ).fetchall()
+        )
+
+
+# -- the server
+
+
+async def test_server_killed(fault_server: ServerOf, oracle_of: OracleFactory, size: Size) -> None:
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range(size.rounds):
+        writing = asyncio.create_task(oracle.write())
+        await asyncio.sleep(oracle.chance.uniform(0.05, 0.4))
+        await server.kill()
+        await asyncio.sleep(oracle.chance.uniform(0, 0.2))
+        await server.start()
+        await writing
+    await oracle.verdict()
+
+
+async def test_server_stopped_and_continued(fault_server: ServerOf, oracle_of: OracleFactory, size: Size) -> None:
+    """SIGSTOP: clients lose patience and come again, or wait; then all goes on."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.add_every_kind(patience_s=2)
+    await oracle.connected()
+    writing = asyncio.create_task(oracle.write())
+    await asyncio.sleep(0.2)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(size.stop_s)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    await writing
+    await oracle.write(transactions=3)
+    await oracle.verdict()
+
+
+# -- the database
+
+
+async def test_database_restarted_at_once(
+    fault_server: ServerOf, fault_cluster: FaultCluster, oracle_of: OracleFactory, size: Size
+) -> None:
+    """`immediate`: sessions die, the log is replayed at the start; what had not been committed is gone."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range(size.rounds):
+        writing = asyncio.create_task(oracle.write())
+        await asyncio.sleep(oracle.chance.uniform(0.1, 0.5))
+        await asyncio.to_thread(fault_cluster.postgres.stop, "immediate")
+        await asyncio.to_thread(fault_cluster.postgres.start)
+        await writing
+    await oracle.verdict()
+
+
+async def test_transaction_ids_are_given_again_after_a_crash(
+    fault_server: ServerOf, fault_cluster: FaultCluster, oracle_of: OracleFactory, size: Size
+) -> None:
+    """Transactions that only drew an id, or rolled back, leave nothing durable: after a crash their ids come again, with messages."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range(size.rounds):
+        oracle.write_one()
+        with oracle.database.connect() as db:
+            highest = 0
+            for _ in range(100):
+                ((highest,),) = db.execute("select pg_current_xact_id()::text::bigint").fetchall()
+        # Long enough for the relay to have read, too short for the WAL writer.
+        await asyncio.sleep(0.03)
+        await asyncio.to_thread(fault_cluster.postgres.stop, "immediate")
+        await asyncio.to_thread(fault_cluster.postgres.start)
+        for number in range(150):
+            oracle.write_one(topic=oracle.topics[number % 5])
+        print("ids given again:", sum(entry.xid <= highest for entry in oracle.ledger().values()))
+    await oracle.verdict()
+
+
+async def test_listening_session_terminated(steady_server: Server, oracle_of: OracleFactory, size: Size) -> None:
+    oracle = oracle_of(steady_server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    writing = asyncio.create_task(oracle.write())
+    ended = 0
+    while ended < size.rounds * 2:
+        ended += terminate(steady_server.database, oracle.chance.choice(["relay", "%"]))
+        await asyncio.sleep(oracle.chance.uniform(0.05, 0.3))
+    await writing
+    await oracle.verdict()
+
+
+async def test_doorbell_disabled(steady_server: Server, oracle_of: OracleFactory, size: Size) -> None:
+    """The safety read finds what nobody rang for."""
+    oracle = oracle_of(steady_server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    oracle.database.execute("alter table realtime.messages disable trigger ring_doorbell")
+    try:
+        for _ in range(size.rounds // 2):
+            # Time to fall asleep.
+            await asyncio.sleep(0.6)
+            await oracle.write()
+        await oracle.verdict()
+    finally:
+        oracle.database.execute("alter table realtime.messages enable trigger ring_doorbell")
+
+
+async def test_prepared_transactions(steady_server: Server, oracle_of: OracleFactory, size: Size) -> None:
+    oracle = oracle_of(steady_server)
+    oracle.may_prepare = True
+    oracle.add_every_kind()
+    await oracle.connected()
+    await oracle.write()
+    topic = oracle.topics[0].name
+    write = f"select oracle_write('{topic}', false)".encode()
+    with psycopg.connect(oracle.database.url) as db:
+        # The relay sleeps now, as far as this test can know: the bell rings, and that cannot be prepared.
+        refused = 0
+        for _ in range(20):
+            await asyncio.sleep(0.3)
+            db.execute(write)
+            try:
+                db.execute("prepare transaction 'rang'")
+            except psycopg.errors.FeatureNotSupported:
+                refused += 1
+                db.rollback()
+                break
+            db.commit()
+            db.autocommit = True
+            db.execute("rollback prepared 'rang'")
+            db.autocommit = False
+        assert refused == 1
+        db.execute("set local realtime.doorbell = 'off'")
+        db.execute(write)
+        db.execute("prepare transaction 'silent'")
+        db.commit()
+        db.autocommit = True
+        await asyncio.sleep(size.rounds)
+        db.execute("commit prepared 'silent'")
+    await oracle.verdict()
+
+
+async def test_transaction_left_open_through_the_whole_run(
+    steady_server: Server, oracle_of: OracleFactory, size: Size
+) -> None:
+    """The messages of others flow meanwhile, and what a read costs does not grow with what they write."""
+    oracle = oracle_of(steady_server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    name, private = oracle.topics[0]
+    with psycopg.connect(oracle.database.url) as open_one:
+        open_one.execute("select oracle_write(%s, %s)", (name, private))
+        costs = []
+        for _ in range(size.rounds):
+            await oracle.write()
+            await received_by_sockets(oracle, len(oracle.ledger()))
+            costs.append(cost_of_a_read(oracle.database))
+        # The bulk of another few thousand rows, too.
+        oracle.write_one(copies=3000, topic=oracle.topics[1])
+        costs.append(cost_of_a_read(oracle.database))
+        open_one.commit()
+    await oracle.verdict()
+    print("buffers of a read that finds nothing:", costs)
+    assert max(costs) < 80, costs
+
+
+async def received_by_sockets(oracle: Oracle, count: int) -> None:
+    sockets = [reader for reader in oracle.readers if isinstance(reader, WireReader)]
+    await until(lambda: all(reader.count == count for reader in sockets), "the others' messages")
+
+
+def cost_of_a_read(database: TestDatabase) -> int:
+    """Buffers that the relay's read touches when there is nothing new. Not a time, so it does not depend on the machine."""
+    # Auto-vacuum would do this sooner or later; without, the planner knows nothing of a table that is this new.
+    database.execute("analyze realtime.messages")
+    position = database.execute("select pg_current_snapshot()::text")[0][0]
+    query = f"explain (analyze, buffers, format json) select * from realtime.messages_since('{position}'::pg_snapshot)"
+    with database.connect() as db:
+        # The second time: the first one fills the session's caches.
+        for _ in range(2):
+            ((plan,),) = db.execute(query.encode()).fetchall()
+    top = plan[0]["Plan"]
+    return int(top["Shared Hit Blocks"]) + int(top["Shared Read Blocks"])
+
+
+async def test_one_transaction_with_very_many_messages(
+    steady_server: Server, oracle_of: OracleFactory, size: Size
+) -> None:
+    oracle = oracle_of(steady_server)
+    oracle.add_every_kind(patience_s=20)
+    await oracle.connected()
+    writing = asyncio.create_task(oracle.write())
+    await asyncio.to_thread(oracle.write_one, copies=size.bulk)
+    await writing
+    await oracle.verdict(limit_s=300)
+
+
+async def test_clock_passes_midnight(fault_server: ServerOf, oracle_of: OracleFactory, size: Size) -> None:
+    """Rows of yesterday, today, tomorrow and of a day that has no partition, all at once, while partitions are looked after."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.shifts = (None, "-1 day", "1 day", "10 days")
+    oracle.add_every_kind()
+    await oracle.connected()
+    writing = asyncio.create_task(oracle.write())
+    made: list[Any] = []
+    while not writing.done():
+        made += oracle.database.execute("select * from realtime.maintain('72 hours')")
+        made += oracle.database.execute("select realtime.create_partitions(12)")
+        await asyncio.sleep(0.2)
+    await writing
+    await oracle.verdict()
+    partitions = oracle.database.execute("select tableoid::regclass::text, count(*) from realtime.messages group by 1")
+    assert len(partitions) >= 4, partitions
+    assert made, "no partition was made meanwhile"
+
+
+async def test_retention_passes_a_cursor(fault_server: ServerOf, oracle_of: OracleFactory) -> None:
+    """Every face says so in its own words, and goes on from there."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.begin()
+    await oracle.write()
+    oracle.database.execute("update realtime.messages set inserted_at = '2001-01-01'")
+    oracle.database.execute("select * from realtime.maintain('72 hours')")
+    oracle.database.execute("delete from oracle_ledger")
+    oracle.add_every_kind()
+    await until(lambda: all(reader.gaps for reader in oracle.readers), "every reader to be told")
+    await oracle.write()
+    await oracle.verdict(gaps=True)
+    assert all("older than what is kept" in gap for reader in oracle.readers for gap in reader.gaps)
+    await assert_rest_is_gone(oracle)
+
+
+async def test_database_restored_from_a_dump(
+    fault_server: ServerOf, fault_cluster: FaultCluster, oracle_of: OracleFactory
+) -> None:
+    """The server is pointed to a database that was restored elsewhere: its transaction ids mean nothing to older cursors."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.begin()
+    await oracle.write()
+    restored = fault_cluster.cluster.create_empty()
+    try:
+        await asyncio.to_thread(copy_database, oracle.database, restored)
+        await server.aclose()
+        oracle.database = restored
+        oracle.server = await fault_server(restored)
+        oracle.add_every_kind()
+        await until(lambda: all(reader.gaps for reader in oracle.readers), "every reader to be told")
+        restored.execute("delete from oracle_ledger")
+        before = {reader.name: reader.count for reader in oracle.readers}
+        await oracle.write()
+        # What the dump contained may come or not: it is behind the gap. What is new must come.
+        known = set(oracle.ledger())
+        for reader in oracle.readers:
+            for topic in reader.topics:
+                numbers = reader.received[topic]
+                numbers[:] = [number for number in numbers if number in known]
+        print("came from the dump:", before)
+        await oracle.verdict(gaps=True)
+        assert all("another life" in gap for reader in oracle.readers for gap in reader.gaps)
+    finally:
+        await oracle.aclose()
+        await oracle.server.aclose()
+        fault_cluster.cluster.drop(restored)
+
+
+def copy_database(source: TestDatabase, target: TestDatabase) -> None:
+    dump = subprocess.run(
+        [str(bundled_bin() / "pg_dump"), source.administrator_url], capture_output=True, check=True, timeout=60
+    )
+    subprocess.run(
+        [str(bundled_bin() / "psql"), "-q", "-v", "ON_ERROR_STOP=1", target.administrator_url],
+        input=dump.stdout,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+
+
+async def assert_rest_is_gone(oracle: Oracle) -> None:
+    topic = oracle.topics[0]
+    async with httpx2.AsyncClient(timeout=10) as http:
+        answer = await http.get(
+            f"{oracle.server.url}/realtime/v1/messages",
+            params={"topic": topic.name, "after": oracle.start},
+            headers={"apikey": oracle.server.anon_key},
+        )
+    assert answer.status_code == 410
+    assert set(answer.json()) == {"code", "message", "cursor"}
+
+
+@contextmanager
+def all_connections_taken(database: TestDatabase) -> Iterator[None]:
+    """Every slot that ordinary roles may have is taken, and one that gets free is taken at once."""
+    taken: list[psycopg.Connection[Any]] = []
+    is_over = threading.Event()
+
+    def fill() -> None:
+        while not is_over.wait(0.005):
+            with suppress(psycopg.OperationalError):
+                taken.append(psycopg.connect(database.url))
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        filling.join()
+        for connection in taken:
+            connection.close()
+
+
+async def test_connection_slots_exhausted(fault_server: ServerOf, oracle_of: OracleFactory, size: Size) -> None:
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    with psycopg.connect(oracle.database.administrator_url, autocommit=True) as writer:
+        for _ in range(size.rounds // 2):
+            with all_connections_taken(oracle.database):
+                await asyncio.sleep(0.7)
+                terminate(oracle.database, "%")
+                for number in range(50):
+                    name, private = oracle.topics[number % 5]
+                    writer.execute("select oracle_write(%s, %s)", (name, private))
+                    await asyncio.sleep(0.02)
+                with pytest.raises(psycopg.OperationalError, match=r"reserved|too many"):
+                    psycopg.connect(oracle.database.url)
+            await oracle.write(transactions=3)
+    await oracle.verdict()
+
+
+# -- the oracle itself
+
+
+async def test_oracle_notices_what_is_wrong(steady_server: Server, oracle_of: OracleFactory, size: Size) -> None:
+    """Loss, ghosts and disorder, put into what a reader received, are each told."""
+    if size.is_long:
+        pytest.skip("no fault")
+    oracle = oracle_of(steady_server)
+    reader = WireReader("reader", oracle, oracle.topics)
+    oracle.add(reader)
+    for _ in range(5):
+        oracle.write_one(copies=2)
+    await oracle.verdict()
+    numbers = reader.received[oracle.topics[0]]
+    right = list(numbers)
+    for wrong, sentence in (
+        (right[:-1], "1 missing"),
+        ([*right, 10**9], "1 never committed"),
+        ([right[1], right[0], *right[2:]], "of its own transaction"),
+        ([*right[2:4], *right[:2], *right[4:]], "which had committed"),
+    ):
+        numbers[:] = wrong
+        with pytest.raises(AssertionError, match=sentence):
+            await oracle.verdict(limit_s=0.1)
+    numbers[:] = right
+    reader.gaps.append("told")
+    with pytest.raises(AssertionError, match="told of a gap"):
+        await oracle.verdict()
+    await oracle.verdict(gaps=True)
