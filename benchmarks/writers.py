@@ -1,7 +1,7 @@
 """What waking the server costs those who write: inserts a second into the outbox, by pgbench.
 
-Four ways in one run, on the same table: without any wake-up (the trigger disabled: the 100 %), with the doorbell while the relay is awake (it
-reads as fast as it does in production), with the doorbell while a relay sleeps and never wakes (the worst case), and with a `pg_notify` in
+Four ways in one run, on the same table: without any wake-up (the trigger disabled: the 100 %), with the doorbell while the relay is awake
+(it reads as it does in production), with the doorbell while a relay sleeps and never wakes (the worst case), and with a `pg_notify` in
 each transaction, which is what the doorbell saves.
 """
 
@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psycopg
 from psycopg import conninfo
@@ -48,10 +48,8 @@ def relay(database: TestDatabase) -> Iterator[None]:
 
     def run() -> None:
         task.append(loop.create_task(Relay(Target(database.url), timeout_s=5).run(Nobody())))
-        try:
+        with suppress(asyncio.CancelledError):
             loop.run_until_complete(task[0])
-        except asyncio.CancelledError:
-            pass
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -90,22 +88,12 @@ def pgbench(database: TestDatabase, script: str, writers: int, seconds: int) -> 
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(script)
         file.flush()
+        where = f"-h {facts['host']} -p {facts['port']} -U {facts['user']} {facts['dbname']}"
         ended = subprocess.run(
             [
                 str(bundled_bin() / "pgbench"),
-                "-n",
-                "-f",
-                file.name,
-                "-c",
-                str(writers),
-                "-j",
-                "2",
-                "-T",
-                str(seconds),
-                "-M",
-                "prepared",
-            ]
-            + ["-h", str(facts["host"]), "-p", str(facts["port"]), "-U", str(facts["user"]), str(facts["dbname"])],
+                *f"-n -f {file.name} -c {writers} -j 2 -T {seconds} -M prepared {where}".split(),
+            ],
             env=os.environ | {"PGPASSWORD": str(facts["password"])},
             text=True,
             capture_output=True,

@@ -156,7 +156,8 @@ class InvalidClaims(AuthError):
 
 
 class Unauthorized(AuthError):
-    """No policy on realtime.messages lets this role and these claims receive on this private topic, or a policy raised an error (the server's log says which)."""
+    """No policy on realtime.messages lets this role and these claims receive on this private topic, or a policy raised an error: the
+    server's log says which."""
 
     code = "Unauthorized"
     status = 403

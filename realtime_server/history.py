@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from realtime_server.database import Pool
+from realtime_server.errors import MalformedCursor
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast
 from realtime_server.protocol.messages import TOPIC_PREFIX
@@ -33,6 +34,8 @@ class History:
 
     async def after(self, room: Room, cursor: str, max_rows: int = PAGE_ROWS) -> Page:
         """The next messages behind a cursor. Raises: Gap, MalformedCursor, DatabaseUnavailable, QueryCanceled."""
+        if "\0" in cursor:
+            raise MalformedCursor
         rows = await self._pool.fetch(
             # The last row is the place of the statement's beginning; the function reads later, so it has all that is before it.
             "select id, event, payload::text, binary_payload, xid::text, cursor"

@@ -70,7 +70,10 @@ class Receiver(Protocol):
         """One row, and the place right behind it."""
 
     def gap(self, oldest: str) -> None:
-        """Rows are missing here: the database has begun another life, or was away for longer than rows are kept. `oldest`: the first cursor that can be read from."""
+        """Rows are missing here: the database has begun another life, or was away for longer than rows are kept.
+
+        `oldest`: the first cursor that can be read from.
+        """
 
 
 class Relay:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from realtime_server.authorization import EVERYTHING
 from realtime_server.claims import Claims
-from realtime_server.errors import MissingKey, PrivateOnly, RealtimeError, Unauthorized
+from realtime_server.errors import MissingKey, PrivateOnly, RealtimeError, TopicNameRequired, Unauthorized
 from realtime_server.hub import Room
 from realtime_server.protocol.messages import TOPIC_PREFIX
 from realtime_server.services import Services
@@ -37,9 +37,13 @@ def policy_headers(request: HTTPConnection) -> dict[str, str]:
 
 
 def room_of(topic: str, request: HTTPConnection) -> Room:
-    """The room of a topic, with or without `realtime:`, that the query asks for."""
+    """The room of a topic, with or without `realtime:`, public or private as the query says. Raises: TopicNameRequired."""
+    topic = topic.removeprefix(TOPIC_PREFIX)
+    # NUL is no text to PostgreSQL.
+    if not topic or "\0" in topic:
+        raise TopicNameRequired
     is_private = request.query_params.get("private", "").lower() in ("true", "1")
-    return Room(TOPIC_PREFIX + topic.removeprefix(TOPIC_PREFIX), is_private)
+    return Room(TOPIC_PREFIX + topic, is_private)
 
 
 async def check_may_receive(services: Services, room: Room, claims: Claims, headers: Mapping[str, str]) -> None:

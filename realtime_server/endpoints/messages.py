@@ -10,8 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
-from realtime_server.errors import DatabaseUnavailable, Gap, InvalidLimit, RealtimeError, TopicNameRequired
-from realtime_server.protocol.messages import TOPIC_PREFIX
+from realtime_server.errors import DatabaseUnavailable, Gap, InvalidLimit, RealtimeError
 from realtime_server.services import Services
 
 DEFAULT_LIMIT: Final = 100
@@ -36,8 +35,6 @@ async def _page(services: Services, request: Request) -> Response:
     query = request.query_params
     claims = await services.verify(token_of(request))
     room = room_of(query.get("topic", ""), request)
-    if room.topic == TOPIC_PREFIX:
-        raise TopicNameRequired
     limit = _limit(query.get("limit"))
     await check_may_receive(services, room, claims, policy_headers(request))
     after = query.get("after")

@@ -363,7 +363,7 @@ def _read_wish(request: Request, max_topics: int) -> Wish:
     """Raises: TopicNameRequired, TooManyChannels."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
-    if not rooms or any(room.topic == TOPIC_PREFIX for room in rooms):
+    if not rooms:
         raise TopicNameRequired
     if len(rooms) > max_topics:
         raise TooManyChannels

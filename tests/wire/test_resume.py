@@ -195,7 +195,7 @@ async def test_bytes_arrive_also_when_the_cursor_is_too_long_for_their_frame(ser
     socket, _ = await joined(server, wire, "bytes", CURSOR)
     with ExitStack() as stack:
         # Transactions in progress stand in the cursor.
-        for _ in range(40):
+        for _ in range(75):
             db = stack.enter_context(psycopg.connect(server.database.url))
             db.execute("select pg_current_xact_id()")
         server.database.execute("select realtime.send_binary('\\xdead', 'e', 'bytes', false)")
@@ -221,7 +221,9 @@ async def test_relay_that_was_away_for_longer_than_messages_are_kept_says_so(ser
     with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
         db.execute(f'alter database "{name}" connection limit 0')
         db.execute(
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'realtime-server%'"
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where application_name like 'realtime-server%%' and datname = %s",
+            (name,),
         )
         db.execute("select realtime.send('{}', 'e', 'away', false)")
         db.execute("update realtime.messages set inserted_at = '2001-01-01'")
