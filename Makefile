@@ -28,7 +28,7 @@ run: $(V)/.run ## start everything: PostgreSQL, migrations, server
 	@exec $(BIN)/realtime-server run
 
 test: $(V)/.test lint types ## every check and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(V)/.test ## every fault at length, about a quarter of an hour; the result goes to docs/faults.md
 	REALTIME_FAULTS_REPORT=docs/faults.md $(BIN)/python -m pytest tests/faults -m faults

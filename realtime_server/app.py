@@ -30,6 +30,7 @@ from realtime_server.database import Pool, Target
 from realtime_server.delivery import Delivery
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
 from realtime_server.endpoints.messages import messages_endpoint
+from realtime_server.endpoints.metrics import metrics_endpoint
 from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
 from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
@@ -38,6 +39,7 @@ from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.history import History
 from realtime_server.hub import Hub
 from realtime_server.limits import Rate
+from realtime_server.metrics import Metrics
 from realtime_server.presence import Presence
 from realtime_server.relay import Relay
 from realtime_server.roster import Roster
@@ -80,8 +82,10 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     )
     relay = Relay(target, timeout_s=settings.database_timeout_s)
     roster = Roster(pool)
+    metrics = Metrics(__version__)
     services = _services(
         settings,
+        metrics=metrics,
         verify=tokens.verify,
         authorize=authorization.authorize,
         history=History(history_pool),
@@ -94,7 +98,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         await pool.open()
         await history_pool.open()
         parts = [
-            asyncio.create_task(_supervise(name, part))
+            asyncio.create_task(_supervise(app, name, part))
             for name, part in (
                 ("relay", relay.run(Delivery(services))),
                 ("authorization", authorization.run()),
@@ -115,6 +119,13 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     async def start_facts(request: Request) -> Response:
         return JSONResponse({"anon_key": anon_key})
 
+    metrics.watch("realtime_connections", "Sockets and event streams that are open.", lambda: len(sockets))
+    metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
+    metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
+    metrics.watch("realtime_presence_entries", "What clients track.", lambda: len(services.presence))
+    metrics.watch("realtime_relay_ready", "1 while the relay reads from the database.", lambda: relay.is_ready)
+    metrics_secret = settings.metrics_jwt_secret.get_secret_value() if settings.metrics_jwt_secret else None
+
     websocket = websocket_endpoint(services, sockets, settings)
     tickets = Tickets()
     stream = stream_endpoint(services, sockets, tickets, settings)
@@ -130,6 +141,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             Route("/realtime/v1/stream", stream),
             Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"]),
             Route("/realtime/v1/messages", messages_endpoint(services)),
+            Route("/metrics", metrics_endpoint(metrics, services.verify, metrics_secret)),
             Route("/healthz", alive),
             Route("/readyz", ready_endpoint(lambda: {"relay": relay.is_ready, "serving": not sockets.is_draining})),
             Route("/start.json", start_facts),
@@ -147,12 +159,14 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         ],
     )
     app.state.sockets = sockets
+    app.state.has_failed = False
     return app
 
 
 def _services(
     settings: Settings,
     *,
+    metrics: Metrics,
     verify: Verify,
     authorize: Authorize,
     history: History,
@@ -182,6 +196,7 @@ def _services(
             max_users=settings.max_users,
         ),
         users=set(),
+        metrics=metrics,
         history=history,
         roster=roster,
         place=place,
@@ -254,10 +269,11 @@ async def _maintain(pool: Pool, retention: timedelta) -> None:
         await asyncio.sleep(MAINTENANCE_S)
 
 
-async def _supervise(name: str, part: Coroutine[Any, Any, None]) -> None:
+async def _supervise(app: Starlette, name: str, part: Coroutine[Any, Any, None]) -> None:
     """A server that lost a part for a reason nobody foresaw must not pretend: it stops, and whoever runs it starts it again."""
     try:
         await part
     except Exception:
         log.critical("part failed, stopping", part=name, exc_info=True)
+        app.state.has_failed = True
         signal.raise_signal(signal.SIGTERM)

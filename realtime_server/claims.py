@@ -180,6 +180,21 @@ def _check(payload: dict[str, Any], json: str, rules: Rules, now: float) -> Clai
     )
 
 
+def verify_signature(token: str, secret: str, now: float) -> None:
+    """For tokens of operators, which stand for no role. Raises: MalformedToken, InvalidSignature, TokenExpired."""
+    try:
+        payload = jwt.decode(clean(token), secret, algorithms=[*_SECRET_ALGORITHMS], options={"verify_exp": False})
+    except jwt.InvalidSignatureError:
+        raise InvalidSignature from None
+    except jwt.InvalidTokenError:
+        raise MalformedToken from None
+    expires_at = _seconds(payload.get("exp", inf))
+    if expires_at is None:
+        raise MalformedToken
+    if expires_at <= now:
+        raise TokenExpired(int(now - expires_at))
+
+
 def clean(token: str) -> str:
     """Percent-decoded and without white space, as everywhere a token is accepted. Raises: MalformedToken, if it is too long."""
     if len(token) > MAX_TOKEN_CHARACTERS:

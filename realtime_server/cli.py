@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -41,6 +42,10 @@ Token = Annotated[str | None, typer.Option(help="Token of a user; without: the k
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # Where the terminal's encoding lacks a character, a question mark is better than no server.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except (RealtimeError, OSError) as error:
@@ -312,6 +317,9 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def _exit_quietly(number: int, frame: object) -> None:
+    # Once: a second signal must not keep the embedded PostgreSQL from being stopped.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(0)
 
 
@@ -362,6 +370,11 @@ def _plain_database_errors() -> Iterator[None]:
 
     try:
         yield
+    except psycopg.ProgrammingError as error:
+        if error.sqlstate is not None:
+            _fail(f"the database refused: {error}")
+        # libpq's sentence repeats the text, password included.
+        _fail("REALTIME_DATABASE_URL or DATABASE_URL is no address for libpq: postgresql://... or key=value words")
     except psycopg.Error as error:
         # Only what a server said has a SQLSTATE.
         is_away = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
@@ -403,7 +416,11 @@ def _secret(settings: Settings) -> str | None:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError), open(file, "x", opener=_private_opener) as new:
             new.write(secrets.token_urlsafe(48))
-    return file.read_text()
+    secret = file.read_text().strip()
+    if len(secret) < claims.MIN_SECRET_BYTES:
+        # Killed while it was written, or a full disk.
+        raise SettingsError(f"the secret in {file} is not whole; remove the file, and a new one is made")
+    return secret
 
 
 def _private_opener(path: str, flags: int) -> int:

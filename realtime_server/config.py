@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     )
     anon_key: SecretStr | None = Field(None, description="API key of role anon; unset: made from the secret")
     service_key: SecretStr | None = Field(None, description="API key of role service_role; unset: made from the secret")
+    metrics_jwt_secret: SecretStr | None = Field(
+        None, description="secret of the tokens that may read /metrics; unset: keys and tokens of role service_role may"
+    )
     roles: TokenList = Field(
         ("anon", "authenticated", "service_role"), description="database roles that tokens may name, by comma"
     )
@@ -148,7 +151,7 @@ class Settings(BaseSettings):
             raise ValueError("each key must have at least 32 bytes")
         return value
 
-    @field_validator("jwt_secret")
+    @field_validator("jwt_secret", "metrics_jwt_secret")
     @classmethod
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value().encode()) < 32:

@@ -89,12 +89,14 @@ class Connection:
         """Queue a frame for the end of this loop tick. Ignored once closed."""
         if self.is_closed:
             return
+        # Without this frame: one that alone is beyond the limit would close every reader, and again whenever it resumes.
+        if self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes:
+            self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
+            return
         if not self._waiting:
             self._loop.call_soon(self._flush)
         self._waiting.append(frame)
         self._waiting_bytes += len(frame.data)
-        if self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes:
-            self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
 
     @property
     def is_filling(self) -> bool:

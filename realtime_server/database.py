@@ -43,14 +43,15 @@ class Target:
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
+            "client_encoding": "UTF8",
         }
         if not self.is_pooled:
             own = conninfo.conninfo_to_dict(self.url).get("options") or ""
             options = (
                 f"{own} -c search_path=public,extensions -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
             )
-            if statement_timeout_s is not None:
-                options += f" -c statement_timeout={int(statement_timeout_s * 1000)}"
+            # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
+            options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
             settings["options"] = options.strip()
         return conninfo.make_conninfo(self.url, **settings)
 

@@ -21,6 +21,7 @@ class Delivery:
         self._services = services
 
     def row(self, row: Row, behind: Place) -> None:
+        self._services.metrics.rows.inc()
         match row.extension:
             case "broadcast":
                 self._broadcast(row, behind)

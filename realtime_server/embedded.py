@@ -52,6 +52,7 @@ LOCK_LIMIT_S = 180.0  # longer than the slowest start of another process: initdb
 INITDB_LIMIT_S = 120.0
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
+PID_FILE_LIMIT_S = 1.0
 POLL_S = 0.05
 
 SETTINGS: Mapping[str, str] = {
@@ -87,6 +88,7 @@ class EmbeddedPostgres:
         self._bin_dir = bin_dir
         self._settings = {**SETTINGS, **(settings or {})}
         self._port: int | None = None
+        self._has_launched = False
 
     def start(self) -> Self:
         """Make the cluster if there is none, start it unless it runs, and see that role and database exist.
@@ -134,7 +136,16 @@ class EmbeddedPostgres:
                 raise EmbeddedError(f"PostgreSQL (pid {postmaster.pid}) in {cluster} did not stop in time")
 
     def __enter__(self) -> Self:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            # A signal may end us in the middle: nobody else would stop what was launched. It first has to say who it is.
+            if self._has_launched:
+                deadline = time.monotonic() + PID_FILE_LIMIT_S
+                while not _postmaster(self.location) and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+                self.stop()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,7 +171,8 @@ class EmbeddedPostgres:
         port = self._port or _last_port(self.location)
         if port is None:
             raise EmbeddedError(f'there is no PostgreSQL in {self.data_dir} yet: "realtime-server run" makes it')
-        return f"postgresql://{role}:{self._password(role)}@127.0.0.1:{port}/{database}"
+        # PGSSLMODE=require and the like in the environment mean another PostgreSQL; this one has no certificate.
+        return f"postgresql://{role}:{self._password(role)}@127.0.0.1:{port}/{database}?sslmode=disable"
 
     def _password_file(self, role: str) -> Path:
         return self.data_dir / f"{role}.password"
@@ -268,6 +280,7 @@ class EmbeddedPostgres:
             with contextlib.suppress(FileNotFoundError):
                 log.replace(cluster / "server.log.old")
             options = [f"--pgdata={cluster}", f"--log={log}", "--wait", f"--timeout={START_LIMIT_S:.0f}"]
+            self._has_launched = True
             pg_ctl = programs.run("pg_ctl", "start", *options, limit_s=START_LIMIT_S + 15)
             if pg_ctl.returncode == 0 or self._wait_for_running(cluster):
                 return port

@@ -10,8 +10,10 @@ lock taken and rings. What a bell that was lost would have told, the safety read
 holds the lock and the others stand in its queue; writers ring for either. Behind a transaction pooler nothing can be listened to: there the
 same loop looks again every few hundredths of a second.
 
-**After a lost connection** the relay listens again and goes on from its snapshot. A read that broke off in the middle is repeated; what was
-handed on already is dropped by its sequence number.
+**After a lost connection** the relay listens again and goes on from its last durable snapshot, because the database may have crashed. It
+then forgets transactions that left nothing on disk (rolled back, or with an id and no changes) and gives their ids to others, which a newer
+snapshot takes for seen. What was handed on already is dropped by its sequence number; so is what a read that broke off had handed on.
+Clients' cursors begin at the durable snapshot, too.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import structlog
 from realtime_server import database
 from realtime_server.cursor import Place, Snapshot
 from realtime_server.database import Database, Target
-from realtime_server.errors import DatabaseUnavailable
+from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 
 NOTIFY_CHANNEL: Final = "realtime"
 
@@ -42,6 +44,7 @@ DOZE_S: Final = 0.05
 # Falling asleep: a transaction older than the lock may still commit silently; this bounds how late its messages can be.
 LONGEST_DRAIN_PAUSE_S: Final = 0.1
 SAFETY_READ_S: Final = 5.0
+SETTLE_S: Final = 0.5
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
 ROWS_AT_ONCE: Final = 500
@@ -86,8 +89,13 @@ class Relay:
         self._position: Snapshot | None = None
         # The place right behind what was handed on last.
         self.place: Place | None = None
-        # Sequence numbers handed on by a read that has not reached its new snapshot yet.
+        # A position that a crash of the database cannot take back, and the sequence numbers handed on since.
+        self._durable: Snapshot | None = None
         self._handed_on: set[int] = set()
+        # A later one, as soon as the log is on disk up to this place; and the sequence numbers handed on since that one.
+        self._next_durable: tuple[Snapshot, str] | None = None
+        self._handed_on_next: set[int] = set()
+        self._settled_at = 0.0
         self._last_seq = 0
         self.is_ready = False
         self.is_asleep = False
@@ -104,7 +112,8 @@ class Relay:
                         await self._begin(reader)
                         backoff_s = SHORTEST_BACKOFF_S
                         await self._relay(reader)
-            except DatabaseUnavailable as error:
+            # Canceled: somebody called pg_cancel_backend.
+            except (DatabaseUnavailable, QueryCanceled) as error:
                 log.warning("relay has no database", error=str(error.__cause__), retry_in_s=round(backoff_s, 1))
                 self.is_ready = False
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
@@ -122,10 +131,13 @@ class Relay:
             "select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
             " realtime.oldest_cursor(), (select dropped_xid::text::bigint from realtime.stream)",
         )
+        self._next_durable = None
         if life == self._life and self._position is not None and self._position.xmin > dropped_xid:
+            self._position = self._durable
             return
         is_first, self._life = not self._life, life
         self._position, self._last_seq = Snapshot.parse(snapshot), seq
+        self._durable = self._position
         self._handed_on.clear()
         self.place = Place(life, self._position, None, seq)
         if not is_first:
@@ -155,12 +167,14 @@ class Relay:
             else:
                 pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
             self.is_ready = True
+            await self._settle(reader)
             await asyncio.sleep(pause_s)
 
     async def _doze(self, reader: Database) -> None:
         """Where no bell can be heard: look now and then, until something has come."""
         self.is_asleep = True
         while not await self._read(reader):
+            await self._settle(reader)
             await asyncio.sleep(DOZE_S)
         self.is_asleep = False
 
@@ -208,9 +222,29 @@ class Relay:
     async def _sleep(self, reader: Database) -> None:
         """Wait for the bell; now and then look whether one was lost."""
         while not await self._bell_rang(reader, SAFETY_READ_S):
+            await self._settle(reader)
             if await self._read(reader):
                 log.warning("messages came without a bell; is the trigger ring_doorbell enabled?")
                 return
+
+    async def _settle(self, reader: Database) -> None:
+        """Now and then: move the durable position to where the relay was the time before, once that is on disk."""
+        now = time.monotonic()
+        if now - self._settled_at < SETTLE_S or self._position is None:
+            return
+        self._settled_at = now
+        position = self._position
+        # All that had ended in the position's snapshot is in the log before this place.
+        is_flushed, place = await _row(
+            reader,
+            "select pg_current_wal_flush_lsn() >= %s::pg_lsn, pg_current_wal_insert_lsn()::text",
+            self._next_durable[1] if self._next_durable else "FFFFFFFF/FFFFFFFF",
+        )
+        if self._next_durable is not None:
+            if not is_flushed:
+                return
+            self._durable, self._handed_on = self._next_durable[0], self._handed_on_next
+        self._next_durable, self._handed_on_next = (position, place), set()
 
     async def _bell_rang(self, reader: Database, timeout_s: float) -> bool:
         rang = False
@@ -227,7 +261,7 @@ class Relay:
         first, *rows = await cursor.fetchall()
         if len(rows) < ROWS_AT_ONCE:
             until = Snapshot.parse(first[-1])
-            self._take(rows, since, until)
+            self._take(rows, until)
             self._arrive(until)
             return len(rows)
         return await self._read_long(reader, since)
@@ -241,33 +275,30 @@ class Relay:
                     continue
                 rows.append(row)
                 count += 1
-                if len(rows) > ROWS_AT_ONCE:
-                    # The last one waits: the place behind the end of a read is another than within.
-                    self._take(rows[:-1], since, until, is_end=False)
-                    rows = rows[-1:]
+                if len(rows) == ROWS_AT_ONCE:
+                    self._take(rows, until)
+                    rows = []
                     # Rows that are here already would keep the loop to themselves, and no frame would leave.
                     await asyncio.sleep(0)
-        self._take(rows, since, until)
+        self._take(rows, until)
         self._arrive(until)
         return count
 
-    def _take(self, rows: list[tuple[Any, ...]], since: Snapshot, until: Snapshot, *, is_end: bool = True) -> None:
-        for number, fields in enumerate(rows, start=1):
+    def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
+        assert self._durable is not None, "set together with the position"
+        for fields in rows:
             row = Row(*fields[:-1])
             if row.seq not in self._handed_on:
-                is_last = is_end and number == len(rows)
-                behind = (
-                    Place(self._life, until, None, row.seq) if is_last else Place(self._life, since, until, row.seq)
-                )
-                self._hand_on(row, behind)
+                self._hand_on(row, Place(self._life, self._durable, until, row.seq))
 
     def _arrive(self, until: Snapshot) -> None:
+        assert self._durable is not None, "set together with the position"
         self._position = until
-        self._handed_on.clear()
-        self.place = Place(self._life, until, None, self._last_seq)
+        self.place = Place(self._life, self._durable, until, self._last_seq)
 
     def _hand_on(self, row: Row, behind: Place) -> None:
         self._handed_on.add(row.seq)
+        self._handed_on_next.add(row.seq)
         self._last_seq = max(self._last_seq, row.seq)
         self.place = behind
         self._receiver.row(row, behind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,8 +17,11 @@ from websockets.protocol import State
 from realtime_server.config import Settings
 from realtime_server.connection import EXTENSION
 
-# Time to send a whole request head.
-HANDSHAKE_S: Final = 10.0
+# Time to send a whole request head, and then its body.
+HEAD_S: Final = 10.0
+BODY_S: Final = 60.0
+# The parser puts a head together anew with every piece: what a stranger may make it hold must be short.
+MAX_HEAD_BYTES: Final = 65_536
 # A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
 GOODBYE_S: Final = 2.0
 
@@ -26,6 +30,7 @@ class Protocol(WebSocketsSansIOProtocol):
     """Offers itself to the application as `connection.Transport`."""
 
     last_received_at = 0.0
+    _pong = b""
 
     def data_received(self, data: bytes) -> None:
         self.last_received_at = self.loop.time()
@@ -39,6 +44,19 @@ class Protocol(WebSocketsSansIOProtocol):
             except UnicodeDecodeError:
                 self.curr_msg_data_type = "bytes"
         super().send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        # To a peer that reads nothing only the latest pong waits. Source: RFC 6455, section 5.5.3.
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self._pong = b"".join(self.conn.data_to_send())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        pong, self._pong = self._pong, b""
+        if pong:
+            self.write(pong)
 
     async def run_asgi(self) -> None:
         self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
@@ -77,15 +95,45 @@ class Protocol(WebSocketsSansIOProtocol):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Drops who connects and then does not say what it wants: such a client has shown no key and would hold its socket for ever."""
+    """Drops who does not say in time, or not shortly, what it wants: such a client has shown no key and would hold its socket for ever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._patience = self.loop.call_later(HANDSHAKE_S, transport.abort)
+        self._patience = self.loop.call_later(HEAD_S, transport.abort)
+        self._is_in_head = True
+        self._head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            # What came before this piece, which may hold the head's end and much of the body.
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
+                return
+            self._head_bytes += len(data)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._wait(HEAD_S)
+        self._is_in_head = True
+        self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        self._patience.cancel()
+        self._wait(BODY_S)
+        self._is_in_head = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._patience.cancel()
+        super().on_message_complete()
+
+    def _wait(self, limit_s: float) -> None:
+        self._patience.cancel()
+        self._patience = self.loop.call_later(limit_s, self.transport.abort)
+
+    def handle_websocket_upgrade(self) -> None:
+        self._patience.cancel()
+        super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._patience.cancel()
@@ -128,7 +176,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then drain."""
+    """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
     options: dict[str, Any] = {
         "http": HttpProtocol,
         "ws": Protocol,
@@ -142,4 +190,8 @@ def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready:
         "access_log": False,
         "server_header": False,
     }
-    Server(uvicorn.Config(app, **options), app, on_ready).run(sockets=[listener])
+    try:
+        Server(uvicorn.Config(app, **options), app, on_ready).run(sockets=[listener])
+    finally:
+        if app.state.has_failed:
+            sys.exit(1)

@@ -14,6 +14,7 @@ from realtime_server.follower import Follower
 from realtime_server.history import History
 from realtime_server.hub import Hub, Room
 from realtime_server.limits import Rate
+from realtime_server.metrics import Metrics
 from realtime_server.presence import Diff, Presence
 from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, PresenceDiff
 from realtime_server.roster import Roster
@@ -66,6 +67,7 @@ class Services:
     limits: Limits
     rates: Rates
     users: set[Member]
+    metrics: Metrics
     history: History
     roster: Roster
     place: Callable[[], Place | None]
@@ -73,11 +75,14 @@ class Services:
     def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> None:
         """Send to all members of a room and count it: one event, and one for each delivery."""
         delivered = self.broadcasts.publish(room, message, exclude=exclude)
+        self.metrics.broadcasts.inc()
+        self.metrics.deliveries.inc(delivered)
         self.rates.events.count(time.monotonic(), 1 + delivered)
 
     def announce(self, room: Room, diff: Diff | None) -> None:
         """Tell those who watch a room of a change of presence."""
         if diff is not None:
             self.roster.record(room, diff)
+            self.metrics.presence_diffs.inc()
             delivered = self.watchers.publish(room, PresenceDiff(room.topic, diff.to_json()))
             self.rates.presence.count(time.monotonic(), 1 + delivered)

@@ -366,6 +366,7 @@ class Session:
             self._forget(old)
             self.connection.push(messages.closed(message.topic, old.literal_join_ref))
         self._channels[message.topic] = channel
+        self.services.metrics.joins.inc()
         config, place = channel.config, self.services.place()
         bindings = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
         cursor = {"cursor": place.cursor} if config.with_cursor and place is not None else {}
@@ -654,6 +655,7 @@ class Session:
         self.connection.push(messages.reply(push, join_ref, response, ok=ok))
 
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
+        self.services.metrics.count_error(error.code)
         log.info("refused", code=error.code, topic=push.topic, reason=str(error))
         self._reply(push, join_ref, {"reason": error.reason}, ok=False)
 

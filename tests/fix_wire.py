@@ -89,7 +89,7 @@ async def wire() -> AsyncIterator[WireFactory]:
         async def open_socket(url: str, key: str | None = None, *, vsn: str = "2.0.0", **options: Any) -> Wire:
             query = {"vsn": vsn} | ({} if key is None else {"apikey": key})
             socket = await stack.enter_async_context(
-                connect(f"{url}?{urlencode(query)}", compression=None, max_size=None, **options)
+                connect(f"{url}?{urlencode(query)}", compression=None, max_size=None, close_timeout=1, **options)
             )
             return Wire(socket, vsn)
 

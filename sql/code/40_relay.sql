@@ -100,10 +100,12 @@ comment on function realtime.messages_since(pg_snapshot) is
     'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
 revoke all on function realtime.messages_since(pg_snapshot) from public;
 
+-- Maintenance runs with the server's rights, and no code of users runs inside: who may create functions in public must not be found.
 create or replace function realtime.create_partitions(days_ahead integer default 3)
 returns setof text
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_day date;
@@ -124,6 +126,7 @@ begin
             select from realtime.messages_default where inserted_at >= v_day and inserted_at < v_day + 1
         );
         execute format('create table realtime.%I (like realtime.messages including defaults including constraints)', v_name);
+        execute format('alter table realtime.%I enable row level security', v_name);
         execute format(
             'alter table realtime.messages attach partition realtime.%I for values from (%L) to (%L)',
             v_name, v_day, v_day + 1
@@ -140,6 +143,7 @@ create or replace function realtime.drop_old_messages(retention interval)
 returns setof text
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_before timestamp := (now() at time zone 'utc') - retention;
@@ -184,6 +188,7 @@ create or replace function realtime.maintain(retention interval default '72 hour
 returns table (partition text, action text)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
 as $$
 begin

@@ -1,8 +1,8 @@
 -- Reading from a place on: paged, exact, and with a plain word where something is missing.
 --
--- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row that it does not see, and whose transaction began later,
--- has a sequence number up to "seq", so a read may start there. Or it is "since", "until" and "seq": behind all that "since" sees and, of
--- what the later snapshot "until" sees as well, behind "seq".
+-- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row whose transaction got its id later has a sequence number
+-- up to "seq", so a read may start there, but for what realtime.overlapping names. Or it is "since", "until" and "seq": behind all that
+-- "since" sees and, of what the later snapshot "until" sees as well, behind "seq".
 
 create or replace function realtime.life()
 returns text
@@ -71,6 +71,47 @@ as $$
 $$;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
+-- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
+-- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
+create or replace function realtime.durable("snapshot" pg_snapshot)
+returns pg_snapshot
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        '%s:%s:%s',
+        least(pg_snapshot_xmin("snapshot")::text::bigint, bound.xmax),
+        bound.xmax,
+        (
+            select string_agg(xip::text, ',' order by xip)
+            from pg_snapshot_xip("snapshot") as xip
+            where xip::text::bigint < bound.xmax
+        )
+    )::pg_snapshot
+    from (
+        select least(
+            pg_snapshot_xmax("snapshot")::text::bigint,
+            1 + greatest(
+                2,
+                (select stream.dropped_xid::text::bigint from realtime.stream),
+                (
+                    select m.xid::text::bigint
+                    from realtime.messages as m
+                    where m.xid < pg_snapshot_xmax("snapshot") and pg_visible_in_snapshot(m.xid, "snapshot")
+                    order by m.xid desc
+                    limit 1
+                )
+            )
+        ) as xmax
+    ) as bound
+$$;
+comment on function realtime.durable(pg_snapshot) is
+    'The same messages as in the snapshot, seen by transactions that a crash of the database cannot take back.';
+revoke all on function realtime.durable(pg_snapshot) from public;
+grant execute on function realtime.durable(pg_snapshot) to anon, authenticated, service_role;
+
 create or replace function realtime.cursor()
 returns realtime.cursor
 language sql
@@ -81,7 +122,7 @@ as $$
     -- Any row that is visible will do for "seq"; the newest transaction has a high one.
     select realtime.format_cursor(
         realtime.life(),
-        pg_current_snapshot(),
+        realtime.durable(pg_current_snapshot()),
         null,
         coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
     )
@@ -128,7 +169,7 @@ begin
 
     if v_parts[2] <> realtime.life() then
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
-    elsif pg_snapshot_xmax(coalesce(until, since)) > pg_snapshot_xmax(pg_current_snapshot()) then
+    elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
     elsif pg_snapshot_xmin(since) <= (select stream.dropped_xid from realtime.stream) then
         v_problem := 'the cursor is older than what is kept';
@@ -144,6 +185,37 @@ end
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
     'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+
+-- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
+-- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.
+create or replace function realtime.overlapping(since pg_snapshot)
+returns xid8[]
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive written as (
+        (select m.xid, 1 as number from realtime.messages as m where m.xid >= pg_snapshot_xmax(since) order by m.xid limit 1)
+        union all
+        select following.xid, written.number + 1
+        from written
+        cross join lateral (
+            select m.xid from realtime.messages as m where m.xid > written.xid order by m.xid limit 1
+        ) as following
+        -- Sessions, workers of the server itself, prepared transactions.
+        where written.number < current_setting('max_connections')::integer
+            + current_setting('max_worker_processes')::integer
+            + current_setting('max_wal_senders')::integer
+            + current_setting('autovacuum_max_workers')::integer
+            + current_setting('max_prepared_transactions')::integer
+    )
+    select coalesce(array_agg(written.xid), '{}') from written
+$$;
+comment on function realtime.overlapping(pg_snapshot) is
+    'Transactions at or above the xmax of a snapshot that have written messages, as many as may have been running when it was taken.';
+revoke all on function realtime.overlapping(pg_snapshot) from public;
+grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
 
 -- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
 create or replace function realtime.messages_after(
@@ -174,6 +246,7 @@ declare
     v_left integer := least(greatest(max_rows, 0), 10000);
     v_found integer;
     v_is_present boolean;
+    v_overlapping xid8[];
     -- A cursor without its last part; taken together once, because a page has many.
     v_within text;
     v_behind text;
@@ -184,9 +257,10 @@ begin
         v_is_present := v_until is null;
         if v_is_present then
             v_until := pg_catalog.pg_current_snapshot();
+            v_overlapping := realtime.overlapping(v_since);
         end if;
         v_within := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_since, v_until, 0), '0$', '');
-        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_until, null, 0), '0$', '');
+        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, realtime.durable(v_until), null, 0), '0$', '');
         return query
         select
             page.id,
@@ -218,6 +292,20 @@ begin
                     and m.extension = 'broadcast'
                     and (v_is_present or m.seq > v_seq)
                     and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where v_is_present
+                    and m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq <= v_seq
+                    and m.xid = any (v_overlapping)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
                     and (messages_after.private is null or m.private = messages_after.private)
                 order by m.seq

@@ -47,7 +47,10 @@ create unlogged table realtime.messages_probe
     partition of realtime.messages for values from (minvalue) to ('1970-01-02');
 comment on table realtime.messages_probe is 'Probe rows of authorization checks, always rolled back.';
 
+-- The partitions too: where default privileges grant new tables to everybody, only this guards what is asked of them directly.
 alter table realtime.messages enable row level security;
+alter table realtime.messages_default enable row level security;
+alter table realtime.messages_probe enable row level security;
 
 -- Writers choose neither xid nor seq, so these columns are not granted.
 grant select on realtime.messages to anon, authenticated, service_role;

@@ -19,4 +19,5 @@ comment on table realtime.stream is 'One row: which stream this is, and how far 
 comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;

@@ -28,3 +28,7 @@ comment on column realtime.presence_entries.private is 'Which of the two rooms o
 comment on column realtime.presence_entries.key is 'Presence key of the client.';
 comment on column realtime.presence_entries.payload is 'What the client tracks.';
 comment on column realtime.presence_entries.since is 'When it was written here.';
+
+-- No policies: for their owner only.
+alter table realtime.nodes enable row level security;
+alter table realtime.presence_entries enable row level security;

@@ -334,9 +334,16 @@ def test_missing_programs_are_named(folder: Path, embedded: Embedded) -> None:
         bundled_bin(9)
 
 
-def test_there_is_no_url_before_the_start(embedded: Embedded) -> None:
-    with pytest.raises(EmbeddedError, match="before start"):
+def test_there_is_no_url_before_the_first_start(embedded: Embedded) -> None:
+    with pytest.raises(EmbeddedError, match=r'there is no PostgreSQL in .* yet: "realtime-server run" makes it'):
         _ = embedded().url
+
+
+def test_url_of_the_last_run_is_known_without_a_start(embedded: Embedded) -> None:
+    first = embedded()
+    with first:
+        url = first.url
+    assert embedded().url == url
 
 
 def test_a_second_server_is_told_who_uses_the_folder_until_that_one_is_gone(data_dir: Path) -> None:

@@ -209,9 +209,9 @@ def test_a_second_login_with_createrole_asks_where_it_may_not_use_the_roles_of_t
     assert_works(database)
 
 
+@pytest.mark.parametrize("bare_postgres", ["newest"], indirect=True)
 def test_a_login_that_inherits_but_may_not_act_as_the_roles_asks_as_well(bare_cluster: BareCluster) -> None:
-    if bare_cluster.server_version < 160000:
-        pytest.skip("membership is one right before PostgreSQL 16")
+    """Two rights since PostgreSQL 16, one before."""
     database = bare_cluster.create("plain", LOGIN)
     for role in ROLES:
         run_as_administrator(

@@ -41,6 +41,8 @@ FOR_EVERYBODY = PLACES | {
     "realtime.snapshot(text)",
     "realtime.snapshot_text(pg_snapshot)",
     "realtime.snapshot_from_text(text)",
+    "realtime.overlapping(pg_snapshot)",
+    "realtime.durable(pg_snapshot)",
     "realtime.format_cursor(text,pg_snapshot,pg_snapshot,bigint)",
     "realtime.topic()",
     "realtime.send(jsonb,text,text,boolean)",

@@ -254,6 +254,25 @@ def test_psql_pages_through_a_topic_and_names_a_gap(any_database: TestDatabase) 
     assert len(any_database.execute("select id from realtime.messages_after('t', %s, 10)", oldest)) == 4
 
 
+def test_transaction_that_was_running_at_a_cursor_is_not_skipped(any_database: TestDatabase) -> None:
+    """It got its id later than one that has ended, and had written earlier: no snapshot lists it, and its number is the lower one."""
+    start = any_database.execute("select realtime.cursor()")[0][0]
+    with psycopg.connect(any_database.url) as one, psycopg.connect(any_database.url) as two:
+        one.execute("select pg_current_xact_id()")
+        two.execute("select realtime.send('{}', 'two', 'overlapping', false)")
+        one.execute("select realtime.send('{}', 'one', 'overlapping', false)")
+        one.commit()
+        read = "select event, cursor from realtime.messages_after('overlapping', %s)"
+        ((event, cursor),) = any_database.execute(read, start)
+        assert event == "one"
+        now = any_database.execute("select realtime.cursor()")[0][0]
+        two.commit()
+    for place in (cursor, now):
+        ((event, behind),) = any_database.execute(read, place)
+        assert event == "two"
+        assert any_database.execute(read, behind) == []
+
+
 def test_snapshot_and_stream_fit_together(any_database: TestDatabase) -> None:
     """What the query saw is before the cursor, everything else behind it."""
     any_database.execute("create table items (n int)")

@@ -50,7 +50,7 @@ class Chat:
         with self.database.connect() as db:
             for column in ("user_a_supabase_id", "user_b_supabase_id"):
                 db.execute(
-                    f"update chat_threads set {column} = gen_random_uuid() where thread_id = %s and {column} = %s",  # type: ignore[arg-type]
+                    f"update chat_threads set {column} = gen_random_uuid() where thread_id = %s and {column} = %s",
                     (thread, old),
                 )
 
@@ -268,8 +268,9 @@ async def test_nothing_that_matters_is_lost_while_the_server_is_down(
     assert (await socket.join(topic, {"private": True}, access_token=token))["status"] == "error"
 
 
+@pytest.mark.parametrize("way", ["socket", "stream"])
 async def test_right_that_is_lost_during_the_join_is_not_kept(
-    server: Server, wire: WireFactory, events: EventsFactory
+    server: Server, wire: WireFactory, events: EventsFactory, way: str
 ) -> None:
     """The answer of a slow policy was true when it was asked for."""
     database = server.database
@@ -284,17 +285,25 @@ async def test_right_that_is_lost_during_the_join_is_not_kept(
     database.execute("create policy slow on realtime.messages for select to authenticated using (is_member())")
     token = make_token(sub="x")
     socket = await wire(server.websocket_url, server.anon_key)
-    config = {"config": {"private": True}, "access_token": token}
-    await socket.say("realtime:slow", "phx_join", config, ref="1", join_ref="1")
-    opening = asyncio.create_task(events(server.url, token, topic="slow", private="true", ready=False))
     asking = "select count(*) from pg_stat_activity where wait_event = 'PgSleep' and datname = current_database()"
-    while database.execute(asking) == [(0,)]:
-        await asyncio.sleep(0.01)
-    with database.connect() as db, db.transaction():
-        db.execute("delete from members")
-        db.execute("select realtime.revalidate(topic => 'slow')")
-    assert (await opening).status == 403
-    heard = await socket.hear()
-    if heard[4].get("status") == "ok":
+
+    async def revoke() -> None:
+        while database.execute(asking) == [(0,)]:
+            await asyncio.sleep(0.01)
+        with database.connect() as db, db.transaction():
+            db.execute("delete from members")
+            db.execute("select realtime.revalidate(topic => 'slow')")
+
+    if way == "stream":
+        revoking = asyncio.create_task(revoke())
+        stream = await events(server.url, token, topic="slow", private="true", ready=False)
+        assert stream.status == 403
+        await revoking
+    else:
+        config = {"config": {"private": True}, "access_token": token}
+        await socket.say("realtime:slow", "phx_join", config, ref="1", join_ref="1")
+        await revoke()
+        heard = await socket.hear()
+        assert heard[4]["status"] == "ok"
         while heard[3] != "phx_close":
             heard = await socket.hear()

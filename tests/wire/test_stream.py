@@ -121,9 +121,9 @@ async def test_broadcasts_of_clients_arrive_without_an_id(
     assert (await http.post(url, json=batch, headers={"apikey": shared_server.anon_key})).status_code == 202
     message = await stream.message()
     assert (message["event"], message["payload"], message["meta"]) == ("rest", {"n": 3}, {"id": "mine"})
-    body = b'{\r\n"n":\n4}'
+    text = b'{\r\n"n":\n4}'
     headers = {"apikey": shared_server.anon_key, "content-type": "application/json"}
-    await http.post(f"{url}/clients/events/x", content=body, headers=headers)
+    await http.post(f"{url}/clients/events/x", content=text, headers=headers)
     assert (await stream.message())["payload"] == {"n": 4}
     assert stream.id == begin
 

@@ -21,5 +21,6 @@ def downgrade() -> None:
         "drop table public.chat_messages",
         "drop table public.chat_threads",
         "drop function public.broadcast_chat_message()",
+        "drop function public.revalidate_chat_thread()",
     ):
         op.execute(statement)

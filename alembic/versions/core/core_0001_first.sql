@@ -88,7 +88,10 @@ create unlogged table realtime.messages_probe
     partition of realtime.messages for values from (minvalue) to ('1970-01-02');
 comment on table realtime.messages_probe is 'Probe rows of authorization checks, always rolled back.';
 
+-- The partitions too: where default privileges grant new tables to everybody, only this guards what is asked of them directly.
 alter table realtime.messages enable row level security;
+alter table realtime.messages_default enable row level security;
+alter table realtime.messages_probe enable row level security;
 
 -- Writers choose neither xid nor seq, so these columns are not granted.
 grant select on realtime.messages to anon, authenticated, service_role;
@@ -117,6 +120,7 @@ comment on table realtime.stream is 'One row: which stream this is, and how far 
 comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;
 
 -- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
@@ -149,6 +153,10 @@ comment on column realtime.presence_entries.private is 'Which of the two rooms o
 comment on column realtime.presence_entries.key is 'Presence key of the client.';
 comment on column realtime.presence_entries.payload is 'What the client tracks.';
 comment on column realtime.presence_entries.since is 'When it was written here.';
+
+-- No policies: for their owner only.
+alter table realtime.nodes enable row level security;
+alter table realtime.presence_entries enable row level security;
 
 -- What policies ask: who is calling, and about which topic.
 
@@ -614,10 +622,12 @@ comment on function realtime.messages_since(pg_snapshot) is
     'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
 revoke all on function realtime.messages_since(pg_snapshot) from public;
 
+-- Maintenance runs with the server's rights, and no code of users runs inside: who may create functions in public must not be found.
 create or replace function realtime.create_partitions(days_ahead integer default 3)
 returns setof text
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_day date;
@@ -638,6 +648,7 @@ begin
             select from realtime.messages_default where inserted_at >= v_day and inserted_at < v_day + 1
         );
         execute format('create table realtime.%I (like realtime.messages including defaults including constraints)', v_name);
+        execute format('alter table realtime.%I enable row level security', v_name);
         execute format(
             'alter table realtime.messages attach partition realtime.%I for values from (%L) to (%L)',
             v_name, v_day, v_day + 1
@@ -654,6 +665,7 @@ create or replace function realtime.drop_old_messages(retention interval)
 returns setof text
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_before timestamp := (now() at time zone 'utc') - retention;
@@ -698,6 +710,7 @@ create or replace function realtime.maintain(retention interval default '72 hour
 returns table (partition text, action text)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
 as $$
 begin
@@ -740,9 +753,9 @@ $$;
 
 -- Reading from a place on: paged, exact, and with a plain word where something is missing.
 --
--- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row that it does not see, and whose transaction began later,
--- has a sequence number up to "seq", so a read may start there. Or it is "since", "until" and "seq": behind all that "since" sees and, of
--- what the later snapshot "until" sees as well, behind "seq".
+-- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row whose transaction got its id later has a sequence number
+-- up to "seq", so a read may start there, but for what realtime.overlapping names. Or it is "since", "until" and "seq": behind all that
+-- "since" sees and, of what the later snapshot "until" sees as well, behind "seq".
 
 create or replace function realtime.life()
 returns text
@@ -811,6 +824,47 @@ as $$
 $$;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
+-- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
+-- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
+create or replace function realtime.durable("snapshot" pg_snapshot)
+returns pg_snapshot
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        '%s:%s:%s',
+        least(pg_snapshot_xmin("snapshot")::text::bigint, bound.xmax),
+        bound.xmax,
+        (
+            select string_agg(xip::text, ',' order by xip)
+            from pg_snapshot_xip("snapshot") as xip
+            where xip::text::bigint < bound.xmax
+        )
+    )::pg_snapshot
+    from (
+        select least(
+            pg_snapshot_xmax("snapshot")::text::bigint,
+            1 + greatest(
+                2,
+                (select stream.dropped_xid::text::bigint from realtime.stream),
+                (
+                    select m.xid::text::bigint
+                    from realtime.messages as m
+                    where m.xid < pg_snapshot_xmax("snapshot") and pg_visible_in_snapshot(m.xid, "snapshot")
+                    order by m.xid desc
+                    limit 1
+                )
+            )
+        ) as xmax
+    ) as bound
+$$;
+comment on function realtime.durable(pg_snapshot) is
+    'The same messages as in the snapshot, seen by transactions that a crash of the database cannot take back.';
+revoke all on function realtime.durable(pg_snapshot) from public;
+grant execute on function realtime.durable(pg_snapshot) to anon, authenticated, service_role;
+
 create or replace function realtime.cursor()
 returns realtime.cursor
 language sql
@@ -821,7 +875,7 @@ as $$
     -- Any row that is visible will do for "seq"; the newest transaction has a high one.
     select realtime.format_cursor(
         realtime.life(),
-        pg_current_snapshot(),
+        realtime.durable(pg_current_snapshot()),
         null,
         coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
     )
@@ -868,7 +922,7 @@ begin
 
     if v_parts[2] <> realtime.life() then
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
-    elsif pg_snapshot_xmax(coalesce(until, since)) > pg_snapshot_xmax(pg_current_snapshot()) then
+    elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
     elsif pg_snapshot_xmin(since) <= (select stream.dropped_xid from realtime.stream) then
         v_problem := 'the cursor is older than what is kept';
@@ -884,6 +938,37 @@ end
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
     'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+
+-- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
+-- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.
+create or replace function realtime.overlapping(since pg_snapshot)
+returns xid8[]
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive written as (
+        (select m.xid, 1 as number from realtime.messages as m where m.xid >= pg_snapshot_xmax(since) order by m.xid limit 1)
+        union all
+        select following.xid, written.number + 1
+        from written
+        cross join lateral (
+            select m.xid from realtime.messages as m where m.xid > written.xid order by m.xid limit 1
+        ) as following
+        -- Sessions, workers of the server itself, prepared transactions.
+        where written.number < current_setting('max_connections')::integer
+            + current_setting('max_worker_processes')::integer
+            + current_setting('max_wal_senders')::integer
+            + current_setting('autovacuum_max_workers')::integer
+            + current_setting('max_prepared_transactions')::integer
+    )
+    select coalesce(array_agg(written.xid), '{}') from written
+$$;
+comment on function realtime.overlapping(pg_snapshot) is
+    'Transactions at or above the xmax of a snapshot that have written messages, as many as may have been running when it was taken.';
+revoke all on function realtime.overlapping(pg_snapshot) from public;
+grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
 
 -- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
 create or replace function realtime.messages_after(
@@ -914,6 +999,7 @@ declare
     v_left integer := least(greatest(max_rows, 0), 10000);
     v_found integer;
     v_is_present boolean;
+    v_overlapping xid8[];
     -- A cursor without its last part; taken together once, because a page has many.
     v_within text;
     v_behind text;
@@ -924,9 +1010,10 @@ begin
         v_is_present := v_until is null;
         if v_is_present then
             v_until := pg_catalog.pg_current_snapshot();
+            v_overlapping := realtime.overlapping(v_since);
         end if;
         v_within := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_since, v_until, 0), '0$', '');
-        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_until, null, 0), '0$', '');
+        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, realtime.durable(v_until), null, 0), '0$', '');
         return query
         select
             page.id,
@@ -958,6 +1045,20 @@ begin
                     and m.extension = 'broadcast'
                     and (v_is_present or m.seq > v_seq)
                     and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where v_is_present
+                    and m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq <= v_seq
+                    and m.xid = any (v_overlapping)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
                     and (messages_after.private is null or m.private = messages_after.private)
                 order by m.seq

@@ -1,0 +1,38 @@
+"""`GET /metrics` for Prometheus, behind a bearer token of its own. Every refusal is a bare 403.
+
+With REALTIME_METRICS_JWT_SECRET: any token signed with that secret; only its signature and, where present, its end are looked at.
+Without: a token or key of role service_role. Source: Supabase Realtime `RealtimeWeb.MetricsController`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from realtime_server.claims import verify_signature
+from realtime_server.endpoints.caller import token_of
+from realtime_server.errors import RealtimeError
+from realtime_server.metrics import Metrics
+from realtime_server.services import Verify
+
+OPERATOR: Final = "service_role"
+
+
+def metrics_endpoint(metrics: Metrics, verify: Verify, secret: str | None) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            token = token_of(request)
+            if secret is not None:
+                verify_signature(token, secret, time.time())
+            elif (await verify(token)).role != OPERATOR:
+                return Response(status_code=403)
+        except RealtimeError:
+            return Response(status_code=403)
+        return Response(metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+
+    return endpoint

@@ -1,0 +1,43 @@
+"""What is counted, for Prometheus: every name in one place. Never a topic, a user or a token as a label: their number has no bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+
+class Metrics:
+    """Of one process. What is there at the moment is asked for when it is read; what happens is counted."""
+
+    def __init__(self, version: str) -> None:
+        self._registry = CollectorRegistry()
+        info = Gauge("realtime_build_info", "The server's version, as a label.", ["version"], registry=self._registry)
+        info.labels(version).set(1)
+        self.joins = self._counter("realtime_channel_joins_total", "Channels joined.")
+        self.broadcasts = self._counter(
+            "realtime_broadcasts_total", "Messages for channels, of clients, REST and the database."
+        )
+        self.deliveries = self._counter("realtime_deliveries_total", "Messages handed to clients.")
+        self.presence_diffs = self._counter("realtime_presence_diffs_total", "Changes of presence.")
+        self.rows = self._counter("realtime_database_messages_total", "Messages read from the database.")
+        self._errors = Counter(
+            "realtime_channel_errors_total",
+            "Joins and pushes refused, by the code that clients see.",
+            ["code"],
+            registry=self._registry,
+        )
+
+    def count_error(self, code: str) -> None:
+        self._errors.labels(code).inc()
+
+    def watch(self, name: str, documentation: str, value: Callable[[], float]) -> None:
+        """A number that is asked for when metrics are read."""
+        Gauge(name, documentation, registry=self._registry).set_function(value)
+
+    def expose(self) -> bytes:
+        """Prometheus' text format, version 0.0.4."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, documentation: str) -> Counter:
+        return Counter(name, documentation, registry=self._registry)

@@ -1,0 +1,92 @@
+"""What else a database may hold: limits of the role, functions of strangers, default privileges."""
+
+from __future__ import annotations
+
+import asyncio
+
+import psycopg
+import pytest
+from psycopg import conninfo, sql
+
+from realtime_server import schema
+from realtime_server.database import Target
+from tests.fix_database import OWNER, Cluster, TestDatabase, act_as
+from tests.fix_server import Server
+
+
+def test_maintenance_finds_no_function_of_a_stranger(any_database: TestDatabase) -> None:
+    """Its server runs with public in the search path; `date` and `name` arguments make a stranger's function the better match."""
+    path = {"options": "-c search_path=public,extensions"}
+    with psycopg.connect(conninfo.make_conninfo(any_database.administrator_url, **path), autocommit=True) as db:
+        db.execute("create table public.found (who text)")
+        for arguments in ("to_char(day date, format text)", "right(value name, n integer)"):
+            db.execute(
+                sql.SQL(
+                    "create function public.{} returns text language plpgsql as"
+                    " $$ begin insert into public.found values (current_user); return 'messages_2000_01_01'; end $$"
+                ).format(sql.SQL(arguments))  # type: ignore[arg-type]
+            )
+        db.execute("grant insert on public.found to public")
+    with psycopg.connect(conninfo.make_conninfo(any_database.url, **path), autocommit=True) as db:
+        db.execute("select realtime.maintain('1 hour')")
+        db.execute("select realtime.create_partitions(30)")
+        db.execute("select realtime.drop_old_messages('1 hour')")
+    with psycopg.connect(any_database.administrator_url) as db:
+        assert db.execute("select * from public.found").fetchall() == []
+
+
+def test_default_privileges_open_nothing(any_cluster: Cluster) -> None:
+    database = any_cluster.create_empty()
+    with database.connect() as db:
+        db.execute("alter default privileges grant select, insert, update, delete on tables to authenticated")
+    schema.upgrade(database.url, "heads")
+    with database.connect() as db:
+        db.execute("select realtime.send('{}', 'event', 'topic')")
+        tables = db.execute(
+            "select oid::regclass::text from pg_class where relnamespace = 'realtime'::regnamespace"
+            " and relkind in ('r', 'p') and relname <> 'alembic_version'"
+        ).fetchall()
+        assert len(tables) > 5
+        with db.transaction():
+            act_as(db, "authenticated")
+            for (table,) in tables:
+                assert db.execute(sql.SQL("select count(*) from {}").format(sql.SQL(table))).fetchone() == (0,), table
+    any_cluster.drop(database)
+
+
+@pytest.mark.parametrize("setting", ["statement_timeout", "lock_timeout", "idle_session_timeout"])
+def test_limits_of_the_role_do_not_end_what_waits(database: TestDatabase, setting: str) -> None:
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        db.execute(sql.SQL("alter role {} in database {} set {} = '3s'").format(
+            sql.Identifier(OWNER), sql.Identifier(db.info.dbname), sql.Identifier(setting)
+        ))  # fmt: skip
+    with psycopg.connect(Target(database.url).parameters(name="relay", timeout_s=5)) as db:
+        assert db.execute("select current_setting(%s)", (setting,)).fetchone() == ("0",)
+
+
+def test_client_encoding_is_ours(database: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    with psycopg.connect(Target(database.url).parameters(name="relay", timeout_s=5)) as db:
+        assert db.execute("show client_encoding").fetchone() == ("UTF8",)
+
+
+async def test_server_outlives_a_canceled_read(server: Server) -> None:
+    with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
+        async with asyncio.timeout(20):
+            while "relay has no database" not in server.log:
+                db.execute("select realtime.send('{}', 'event', 'topic', false)")
+                db.execute(
+                    "select pg_cancel_backend(pid) from pg_stat_activity"
+                    " where application_name = 'realtime-server relay' and datname = current_database()"
+                )
+                await asyncio.sleep(0.001)
+    assert "part failed" not in server.log
+    assert await server.stop() == 0
+
+
+async def test_failure_of_a_part_is_told_by_the_exit_code(server: Server) -> None:
+    server.database.execute("alter function realtime.messages_since(pg_snapshot) rename to gone")
+    async with asyncio.timeout(20):
+        while "part failed" not in server.log:
+            await asyncio.sleep(0.05)
+    assert await server.stop() == 1

@@ -1,0 +1,108 @@
+"""Catching up next to a live stream: every message once, whatever the relay and the reads bring in which order."""
+
+from __future__ import annotations
+
+import json
+
+from realtime_server.cursor import Place, Snapshot
+from realtime_server.follower import MOST_HELD, Follower, Hold
+from realtime_server.history import Page, Stored
+from realtime_server.hub import Room
+from realtime_server.protocol.frames import Broadcast, Encoding, Frame
+from realtime_server.protocol.messages import Format
+
+SSE = Encoding(Format.SSE)
+
+
+class Stage:
+    """One client in some rooms; the relay is where `xid` says, and transaction `n` wrote message `n`."""
+
+    def __init__(self, *names: str) -> None:
+        self.xid = 1
+        self.sent: list[str] = []
+        self.rooms = {name: Follower(Room(name, False), SSE, self._send, self.place) for name in names}
+        self.hold = Hold(*self.rooms.values())
+
+    def place(self) -> Place:
+        return Place("life", Snapshot.parse(f"{self.xid}:{self.xid}:"), None, self.xid)
+
+    def live(self, name: str, number: int) -> None:
+        """The relay hands on message `number`."""
+        message = Broadcast(name, "e", b"{}", id=f"{name}{number}")
+        frame = message.encode(SSE)
+        assert frame is not None
+        self.rooms[name].deliver(message, frame)
+        self.xid = number + 1
+
+    def _send(self, frame: Frame) -> None:
+        data = next(line for line in frame.data.split(b"\n") if line.startswith(b"data: "))
+        self.sent.append(json.loads(data[6:])["meta"]["id"])
+
+
+def page(name: str, *numbers: int) -> Page:
+    messages = [Stored(Broadcast(name, "e", b"{}", id=f"{name}{number}"), number) for number in numbers]
+    return Page(messages, f"behind {numbers}", True)
+
+
+async def always() -> bool:
+    return True
+
+
+async def test_what_was_read_and_is_held_is_sent_once_though_the_relay_is_far_ahead() -> None:
+    stage = Stage("a")
+
+    async def read(room: Room, cursor: str) -> Page:
+        for number in (5, 6, 7, 8):
+            stage.live("a", number)
+        stage.xid = 100
+        return page("a", 4, 6, 7)
+
+    await stage.hold.catch_up("", read, always)
+    stage.hold.release()
+    stage.live("a", 101)
+    assert stage.sent == ["a4", "a6", "a7", "a5", "a8", "a101"]
+
+
+async def test_what_comes_for_a_room_before_it_is_read_is_sent_once() -> None:
+    stage = Stage("a", "b")
+
+    async def read(room: Room, cursor: str) -> Page:
+        if room.topic == "a":
+            stage.live("b", 5)
+            return page("a")
+        return page("b", 5)
+
+    assert await stage.hold.catch_up("", read, always) == "behind ()"
+    stage.hold.release()
+    assert stage.sent == ["b5"]
+
+
+async def test_more_than_can_be_held_is_read_again_in_every_room() -> None:
+    stage = Stage("a", "b")
+    reads: list[tuple[str, str]] = []
+
+    async def read(room: Room, cursor: str) -> Page:
+        reads.append((room.topic, cursor))
+        if len(reads) == 2:
+            # Comes for the first room while the second is read.
+            for number in range(10, 11 + MOST_HELD):
+                stage.live("a", number)
+        return page(room.topic, *(range(10, 11 + MOST_HELD) if len(reads) == 3 else ()))
+
+    await stage.hold.catch_up("x", read, always)
+    stage.hold.release()
+    assert stage.sent == [f"a{number}" for number in range(10, 11 + MOST_HELD)]
+    assert reads == [("a", "x"), ("b", "x"), ("a", "behind ()"), ("b", "behind ()")]
+
+
+async def test_client_that_is_gone_is_sent_nothing_more() -> None:
+    stage = Stage("a")
+
+    async def read(room: Room, cursor: str) -> Page:
+        return page("a", 1, 2, 3)
+
+    async def only_one() -> bool:
+        return not stage.sent
+
+    assert await stage.hold.catch_up("", read, only_one) is None
+    assert stage.sent == ["a1"]
