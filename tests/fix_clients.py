@@ -17,9 +17,11 @@ from typing import Any, Literal, Protocol
 
 import pytest
 
-Kind = Literal["js", "js-2.39", "py-realtime", "py-supabase"]
+Kind = Literal["js", "js-2.39", "realtime-js", "py-realtime", "py-supabase"]
 Event = dict[str, Any]
 
+# Kind to the name of the package in driver.mjs.
+JAVASCRIPT: dict[Kind, str] = {"js": "newest", "js-2.39": "2.39", "realtime-js": "realtime-js"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLIENTS = REPOSITORY / "tests" / "clients"
 COMMAND_LIMIT_S = 20.0
@@ -34,11 +36,11 @@ class ClientError(Exception):
 
 
 def _command_line(kind: Kind) -> list[str]:
-    if kind in ("js", "js-2.39"):
+    if kind in JAVASCRIPT:
         node = shutil.which("node")
         if node is None or not (CLIENTS / "js" / "node_modules").is_dir():
             raise ClientError("node or the JavaScript clients are missing: run tests/install-parts")
-        return [node, str(CLIENTS / "js" / "driver.mjs"), "--lib", "newest" if kind == "js" else "2.39"]
+        return [node, str(CLIENTS / "js" / "driver.mjs"), "--lib", JAVASCRIPT[kind]]
     python = REPOSITORY / ".venv-clients" / "bin" / "python"
     if not python.exists():
         raise ClientError("the Python clients are missing: run tests/install-parts")

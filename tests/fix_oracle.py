@@ -104,7 +104,7 @@ class Size:
         return self.name == "long"
 
 
-SHORT = Size("short", writers=5, transactions=12, rounds=2, stop_s=3, sockets=200, bulk=20_000)
+SHORT = Size("short", writers=5, transactions=8, rounds=1, stop_s=3, sockets=200, bulk=20_000)
 LONG = Size("long", writers=16, transactions=60, rounds=6, stop_s=30, sockets=2_000, bulk=200_000)
 
 

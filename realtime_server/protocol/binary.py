@@ -1,8 +1,12 @@
 """The binary frames of version 2.0.0: a kind byte, one byte for each length, the fields, and the payload to the end of the frame.
 
-    kind 0   push                   client to server; carries bytes to any event
+    kind 0   push                   both ways; carries bytes to any event
+    kind 1   reply                  server to client, to a push of kind 0
+    kind 2   broadcast              server to client, of a push of kind 0
     kind 3   user broadcast push    client to server; how the JavaScript client sends every broadcast
     kind 4   user broadcast         server to client; the only kind that client reads
+
+This server takes kinds 0 and 3 and sends kind 4 alone, because the JavaScript client throws at others; it answers in text.
 
 Source: Supabase Realtime `RealtimeWeb.Socket.V2Serializer`, realtime-js `src/lib/serializer.ts`.
 """
@@ -15,6 +19,8 @@ from realtime_server.errors import MalformedFrame
 from realtime_server.protocol.messages import BROADCAST, BroadcastPush, is_json
 
 PUSH: Final = 0
+REPLY: Final = 1
+CHANNEL_BROADCAST: Final = 2
 USER_BROADCAST_PUSH: Final = 3
 USER_BROADCAST: Final = 4
 
@@ -30,6 +36,18 @@ class UserBroadcast(NamedTuple):
     metadata: bytes
     payload: bytes
     is_json: bool
+
+
+class ServerFrame(NamedTuple):
+    """A server's frame of kind 0, 1 or 2. Fields that the kind lacks are None; `status` is a reply's."""
+
+    kind: int
+    join_ref: str | None
+    ref: str | None
+    topic: str
+    event: str | None
+    status: str | None
+    data: bytes
 
 
 def decode(frame: bytes) -> BroadcastPush:
@@ -58,12 +76,47 @@ def encode_broadcast(topic: str, event: str, payload: bytes, *, encoding: int, m
     return bytes([USER_BROADCAST]) + lengths + bytes([encoding]) + b"".join(fields) + payload
 
 
+def encode_push(join_ref: str, topic: str, event: str, data: bytes) -> bytes:
+    """Encode a server's frame of kind 0. Raises: ValueError when a field has over 255 bytes, as all encoders here."""
+    return _frame(PUSH, (join_ref, topic, event), data)
+
+
+def encode_reply(join_ref: str, ref: str, topic: str, status: str, data: bytes) -> bytes:
+    """Encode a frame of kind 1."""
+    return _frame(REPLY, (join_ref, ref, topic, status), data)
+
+
+def encode_channel_broadcast(topic: str, event: str, data: bytes) -> bytes:
+    """Encode a frame of kind 2."""
+    return _frame(CHANNEL_BROADCAST, (topic, event), data)
+
+
+def decode_server(frame: bytes) -> UserBroadcast | ServerFrame:
+    """Decode a server's frame of any kind, as a client does. Raises: MalformedFrame."""
+    match frame[0] if frame else None:
+        case 0:
+            (join_ref, topic, event), data = _fields(frame, header=4, fields=3)
+            return ServerFrame(PUSH, join_ref, None, topic, event, None, data)
+        case 1:
+            (join_ref, ref, topic, status), data = _fields(frame, header=5, fields=4)
+            return ServerFrame(REPLY, join_ref, ref, topic, None, status, data)
+        case 2:
+            (topic, event), data = _fields(frame, header=3, fields=2)
+            return ServerFrame(CHANNEL_BROADCAST, None, None, topic, event, None, data)
+    return decode_broadcast(frame)
+
+
 def decode_broadcast(frame: bytes) -> UserBroadcast:
-    """Decode a server's frame of kind 4, the other way round. Raises: MalformedFrame."""
+    """Decode a frame of kind 4. Raises: MalformedFrame."""
     if frame[:1] != bytes([USER_BROADCAST]):
         raise MalformedFrame(f"expected a binary frame of kind {USER_BROADCAST}, got {frame[:1].hex() or 'empty'}")
     (topic, event, metadata), payload = _fields(frame, header=5, fields=3)
     return UserBroadcast(topic, event, metadata.encode(), payload, is_json=frame[4] != BINARY)
+
+
+def _frame(kind: int, fields: tuple[str, ...], data: bytes) -> bytes:
+    encoded = [field.encode() for field in fields]
+    return bytes([kind, *(len(field) for field in encoded)]) + b"".join(encoded) + data
 
 
 def _fields(frame: bytes, *, header: int, fields: int) -> tuple[list[str], bytes]:

@@ -19,9 +19,9 @@ from tests.fix_database import Cluster
 from tests.fix_rights import READ, WRITE, grant_rights, token_with
 from tests.fix_server import Server
 
-KINDS: list[Kind] = ["js", "js-2.39", "py-realtime", "py-supabase"]
+KINDS: list[Kind] = ["js", "js-2.39", "realtime-js", "py-realtime", "py-supabase"]
 # The oldest client knows no private channels.
-KINDS_WITH_PRIVATE: list[Kind] = ["js", "py-realtime", "py-supabase"]
+KINDS_WITH_PRIVATE: list[Kind] = ["js", "realtime-js", "py-realtime", "py-supabase"]
 LIMIT_S = 15.0
 
 

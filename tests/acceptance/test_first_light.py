@@ -12,7 +12,7 @@ from tests.fix_database import TestDatabase, act_as
 from tests.fix_server import Server, make_token
 
 ALICE, BOB, CAROL = (str(uuid.UUID(int=number)) for number in (0xA, 0xB, 0xC))
-CLIENTS: list[Kind] = ["js", "py-realtime", "py-supabase"]
+CLIENTS: list[Kind] = ["js", "realtime-js", "py-realtime", "py-supabase"]
 
 
 @pytest.fixture

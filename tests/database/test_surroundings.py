@@ -24,7 +24,7 @@ def test_maintenance_finds_no_function_of_a_stranger(any_database: TestDatabase)
                 sql.SQL(
                     "create function public.{} returns text language plpgsql as"
                     " $$ begin insert into public.found values (current_user); return 'messages_2000_01_01'; end $$"
-                ).format(sql.SQL(arguments))  # type: ignore[arg-type]
+                ).format(sql.SQL(arguments))
             )
         db.execute("grant insert on public.found to public")
     with psycopg.connect(conninfo.make_conninfo(any_database.url, **path), autocommit=True) as db:

@@ -87,7 +87,7 @@ async def test_slow_readers(fault_server: ServerOf, oracle_of: OracleFactory, si
     for _ in range(size.rounds):
         await oracle.write(transactions=size.transactions // 2)
         for topic in oracle.topics:
-            oracle.write_one(copies=30, topic=topic, filler=30_000)
+            oracle.write_one(copies=20, topic=topic, filler=30_000)
     entries = oracle.ledger()
     quick = oracle.readers[2]
     await until(lambda: quick.count == len(entries), "the quick reader to have everything")
@@ -118,15 +118,15 @@ async def test_more_comes_than_can_be_held_while_a_stream_of_several_topics_resu
     oracle = oracle_of(steady_server)
     oracle.begin()
     for topic in oracle.public:
-        oracle.write_one(copies=3_000, topic=topic, filler=300)
+        oracle.write_one(copies=1_500, topic=topic, filler=300)
 
     def flood() -> None:
         with oracle.database.connect() as db:
-            for number in range(60):
+            for number in range(36):
                 name, private = oracle.public[number % 3]
                 db.execute("select oracle_write(%s, %s, 100)", (name, private))
 
-    for number in range(size.rounds):
+    for number in range(size.rounds + 1):
         oracle.add(StreamReader(f"stream {number}", oracle, oracle.public, patience_s=10))
         oracle.add(WireReader(f"websocket {number}", oracle, oracle.public, patience_s=10))
         await asyncio.to_thread(flood)
@@ -214,8 +214,8 @@ async def test_graceful_drain(fault_server: ServerOf, oracle_of: OracleFactory, 
         for number in range(size.sockets)
     ]
     oracle.add_every_kind()
-    for begin in range(0, len(crowd), 100):
-        oracle.add(*crowd[begin : begin + 100])
+    for begin in range(0, len(crowd), 200):
+        oracle.add(*crowd[begin : begin + 200])
         await oracle.connected()
     oracle.write_one(topic=oracle.topics[0])
     await until(lambda: all(r.count for r in crowd if r.topics[0] == oracle.topics[0]), "all to be live", limit_s=60)

@@ -114,8 +114,10 @@ async def test_transaction_ids_are_given_again_after_a_crash(
         await asyncio.sleep(0.03)
         await asyncio.to_thread(fault_cluster.postgres.stop, "immediate")
         await asyncio.to_thread(fault_cluster.postgres.start)
-        for number in range(150):
-            oracle.write_one(topic=oracle.topics[number % 5])
+        with oracle.database.connect() as db:
+            for number in range(150):
+                name, private = oracle.topics[number % 5]
+                db.execute("select oracle_write(%s, %s)", (name, private))
         print("ids given again:", sum(entry.xid <= highest for entry in oracle.ledger().values()))
     await oracle.verdict()
 
@@ -140,7 +142,7 @@ async def test_doorbell_disabled(steady_server: Server, oracle_of: OracleFactory
     await oracle.connected()
     oracle.database.execute("alter table realtime.messages disable trigger ring_doorbell")
     try:
-        for _ in range(size.rounds // 2):
+        for _ in range((size.rounds + 1) // 2):
             # Time to fall asleep.
             await asyncio.sleep(0.6)
             await oracle.write()
@@ -363,11 +365,11 @@ async def test_connection_slots_exhausted(fault_server: ServerOf, oracle_of: Ora
     oracle.add_every_kind()
     await oracle.connected()
     with psycopg.connect(oracle.database.administrator_url, autocommit=True) as writer:
-        for _ in range(size.rounds // 2):
+        for _ in range((size.rounds + 1) // 2):
             with all_connections_taken(oracle.database):
-                await asyncio.sleep(0.7)
+                await asyncio.sleep(0.5)
                 terminate(oracle.database, "%")
-                for number in range(50):
+                for number in range(30):
                     name, private = oracle.topics[number % 5]
                     writer.execute("select oracle_write(%s, %s)", (name, private))
                     await asyncio.sleep(0.02)

@@ -464,3 +464,45 @@ def test_client_of_version_1_that_knows_no_enabled_wants_presence(
 )
 def test_token_that_identifies_the_channel(payload: dict[str, Any], token: str | None) -> None:
     assert join.parse(payload, Format.V2).token == token
+
+
+# Kinds that no official client reads, so that this server never sends them; frames from the same place.
+OTHER_KINDS = {
+    "0001 0e 09 31 " + TOPIC + " 62726f616463617374 deadbeef": (
+        binary.encode_push("1", "realtime:room1", "broadcast", b"\xde\xad\xbe\xef"),
+        binary.ServerFrame(0, "1", None, "realtime:room1", "broadcast", None, b"\xde\xad\xbe\xef"),
+    ),
+    "01 01 01 0e 02 31 35 " + TOPIC + " 6f6b deadbeef": (
+        binary.encode_reply("1", "5", "realtime:room1", "ok", b"\xde\xad\xbe\xef"),
+        binary.ServerFrame(1, "1", "5", "realtime:room1", None, "ok", b"\xde\xad\xbe\xef"),
+    ),
+    "02 0e 09 " + TOPIC + " 62726f616463617374 deadbeef": (
+        binary.encode_channel_broadcast("realtime:room1", "broadcast", b"\xde\xad\xbe\xef"),
+        binary.ServerFrame(2, None, None, "realtime:room1", "broadcast", None, b"\xde\xad\xbe\xef"),
+    ),
+}
+
+
+@pytest.mark.parametrize("frame", OTHER_KINDS)
+def test_worked_example_of_another_kind(frame: str) -> None:
+    encoded, decoded = OTHER_KINDS[frame]
+    assert encoded == bytes.fromhex(frame)
+    assert binary.decode_server(encoded) == decoded
+
+
+@given(names, names, names, names, st.binary())
+def test_other_kinds_are_read_as_they_were_written(join_ref: str, ref: str, topic: str, name: str, data: bytes) -> None:
+    push = binary.ServerFrame(0, join_ref, None, topic, name, None, data)
+    assert binary.decode_server(binary.encode_push(join_ref, topic, name, data)) == push
+    reply = binary.ServerFrame(1, join_ref, ref, topic, None, name, data)
+    assert binary.decode_server(binary.encode_reply(join_ref, ref, topic, name, data)) == reply
+    broadcast = binary.ServerFrame(2, None, None, topic, name, None, data)
+    assert binary.decode_server(binary.encode_channel_broadcast(topic, name, data)) == broadcast
+    user = binary.UserBroadcast(topic, name, b"", data, is_json=False)
+    assert binary.decode_server(binary.encode_broadcast(topic, name, data, encoding=binary.BINARY)) == user
+
+
+@given(st.binary())
+def test_any_bytes_of_a_server_are_a_frame_or_malformed(frame: bytes) -> None:
+    with contextlib.suppress(MalformedFrame):
+        assert frame.endswith(binary.decode_server(frame)[-1 if frame[0] != 4 else 3])

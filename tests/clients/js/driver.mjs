@@ -1,4 +1,4 @@
-// Drives one unmodified supabase-js client for the tests.
+// Drives one unmodified supabase-js or realtime-js client for the tests.
 //
 // JSON commands come one a line on stdin, each with an `id` and a `do`; each is answered by one line
 // {"reply": id, "ok": true, ...} or {"reply": id, "ok": false, "error": "..."}. What the client reports goes out as
@@ -11,11 +11,11 @@ import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'
 import WebSocket from 'ws'
 
-const PACKAGES = { newest: '@supabase/supabase-js', 2.39: 'supabase-js-2-39' }
+const PACKAGES = { newest: '@supabase/supabase-js', 2.39: 'supabase-js-2-39', 'realtime-js': '@supabase/realtime-js' }
 const OPEN_LIMIT_MS = 10_000
 
 const { lib } = parseArgs({ options: { lib: { type: 'string', default: 'newest' } } }).values
-const { createClient } = await import(PACKAGES[lib])
+const { createClient, RealtimeClient } = await import(PACKAGES[lib])
 
 let client = null
 let token = null
@@ -96,6 +96,20 @@ const commands = {
         realtime: { transport: WebSocket, ...options },
         accessToken: async () => token,
       })
+    } else if (lib === 'realtime-js') {
+      // The client by itself, in the shape in which supabase-js holds it.
+      const realtime = new RealtimeClient(`${url}/realtime/v1`, {
+        params: { apikey: key },
+        transport: WebSocket,
+        accessToken: async () => token ?? key,
+        ...options,
+      })
+      client = {
+        realtime,
+        channel: (topic, config) => realtime.channel(topic, config),
+        removeChannel: (channel) => realtime.removeChannel(channel),
+        removeAllChannels: () => realtime.removeAllChannels(),
+      }
     } else {
       // No transport here: 2.39 attaches its handlers only to a socket that it chose itself, which on Node is `ws`.
       client = createClient(url, key, { realtime: options, auth: { persistSession: false, autoRefreshToken: false } })
