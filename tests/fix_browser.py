@@ -29,8 +29,7 @@ class PageFactory(Protocol):
 @pytest.fixture(scope="session")
 async def browser() -> AsyncIterator[Browser]:
     chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is missing: run tests/install-parts")
+    assert chromium is not None, "chromium is missing: run tests/install-parts"
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
