@@ -49,6 +49,7 @@ from realtime_server.tokens import Tokens
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
 MAINTENANCE_S: Final = 3600.0
+CANCEL_S: Final = 2.0
 # Reading from an old place, or many at once, may take a while.
 HISTORY_TIMEOUT_S: Final = 30.0
 
@@ -110,9 +111,12 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         try:
             yield
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            running = set(parts)
+            while running:
+                # Again, where one waits for a database that does not answer, to let go of its lock.
+                for part in running:
+                    part.cancel()
+                _, running = await asyncio.wait(running, timeout=CANCEL_S)
             await pool.close()
             await history_pool.close()
 

@@ -114,6 +114,10 @@ class Relay:
                         await self._relay(reader)
             # Canceled: somebody called pg_cancel_backend.
             except (DatabaseUnavailable, QueryCanceled) as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # To let go of the lock failed as well, and that error took the place of our cancellation.
+                    raise asyncio.CancelledError from error
                 log.warning("relay has no database", error=str(error.__cause__), retry_in_s=round(backoff_s, 1))
                 self.is_ready = False
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects

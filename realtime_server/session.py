@@ -263,6 +263,11 @@ class Session:
                 self._reply(message, None, {})
                 return None
             case Message(event=messages.JOIN):
+                # Joins that still wait for an answer count as well: each holds a task.
+                others = (self._channels.keys() | self._busy.keys()) - {message.topic}
+                if len(others) >= self._limits.max_channels:
+                    self._refuse(message, message.join_ref, TooManyChannels())
+                    return None
                 return self._join(message)
             case Message(event=messages.LEAVE):
                 self._leave(message, channel)
@@ -289,7 +294,7 @@ class Session:
     async def _join(self, message: Message) -> None:
         try:
             topic = messages.sub_topic(message.topic)
-            self._admit(message)
+            self._admit()
             # Already now, so that a word of lost rights finds the join.
             self.services.users.add(self)
             config = join.parse(messages.loads_object(message.payload), self.connection.format)
@@ -303,8 +308,6 @@ class Session:
                 policy = await self.services.authorize(topic, claims, self._headers)
                 if not policy.can_read_broadcast and not (config.presence_enabled and policy.can_read_presence):
                     raise Unauthorized(topic)
-            # Other joins of this socket may have taken the last place meanwhile.
-            self._check_room_for(message)
             channel = Channel(self, message, config, claims, policy)
             await self._begin(channel, topic)
         except UnmatchedTopic as error:
@@ -316,19 +319,14 @@ class Session:
         else:
             self._enter(channel, message)
 
-    def _admit(self, message: Message) -> None:
-        """Raises: TooManyUsers, TooManyJoins, TooManyChannels."""
+    def _admit(self) -> None:
+        """Raises: TooManyUsers, TooManyJoins."""
         rates, now = self.services.rates, time.monotonic()
         if rates.max_users and self not in self.services.users and len(self.services.users) >= rates.max_users:
             raise TooManyUsers
         if rates.joins.is_over(now):
             raise TooManyJoins
         rates.joins.count(now)
-        self._check_room_for(message)
-
-    def _check_room_for(self, message: Message) -> None:
-        if message.topic not in self._channels and len(self._channels) >= self._limits.max_channels:
-            raise TooManyChannels
 
     async def _begin(self, channel: Channel, topic: str) -> None:
         """Subscribe, and read what the client asks to have replayed by time. Raises: Unauthorized, UnableToReplay, DatabaseUnavailable."""

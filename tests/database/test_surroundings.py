@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import psycopg
 import pytest
@@ -11,6 +12,7 @@ from psycopg import conninfo, sql
 from realtime_server import schema
 from realtime_server.database import Target
 from tests.fix_database import OWNER, Cluster, TestDatabase, act_as
+from tests.fix_proxy import Proxy
 from tests.fix_server import Server
 
 
@@ -90,3 +92,15 @@ async def test_failure_of_a_part_is_told_by_the_exit_code(server: Server) -> Non
         while "part failed" not in server.log:
             await asyncio.sleep(0.05)
     assert await server.stop() == 1
+
+
+async def test_server_ends_though_the_database_does_not_answer(database: TestDatabase) -> None:
+    """The link stays up and is silent: neither the unlocking nor the cancelling of a statement gets an answer."""
+    port = int(str(conninfo.conninfo_to_dict(database.url)["port"]))
+    async with aclosing(await Proxy(port).start()) as proxy:
+        behind = TestDatabase(conninfo.make_conninfo(database.url, port=proxy.port), database.administrator_url)
+        async with aclosing(Server(behind)) as server:
+            await server.start()
+            await asyncio.sleep(1)
+            proxy.freeze()
+            assert await server.stop() == 0

@@ -337,3 +337,20 @@ async def test_rest_broadcast_of_a_huge_body_is_413(shared_server: Server, http:
         content=b" " * 8_000_001,
     )
     assert answer.status_code == 413
+
+
+async def test_joins_that_wait_for_an_answer_count_as_channels(start_server: ServerFactory, wire: WireFactory) -> None:
+    server = await start_server(max_channels_per_socket="5")
+    server.database.execute(
+        "create policy slow on realtime.messages for select to authenticated using (pg_sleep(0.3) is null)"
+    )
+    socket = await wire(server.websocket_url, server.anon_key)
+    token = make_token()
+    for number in range(8):
+        await socket.say(
+            f"realtime:{number}", "phx_join", {"config": {"private": True}, "access_token": token}, ref=str(number)
+        )
+    refused = [await socket.hear() for _ in range(3)]
+    assert {message[1] for message in refused} == {"5", "6", "7"}
+    assert {message[4]["response"]["reason"] for message in refused} == {"ChannelRateLimitReached: Too many channels"}
+    assert await socket.is_alive()
