@@ -20,6 +20,9 @@ NORMAL: Final = 1000
 RESTARTING: Final = 1012
 SLOW_READER: Final = 1013
 
+# A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
+GOODBYE_S: Final = 2.0
+
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -46,6 +49,7 @@ class AsgiTransport:
         self._send = send
         self._queue: asyncio.Queue[Frame | tuple[int, str]] = asyncio.Queue()
         self._buffered = 0
+        self._patience: asyncio.Timeout | None = None
         self._last_received = asyncio.get_running_loop().time()
 
     def write_frame(self, frame: Frame) -> None:
@@ -57,6 +61,8 @@ class AsgiTransport:
 
     def close(self, code: int, reason: str) -> None:
         self._queue.put_nowait((code, reason))
+        if self._patience is not None:
+            self._patience.reschedule(asyncio.get_running_loop().time() + GOODBYE_S)
 
     def received(self) -> None:
         self._last_received = asyncio.get_running_loop().time()
@@ -65,12 +71,16 @@ class AsgiTransport:
         return self._last_received
 
     async def run(self) -> None:
-        """Send what is written, until closed."""
-        while isinstance(item := await self._queue.get(), Frame):
-            self._buffered -= len(item.data)
-            body = {"text": item.data.decode()} if item.is_text else {"bytes": item.data}
-            await self._send({"type": "websocket.send", **body})
-        await self._send({"type": "websocket.close", "code": item[0], "reason": item[1]})
+        """Send what is written, until closed. Raises: TimeoutError, when the peer does not take it then."""
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                while isinstance(item := await self._queue.get(), Frame):
+                    self._buffered -= len(item.data)
+                    body = {"text": item.data.decode()} if item.is_text else {"bytes": item.data}
+                    await self._send({"type": "websocket.send", **body})
+                await self._send({"type": "websocket.close", "code": item[0], "reason": item[1]})
+        finally:
+            self._patience = None
 
 
 class Connection:

@@ -133,7 +133,7 @@ class Relay:
         life, snapshot, seq, oldest, dropped_xid = await _row(
             reader,
             "select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
-            " realtime.oldest_cursor(), (select dropped_xid::text::bigint from realtime.stream)",
+            " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
         )
         self._next_durable = None
         if life == self._life and self._position is not None and self._position.xmin > dropped_xid:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +23,8 @@ from realtime_server.protocol.messages import TOPIC_PREFIX
 
 FLUSH_S: Final = 0.25
 HEARTBEAT_S: Final = 10.0
+# PostgreSQL's jsonb holds 256 MB, a client may track 3 MB under each of many channels.
+MOST_BYTES: Final = 4_000_000
 
 log = structlog.get_logger()
 
@@ -77,21 +80,41 @@ class Roster:
             raise
 
     async def _send(self, added: set[str], gone: set[str]) -> bool:
-        entries = [self._entries[ref] for ref in added if ref in self._entries]
-        try:
-            return await self._call(entries, gone)
-        except InvalidText:
-            # JSON that PostgreSQL cannot hold, as "\u0000" is: clients may track it, but it is not shown in SQL.
-            for entry in entries:
-                try:
-                    await self._call([entry], set())
-                except InvalidText:
-                    log.info("presence entry is no text to PostgreSQL", topic=entry["topic"])
-            return await self._call([], gone)
+        is_forgotten = False
+        for batch in self._batches(added):
+            try:
+                # With the first entries what is gone, so that a change is seen as one.
+                is_forgotten |= await self._call(batch, gone)
+                gone = set()
+            except InvalidText:
+                # JSON that PostgreSQL cannot hold, as "\u0000" is: clients may track it, but it is not shown in SQL.
+                for entry in batch:
+                    try:
+                        is_forgotten |= await self._call([entry], set())
+                    except InvalidText:
+                        log.info("presence entry is no text to PostgreSQL")
+        if gone or not added:
+            is_forgotten |= await self._call([], gone)
+        return is_forgotten
 
-    async def _call(self, entries: list[dict[str, Any]], gone: set[str]) -> bool:
+    def _batches(self, refs: set[str]) -> Iterator[list[bytes]]:
+        """The entries of these, as JSON, in lists of not much more than `MOST_BYTES`."""
+        batch: list[bytes] = []
+        size = 0
+        for ref in refs:
+            # Entries may go while others are being written.
+            if ref in self._entries:
+                batch.append(msgspec.json.encode(self._entries[ref]))
+                size += len(batch[-1])
+            if size > MOST_BYTES:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    async def _call(self, entries: list[bytes], gone: set[str]) -> bool:
         rows = await self._pool.fetch(
             "select realtime.write_presence(%s, %s::jsonb, %s::text[])",
-            (self._node, msgspec.json.encode(entries).decode(), list(gone)),
+            (self._node, f"[{b','.join(entries).decode()}]", list(gone)),
         )
         return bool(rows[0][0])

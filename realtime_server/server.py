@@ -15,15 +15,13 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.protocol import State
 
 from realtime_server.config import Settings
-from realtime_server.connection import EXTENSION
+from realtime_server.connection import EXTENSION, GOODBYE_S
 
 # Time to send a whole request head, and then its body.
 HEAD_S: Final = 10.0
 BODY_S: Final = 60.0
 # The parser puts a head together anew with every piece: what a stranger may make it hold must be short.
 MAX_HEAD_BYTES: Final = 65_536
-# A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
-GOODBYE_S: Final = 2.0
 
 
 class Protocol(WebSocketsSansIOProtocol):

@@ -353,9 +353,12 @@ class Session:
         channel.place_at_join = self.services.place()
         try:
             return await self.services.history.newest(channel.room, since, max(1, min(limit, MOST_REPLAYED)))
-        except RealtimeError as error:
+        except BaseException as error:
+            # The client may be gone by now, and its session knows nothing of this channel yet.
             self.services.broadcasts.unsubscribe(channel.room, channel)
-            raise UnableToReplay("Realtime was unable to replay messages") from error
+            if isinstance(error, RealtimeError):
+                raise UnableToReplay("Realtime was unable to replay messages") from error
+            raise
 
     def _enter(self, channel: Channel, message: Message) -> None:
         old = self._channels.get(message.topic)

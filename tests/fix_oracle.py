@@ -105,7 +105,7 @@ class Size:
 
 
 SHORT = Size("short", writers=5, transactions=8, rounds=1, stop_s=3, sockets=200, bulk=20_000)
-LONG = Size("long", writers=16, transactions=60, rounds=6, stop_s=30, sockets=2_000, bulk=200_000)
+LONG = Size("long", writers=12, transactions=40, rounds=4, stop_s=30, sockets=2_000, bulk=200_000)
 
 
 class Lost(Exception):
@@ -604,9 +604,7 @@ class Oracle:
         )
 
     async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
     def _look(self) -> None:
         """A reader that failed for a reason of its own is an error of the test."""
@@ -656,6 +654,15 @@ def disorder(order: list[Entry]) -> list[str]:
                 problems.append(f"{entry.number} before {order[later].number}, which had committed when it was written")
                 break
     return problems
+
+
+async def end(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancel until they have ended: a client that fails while it is cancelled takes that for one more lost connection."""
+    async with asyncio.timeout(SETTLE_S):
+        while remaining := {task for task in tasks if not task.done()}:
+            for task in remaining:
+                task.cancel()
+            await asyncio.wait(remaining, timeout=0.5)
 
 
 async def until(

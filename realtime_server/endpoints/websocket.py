@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 from starlette.responses import JSONResponse, Response
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
@@ -84,7 +84,7 @@ def websocket_endpoint(
         try:
             async with asyncio.TaskGroup() as tasks:
                 if isinstance(transport, AsgiTransport):
-                    tasks.create_task(transport.run())
+                    tasks.create_task(_send(transport))
                 session = Session(
                     connection,
                     services,
@@ -120,6 +120,13 @@ async def _carry(websocket: WebSocket, session: Session, transport: Transport | 
             transport.received()
         text = event.get("text")
         session.receive(text if text is not None else event["bytes"])
+
+
+async def _send(transport: AsgiTransport) -> None:
+    try:
+        await transport.run()
+    except (WebSocketDisconnect, TimeoutError):
+        raise _Disconnected from None
 
 
 class _IdleTimer:

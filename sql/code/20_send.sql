@@ -146,6 +146,21 @@ $$;
 comment on function realtime.broadcast_changes(text, text, text, text, text, record, record, text) is
     'Sends a changed row to a private topic; for row-level triggers: broadcast_changes(topic, TG_OP, TG_OP, TG_TABLE_NAME, TG_TABLE_SCHEMA, NEW, OLD).';
 
+-- Who may write may choose the time, because tools do, but no other day: a row that is dropped early would be a gap for everybody. The probe's
+-- time is allowed as well. And what is for the servers, clients do not write.
+drop policy if exists writers_keep_to_their_day on realtime.messages;
+create policy writers_keep_to_their_day on realtime.messages
+    as restrictive
+    for insert
+    to public
+    with check (
+        extension in ('broadcast', 'presence')
+        and (
+            inserted_at between (now() at time zone 'utc') - interval '1 day' and (now() at time zone 'utc') + interval '1 day'
+            or inserted_at = '1970-01-01'
+        )
+    );
+
 -- A server without BYPASSRLS for service_role is served as well.
 drop policy if exists service_role_may_do_everything on realtime.messages;
 create policy service_role_may_do_everything on realtime.messages

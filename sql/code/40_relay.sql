@@ -162,8 +162,7 @@ begin
         continue when v_partition.day + 1 > v_before;
         execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
         -- First the word, then the deed: both commit together.
-        update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
-        where v_dropped is not null;
+        perform realtime.note_dropped(v_dropped);
         execute format('drop table realtime.%I', v_partition.relname);
         return next v_partition.relname;
     end loop;
@@ -174,8 +173,10 @@ begin
         returning xid
     )
     select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
-    update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
-    where v_dropped is not null;
+    perform realtime.note_dropped(v_dropped);
+
+    -- Probes are rolled back; what is here somebody put by hand.
+    delete from realtime.messages_probe;
 end
 $$;
 comment on function realtime.drop_old_messages(interval) is

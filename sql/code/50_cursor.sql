@@ -28,6 +28,33 @@ $$;
 comment on function realtime.life() is
     'Names this life of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another.';
 
+create or replace function realtime.dropped_xid()
+returns xid8
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when stream.dropped_in_life = realtime.life() then stream.dropped_xid else '0' end
+    from realtime.stream
+$$;
+comment on function realtime.dropped_xid() is 'Highest transaction id among messages that were dropped in this life of the database.';
+revoke all on function realtime.dropped_xid() from public;
+
+create or replace function realtime.note_dropped(xid xid8)
+returns void
+language sql
+volatile
+as $$
+    update realtime.stream
+    set
+        dropped_xid = greatest(realtime.dropped_xid()::text::numeric, note_dropped.xid::text::numeric)::text::xid8,
+        dropped_in_life = realtime.life()
+    where note_dropped.xid is not null
+$$;
+comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
+revoke all on function realtime.note_dropped(xid8) from public;
+
 -- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
 create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
 returns text
@@ -95,7 +122,7 @@ as $$
             pg_snapshot_xmax("snapshot")::text::bigint,
             1 + greatest(
                 2,
-                (select stream.dropped_xid::text::bigint from realtime.stream),
+                realtime.dropped_xid()::text::bigint,
                 (
                     select m.xid::text::bigint
                     from realtime.messages as m
@@ -137,9 +164,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select realtime.format_cursor(
-        realtime.life(), format('%1$s:%1$s:', greatest(stream.dropped_xid::text::numeric, 2) + 1)::pg_snapshot, null, 0
+        realtime.life(), format('%1$s:%1$s:', greatest(realtime.dropped_xid()::text::numeric, 2) + 1)::pg_snapshot, null, 0
     )
-    from realtime.stream
 $$;
 comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
 
@@ -171,7 +197,7 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmin(since) <= (select stream.dropped_xid from realtime.stream) then
+    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
         v_problem := 'the cursor is older than what is kept';
     end if;
     if v_problem is not null then

@@ -13,11 +13,13 @@ create table realtime.stream (
     only_row boolean primary key default true,
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
+    dropped_in_life text not null default '',
     constraint stream_only_row check (only_row)
 );
 comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
 comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
+comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;

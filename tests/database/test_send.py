@@ -445,3 +445,35 @@ def test_the_doorbell_rings_for_a_user_who_may_send(policies: TestDatabase) -> N
             act_as(db, "anon")
             db.execute("select realtime.send('{}', 'event', 'open:1')")
         assert notifications(listener, policies) == [("realtime", "")]
+
+
+@pytest.mark.parametrize(
+    ("extension", "inserted_at"),
+    [
+        ("broadcast", "1990-01-01"),
+        ("broadcast", "1960-01-01"),
+        ("broadcast", "infinity"),
+        ("broadcast", "2999-01-01"),
+        ("revalidate", None),
+        ("anything", None),
+    ],
+)
+def test_who_may_write_to_a_topic_may_not_choose_another_day_or_speak_to_the_servers(
+    any_database: TestDatabase, extension: str, inserted_at: str | None
+) -> None:
+    """A row that is dropped early would be a gap for everybody, in all topics."""
+    any_database.execute(
+        "create policy all_may on realtime.messages for all to authenticated using (true) with check (true)"
+    )
+    insert = (
+        "insert into realtime.messages (topic, extension, event, payload, inserted_at)"
+        " values ('t', %s, 'e', '{}', coalesce(%s::timestamp, now() at time zone 'utc'))"
+    )
+    with any_database.connect() as db:
+        with db.transaction():
+            act_as(db, "authenticated")
+            db.execute(insert, ("broadcast", None))
+        db.autocommit = False
+        act_as(db, "authenticated")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            db.execute(insert, (extension, inserted_at))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -350,6 +351,20 @@ def test_depth_of_a_wide_and_of_a_very_deep_document() -> None:
     assert messages.is_deeper_than(b"[" * 100_000 + b"]" * 100_000, 64)
     assert not messages.is_deeper_than(b"[" * 64 + b"]" * 64, 64)
     assert messages.is_deeper_than(b"[" * 65 + b"]" * 65, 64)
+    assert not messages.is_deeper_than(b'["' + b"[" * 100 + b'"]', 64)
+
+
+def test_depth_of_the_largest_frame_takes_no_longer_for_being_nested() -> None:
+    """One client's frames must not hold up those of others: this one took 0.6 s when each level was a pass of its own."""
+    nested = b"[" + b",".join([b"[" * 63 + b"]" * 63] * 35_000) + b"]"
+    flat = b"[" + b",".join([b"[]" * 63] * 35_000) + b"]"
+
+    def seconds(text: bytes) -> float:
+        begin = time.perf_counter()
+        assert not messages.is_deeper_than(text, 64)
+        return time.perf_counter() - begin
+
+    assert min(seconds(nested) for _ in range(3)) < 3 * min(seconds(flat) for _ in range(3))
 
 
 # -- joins

@@ -30,7 +30,7 @@ BAD_KEYS = {
     "wrong signature": (make_token(secret="x" * 40), {"error": "Failed to validate JWT signature"}),
     "expired": (make_token(expires_in=-5), {"error": "Token has expired"}),
     "no role": (
-        claims.sign({"exp": time.time() + 60}, SECRET),
+        claims.sign({"exp": time.time() + 86_400}, SECRET),
         {"error": "Fields `role` and `exp` are required in JWT"},
     ),
     "no exp": (claims.sign({"role": "anon"}, SECRET), {"error": "Fields `role` and `exp` are required in JWT"}),
@@ -39,7 +39,7 @@ BAD_KEYS = {
         {"error": "`exp` and `iat` must be numbers"},
     ),
     "alg none": (
-        unsigned({"role": "service_role", "exp": time.time() + 60}),
+        unsigned({"role": "service_role", "exp": time.time() + 86_400}),
         {"error": "Failed to generate JWT signer, check your JWT secret or JWKS configuration"},
     ),
     "role that is not allowed": (
@@ -81,11 +81,11 @@ BAD_JOIN_TOKENS = {
     "empty": ("", "MalformedJWT: The token provided is not a valid JWT"),
     "wrong signature": (make_token(secret="x" * 40), "JwtSignatureError: Failed to validate JWT signature"),
     "alg none": (
-        unsigned({"role": "authenticated", "exp": time.time() + 60}),
+        unsigned({"role": "authenticated", "exp": time.time() + 86_400}),
         "JwtSignerError: Failed to generate JWT signer, check your JWT secret or JWKS configuration",
     ),
     "no role": (
-        claims.sign({"exp": time.time() + 60}, SECRET),
+        claims.sign({"exp": time.time() + 86_400}, SECRET),
         "InvalidJWTToken: Fields `role` and `exp` are required in JWT",
     ),
 }

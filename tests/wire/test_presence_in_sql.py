@@ -66,3 +66,21 @@ async def test_entries_of_a_dead_server_are_not_shown(server: Server, wire: Wire
     await server.kill()
     server.database.execute("update realtime.nodes set last_seen_at = now() - interval '31 seconds'")
     assert present(server) == []
+
+
+async def test_more_than_postgresql_takes_at_once_is_seen_too(server: Server, wire: WireFactory) -> None:
+    """Nobody's presence was written any more while 256 MB were tracked, which one client may."""
+    socket = await wire(server.websocket_url, server.anon_key)
+    topics = [f"big:{number}" for number in range(95)]
+    payload = {"type": "presence", "event": "track", "payload": {"text": "x" * 2_900_000}}
+    with server.database.connect() as db, db.transaction():
+        # All of them wait for the table.
+        db.execute("lock table realtime.presence_entries in access exclusive mode")
+        for topic in topics:
+            await socket.join(topic)
+            await socket.say(f"realtime:{topic}", "presence", payload)
+            while (await socket.hear())[3] != "presence_diff":
+                pass
+    async with asyncio.timeout(60):
+        while server.database.execute("select count(*) from realtime.presence_entries") != [(len(topics),)]:
+            await asyncio.sleep(0.1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from contextlib import ExitStack
 from typing import Any
 
+import httpx2
 import psycopg
 import pytest
 
@@ -165,6 +167,32 @@ async def test_replay_by_time_gives_the_newest_oldest_first_and_none_twice(
         assert await socket.is_alive()
 
 
+async def test_client_that_goes_during_a_replay_by_time_leaves_nothing_behind(
+    server: Server, wire: WireFactory, http: httpx2.AsyncClient
+) -> None:
+    with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
+        db.execute(
+            "create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)"
+            " returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8) language sql stable"
+            " as 'select null::uuid, null, null::jsonb, null::bytea, pg_current_xact_id() from pg_sleep(3)'"
+        )
+    socket = await wire(server.websocket_url, server.service_key)
+    config = {"private": True, "broadcast": {"replay": {"since": 1}}}
+    await socket.say("realtime:replay", "phx_join", {"config": config})
+
+    async def rooms() -> str:
+        answer = await http.get(f"{server.url}/metrics", headers={"apikey": server.service_key})
+        return next(line for line in answer.text.splitlines() if line.startswith("realtime_rooms "))
+
+    async with asyncio.timeout(2):
+        while await rooms() == "realtime_rooms 0.0":
+            await asyncio.sleep(0.02)
+    socket.socket.transport.abort()
+    async with asyncio.timeout(10):
+        while await rooms() != "realtime_rooms 0.0":
+            await asyncio.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("private", "replay", "reason"),
     [
@@ -292,3 +320,12 @@ def test_snapshot_and_stream_fit_together(any_database: TestDatabase) -> None:
     behind = any_database.execute("select (payload ->> 'n')::int from realtime.messages_after('items', %s)", cursor)
     assert rows == [{"n": 2}]
     assert sorted(number for (number,) in behind) == [1, 3, 4]
+
+
+def test_what_was_dropped_in_another_life_is_no_gap_in_this_one(any_database: TestDatabase) -> None:
+    """A restored database remembers transaction ids that its own counter has yet to reach."""
+    any_database.execute("update realtime.stream set dropped_xid = '999999999', dropped_in_life = 'another'")
+    cursor = any_database.execute("select realtime.cursor()")[0][0]
+    send(any_database, "t", 1)
+    assert len(any_database.execute("select id from realtime.messages_after('t', %s)", cursor)) == 1
+    assert len(any_database.execute("select id from realtime.messages_after('t', realtime.oldest_cursor())")) == 1

@@ -114,11 +114,13 @@ create table realtime.stream (
     only_row boolean primary key default true,
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
+    dropped_in_life text not null default '',
     constraint stream_only_row check (only_row)
 );
 comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
 comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
+comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;
@@ -366,6 +368,21 @@ end
 $$;
 comment on function realtime.broadcast_changes(text, text, text, text, text, record, record, text) is
     'Sends a changed row to a private topic; for row-level triggers: broadcast_changes(topic, TG_OP, TG_OP, TG_TABLE_NAME, TG_TABLE_SCHEMA, NEW, OLD).';
+
+-- Who may write may choose the time, because tools do, but no other day: a row that is dropped early would be a gap for everybody. The probe's
+-- time is allowed as well. And what is for the servers, clients do not write.
+drop policy if exists writers_keep_to_their_day on realtime.messages;
+create policy writers_keep_to_their_day on realtime.messages
+    as restrictive
+    for insert
+    to public
+    with check (
+        extension in ('broadcast', 'presence')
+        and (
+            inserted_at between (now() at time zone 'utc') - interval '1 day' and (now() at time zone 'utc') + interval '1 day'
+            or inserted_at = '1970-01-01'
+        )
+    );
 
 -- A server without BYPASSRLS for service_role is served as well.
 drop policy if exists service_role_may_do_everything on realtime.messages;
@@ -684,8 +701,7 @@ begin
         continue when v_partition.day + 1 > v_before;
         execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
         -- First the word, then the deed: both commit together.
-        update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
-        where v_dropped is not null;
+        perform realtime.note_dropped(v_dropped);
         execute format('drop table realtime.%I', v_partition.relname);
         return next v_partition.relname;
     end loop;
@@ -696,8 +712,10 @@ begin
         returning xid
     )
     select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
-    update realtime.stream set dropped_xid = greatest(dropped_xid::text::numeric, v_dropped::text::numeric)::text::xid8
-    where v_dropped is not null;
+    perform realtime.note_dropped(v_dropped);
+
+    -- Probes are rolled back; what is here somebody put by hand.
+    delete from realtime.messages_probe;
 end
 $$;
 comment on function realtime.drop_old_messages(interval) is
@@ -781,6 +799,33 @@ $$;
 comment on function realtime.life() is
     'Names this life of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another.';
 
+create or replace function realtime.dropped_xid()
+returns xid8
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when stream.dropped_in_life = realtime.life() then stream.dropped_xid else '0' end
+    from realtime.stream
+$$;
+comment on function realtime.dropped_xid() is 'Highest transaction id among messages that were dropped in this life of the database.';
+revoke all on function realtime.dropped_xid() from public;
+
+create or replace function realtime.note_dropped(xid xid8)
+returns void
+language sql
+volatile
+as $$
+    update realtime.stream
+    set
+        dropped_xid = greatest(realtime.dropped_xid()::text::numeric, note_dropped.xid::text::numeric)::text::xid8,
+        dropped_in_life = realtime.life()
+    where note_dropped.xid is not null
+$$;
+comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
+revoke all on function realtime.note_dropped(xid8) from public;
+
 -- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
 create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
 returns text
@@ -848,7 +893,7 @@ as $$
             pg_snapshot_xmax("snapshot")::text::bigint,
             1 + greatest(
                 2,
-                (select stream.dropped_xid::text::bigint from realtime.stream),
+                realtime.dropped_xid()::text::bigint,
                 (
                     select m.xid::text::bigint
                     from realtime.messages as m
@@ -890,9 +935,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select realtime.format_cursor(
-        realtime.life(), format('%1$s:%1$s:', greatest(stream.dropped_xid::text::numeric, 2) + 1)::pg_snapshot, null, 0
+        realtime.life(), format('%1$s:%1$s:', greatest(realtime.dropped_xid()::text::numeric, 2) + 1)::pg_snapshot, null, 0
     )
-    from realtime.stream
 $$;
 comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
 
@@ -924,7 +968,7 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmin(since) <= (select stream.dropped_xid from realtime.stream) then
+    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
         v_problem := 'the cursor is older than what is kept';
     end if;
     if v_problem is not null then
