@@ -35,7 +35,7 @@ class OtherServer:
 
 @pytest.fixture
 async def other_server(database: TestDatabase) -> AsyncIterator[OtherServer]:
-    settings = Settings(_env_file=None, max_buffered_bytes=2_000_000)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, max_buffered_bytes=2_000_000)
     app = make_app(settings, target=Target(database.url), secret=SECRET, anon_key=None)
     server = uvicorn.Server(uvicorn.Config(app, port=0, ws="websockets-sansio", log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
