@@ -186,6 +186,7 @@ def _services(
         limits=Limits(
             max_channels=settings.max_channels_per_socket,
             max_pending_messages=settings.max_pending_messages,
+            max_pending_bytes=settings.max_buffered_bytes,
             max_payload_bytes=settings.max_payload_bytes,
             max_depth=settings.max_depth,
             max_messages_per_second=settings.max_messages_per_second,

@@ -15,6 +15,8 @@ from realtime_server.protocol.frames import Frame, encode
 from realtime_server.protocol.messages import Format, Message
 
 EXTENSION: Final = "realtime.frames"
+# What the bundled server offers for a request under `scope["extensions"]`: drops the connection, whatever waits in it.
+ABORT: Final = "realtime.abort"
 
 NORMAL: Final = 1000
 RESTARTING: Final = 1012

@@ -15,7 +15,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.protocol import State
 
 from realtime_server.config import Settings
-from realtime_server.connection import EXTENSION, GOODBYE_S
+from realtime_server.connection import ABORT, EXTENSION, GOODBYE_S
 
 # Time to send a whole request head, and then its body.
 HEAD_S: Final = 10.0
@@ -112,6 +112,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope.setdefault("extensions", {})[ABORT] = self.transport.abort  # type: ignore[assignment]
         self._wait(HEAD_S)
         self._is_in_head = True
         self._head_bytes = 0

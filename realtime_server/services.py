@@ -37,6 +37,7 @@ class Limits:
 
     max_channels: int
     max_pending_messages: int
+    max_pending_bytes: int
     max_payload_bytes: int
     max_depth: int
     max_messages_per_second: float

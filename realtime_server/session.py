@@ -46,7 +46,7 @@ from realtime_server.limits import Bucket
 from realtime_server.protocol import join, messages
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, PresenceDiff, decode
 from realtime_server.protocol.messages import BroadcastPush, Message, Ref
-from realtime_server.services import Services
+from realtime_server.services import Limits, Services
 
 Work = Coroutine[Any, Any, None]
 # Does something for a topic at once, or returns the work that remains.
@@ -62,6 +62,9 @@ LONGEST_TIMER_S: Final = 86_400.0
 MOST_REPLAYED: Final = 25
 LATEST_TIME_MS: Final = 8_000_000_000_000_000
 DRAIN_LOOK_S: Final = 0.01
+
+LONGEST_TOPIC: Final = 1000
+LARGEST_JOIN_BYTES: Final = 256_000
 
 TOO_MANY_MESSAGES: Final = "Too many messages per second"
 
@@ -153,6 +156,7 @@ class Session:
         self._channels: dict[str, Channel] = {}
         self._busy: dict[str, deque[Action]] = {}
         self._expiry: asyncio.TimerHandle | None = None
+        self._pending_bytes = 0
         rate = self._limits.max_messages_per_second
         self._bucket = Bucket(rate, 2 * rate, time.monotonic()) if rate else None
 
@@ -162,15 +166,19 @@ class Session:
 
     def receive(self, frame: str | bytes) -> None:
         """Handle one frame of the client. Never raises: a bad frame is dropped and logged, the socket lives on."""
+        too_many = self._bucket is not None and self._bucket.take(time.monotonic()) > 0
         try:
             message = decode(frame, self.connection.format)
             carries_json = isinstance(message, Message) or message.is_json
             if carries_json and messages.is_deeper_than(message.payload, self._limits.max_depth):
                 raise MalformedFrame(f"payload nests deeper than {self._limits.max_depth} levels")
+            if len(message.topic) > LONGEST_TOPIC:
+                raise MalformedFrame(f"topic is longer than {LONGEST_TOPIC} characters")
         except MalformedFrame as error:
-            log.info("frame dropped", code=error.code, problem=str(error))
+            if not too_many:
+                log.info("frame dropped", code=error.code, problem=str(error))
             return
-        self._do(message.topic, lambda: self._handle(message))
+        self._do(message.topic, lambda: self._handle(message, too_many), size=len(message.payload))
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
         """Ask again for the rights of private channels: of one topic (without `realtime:`), of one user, or of all where None."""
@@ -209,18 +217,26 @@ class Session:
         self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
         self.connection.push(messages.closed(topic, channel.literal_join_ref))
 
-    def _do(self, topic: str, action: Action) -> None:
-        """Do it now, or after what the topic waits for."""
+    def _do(self, topic: str, action: Action, *, size: int = 0) -> None:
+        """Do it now, or after what the topic waits for. `size`: bytes that waiting holds."""
         waiting = self._busy.get(topic)
         if waiting is None:
             work = self._guarded(topic, action)
             if work is not None:
                 self._busy[topic] = deque()
                 self._tasks.create_task(self._finish(topic, work))
-        elif len(waiting) < self._limits.max_pending_messages:
-            waiting.append(action)
+        elif (
+            len(waiting) < self._limits.max_pending_messages
+            and self._pending_bytes + size <= self._limits.max_pending_bytes
+        ):
+            self._pending_bytes += size
+            waiting.append(lambda: self._do_now(action, size))
         else:
             log.warning("message dropped, too many wait for the join", topic=topic)
+
+    def _do_now(self, action: Action, size: int) -> Work | None:
+        self._pending_bytes -= size
+        return action()
 
     async def _finish(self, topic: str, work: Work | None) -> None:
         """Do the work, then what came for the same topic meanwhile."""
@@ -255,8 +271,8 @@ class Session:
         # Without a channel: a null ref, which clients take for whatever they have on that topic.
         self.connection.push(messages.crashed(topic, None if channel is None else channel.literal_join_ref))
 
-    def _handle(self, message: Message | BroadcastPush) -> Work | None:
-        """Answer a message now, or return the work that will."""
+    def _handle(self, message: Message | BroadcastPush, too_many: bool) -> Work | None:
+        """Answer a message now, or return the work that will. `too_many`: the socket says more than it may."""
         channel = self._channels.get(message.topic)
         match message:
             case Message(topic=messages.PHOENIX, event=messages.HEARTBEAT):
@@ -265,16 +281,18 @@ class Session:
             case Message(event=messages.JOIN):
                 # Joins that still wait for an answer count as well: each holds a task.
                 others = (self._channels.keys() | self._busy.keys()) - {message.topic}
-                if len(others) >= self._limits.max_channels:
-                    self._refuse(message, message.join_ref, TooManyChannels())
+                refusal = _refusal(message, len(others), self._limits, too_many)
+                if refusal is not None:
+                    self._refuse(message, message.join_ref, refusal)
                     return None
                 return self._join(message)
             case Message(event=messages.LEAVE):
                 self._leave(message, channel)
                 return None
         if channel is None:
-            self._refuse(message, None, UnmatchedTopic())
-        elif self._bucket is not None and self._bucket.take(time.monotonic()):
+            if not too_many:
+                self._refuse(message, None, UnmatchedTopic())
+        elif too_many:
             self.shut_down(channel, TOO_MANY_MESSAGES)
         else:
             match message:
@@ -294,6 +312,11 @@ class Session:
     async def _join(self, message: Message) -> None:
         try:
             topic = messages.sub_topic(message.topic)
+            old = self._channels.get(message.topic)
+            if old is not None:
+                # Whatever comes of the new one. Before its reply: a client without join refs could not tell which of the two is closed.
+                self._forget(old)
+                self.connection.push(messages.closed(message.topic, old.literal_join_ref))
             self._admit()
             # Already now, so that a word of lost rights finds the join.
             self.services.users.add(self)
@@ -361,11 +384,6 @@ class Session:
             raise
 
     def _enter(self, channel: Channel, message: Message) -> None:
-        old = self._channels.get(message.topic)
-        if old is not None:
-            # Before the reply: a client without join refs could not tell which of the two is closed.
-            self._forget(old)
-            self.connection.push(messages.closed(message.topic, old.literal_join_ref))
         self._channels[message.topic] = channel
         self.services.metrics.joins.inc()
         config, place = channel.config, self.services.place()
@@ -663,6 +681,16 @@ class Session:
 
 def _is_meant(channel: Channel, subject: str | None) -> bool:
     return channel.room.private and subject in (None, channel.claims.subject)
+
+
+def _refusal(join: Message, others: int, limits: Limits, too_many: bool) -> RealtimeError | None:
+    """Why a join is not even looked at; `others` is how many topics the socket has joined or is joining."""
+    if too_many:
+        return TooManyJoins()
+    if others >= limits.max_channels:
+        return TooManyChannels()
+    # The channel keeps what it was joined with.
+    return PayloadTooLarge() if len(join.payload) > LARGEST_JOIN_BYTES else None
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

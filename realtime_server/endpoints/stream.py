@@ -29,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
+from realtime_server.connection import ABORT, GOODBYE_S
 from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
 from realtime_server.endpoints.websocket import Sockets, check_limits
 from realtime_server.errors import (
@@ -111,7 +112,10 @@ def stream_endpoint(
             )
         except RealtimeError as error:
             return refusal(error)
-        stream = EventStream(services, sockets, wish, claims, policy_headers(request), settings.max_buffered_bytes)
+        abort = request.scope.get("extensions", {}).get(ABORT)
+        stream = EventStream(
+            services, sockets, wish, claims, policy_headers(request), settings.max_buffered_bytes, abort
+        )
         return _Answer(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
 
     return endpoint
@@ -139,6 +143,7 @@ class EventStream:
         claims: Claims,
         headers: dict[str, str],
         max_buffered_bytes: int,
+        abort: Callable[[], None] | None,
     ) -> None:
         self._services = services
         self._sockets = sockets
@@ -146,6 +151,7 @@ class EventStream:
         self._claims = claims
         self._headers = headers
         self._max_buffered_bytes = max_buffered_bytes
+        self._abort = abort
         self._followers = [_Topic(self, room, services, wish.events) for room in wish.rooms]
         self._hold: Hold | None = None
         self._is_following = False
@@ -221,6 +227,9 @@ class EventStream:
             # What it has not got it resumes from the id of the last event it read.
             self._waiting.clear()
             self.end()
+            if self._abort is not None:
+                # A reader that takes nothing would not let the answer end.
+                asyncio.get_running_loop().call_later(GOODBYE_S, self._abort)
             return
         self._waiting += frame.data
         self._wake.set()

@@ -95,3 +95,19 @@ async def test_send_in_sql_reaches_a_public_subscriber(server: Server, client: C
     assert message["payload"]["a"] == 1
     # send() adds the message's id where the payload has none.
     assert message["payload"]["id"] == message["meta"]["id"]
+
+
+@pytest.mark.parametrize("kind", ["js", "realtime-js"])
+async def test_078_client_sends_by_rest_where_it_has_no_channel(
+    server: Server, client: ClientFactory, kind: Kind
+) -> None:
+    user = await client(kind, server.url, server.anon_key)
+    await user.do("subscribe", channel="c", topic="rest", config={}, broadcast=["*"])
+    sender = await client(kind, server.url, server.anon_key)
+    await sender.do("channel", channel="c", topic="rest", config={})
+    # Not joined: the client takes the batch endpoint.
+    assert (await sender.do("send", channel="c", event="batch", payload={"n": 1}))["result"] == "ok"
+    assert (await user.next("broadcast"))["message"]["payload"] == {"n": 1}
+    await sender.do("http_send", channel="c", event="single", payload={"n": 2})
+    message = (await user.next("broadcast"))["message"]
+    assert (message["event"], message["payload"]) == ("single", {"n": 2})

@@ -11,6 +11,7 @@ from tests.fix_oracle import (
     LONG,
     Oracle,
     OracleFactory,
+    Reader,
     ServerOf,
     Size,
     SqlReader,
@@ -49,6 +50,22 @@ async def test_connection_cut_in_the_middle_of_a_frame(
     proxy.bytes_left = None
     await oracle.verdict()
     assert sum(reader.connections for reader in oracle.readers) >= len(oracle.readers) + size.rounds
+
+
+async def test_clients_leave_and_resume_all_the_time(
+    steady_server: Server, oracle_of: OracleFactory, size: Size
+) -> None:
+    """Every flip from what is stored to what is live is a chance to lose what comes in between."""
+    oracle = oracle_of(steady_server)
+    restless: list[Reader] = [WireReader(f"websocket {number}", oracle, oracle.topics) for number in range(8)]
+    restless += [StreamReader(f"stream {number}", oracle, oracle.public) for number in range(4)]
+    for number, reader in enumerate(restless):
+        reader.leaves_after = 3 + number
+    oracle.add(*restless)
+    await oracle.connected()
+    await oracle.write(transactions=size.transactions * 2)
+    await oracle.verdict()
+    assert all(reader.connections > 10 for reader in restless)
 
 
 async def test_half_open_connections(

@@ -74,4 +74,5 @@ async def test_106_one_socket_that_sends_too_much_loses_its_channel_alone(
     ref = await other.say("phoenix", "heartbeat", {})
     while (await other.hear())[1] != ref:
         received += 1
-    assert 100 <= received < 150
+    # Twice as many as a second allows at once, less the one for the join.
+    assert 99 <= received < 150

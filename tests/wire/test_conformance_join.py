@@ -388,3 +388,49 @@ async def test_050_what_policies_can_ask(
             assert got == (answer or unauthorized(facts["topic"]))
     finally:
         shared_server.database.execute("drop policy asks on realtime.messages")
+
+
+async def test_029_join_that_fails_ends_the_one_before(shared_server: Server, wire: WireFactory) -> None:
+    socket = await wire(shared_server.websocket_url, shared_server.anon_key)
+    await socket.join("029b")
+    await socket.say("realtime:029b", "phx_join", {"config": {}, "access_token": "nonsense"}, ref="9", join_ref="9")
+    assert (await socket.hear())[3] == "phx_close"
+    assert (await socket.hear())[4]["response"] == {"reason": "MalformedJWT: The token provided is not a valid JWT"}
+    await socket.say("realtime:029b", "presence", {"event": "track"}, ref="10")
+    assert (await socket.hear())[4] == {"status": "error", "response": {"reason": "unmatched topic"}}
+
+
+async def test_084_replication_ready_is_told(shared_server: Server, wire: WireFactory) -> None:
+    socket = await wire(shared_server.websocket_url, shared_server.anon_key)
+    assert (await socket.join("084", {"broadcast": {"replication_ready": True}}))["status"] == "ok"
+    told = {
+        "extension": "system",
+        "status": "ok",
+        "message": "Replication connection established",
+        "channel": "084",
+    }
+    assert await socket.hear() == ["1", None, "realtime:084", "system", told]
+
+
+async def test_join_that_is_too_large_is_refused(shared_server: Server, wire: WireFactory) -> None:
+    socket = await wire(shared_server.websocket_url, shared_server.anon_key)
+    answer = await socket.join("large", {"x": "y" * 300_000})
+    assert answer == {"status": "error", "response": {"reason": "payload_size_exceeded"}}
+    await socket.say("realtime:" + "t" * 1001, "phx_join", {"config": {}})
+    assert await socket.is_alive()
+
+
+async def test_socket_that_says_more_than_it_may_joins_nothing_more(
+    start_server: ServerFactory, wire: WireFactory
+) -> None:
+    server = await start_server(max_messages_per_second="5")
+    socket = await wire(server.websocket_url, server.anon_key)
+    reasons = []
+    for number in range(30):
+        await socket.say(f"realtime:{number}", "phx_join", {"config": {}}, ref=str(number))
+        reasons.append((await socket.hear())[4]["response"].get("reason"))
+        if reasons[-1]:
+            break
+    assert len(reasons) >= 10
+    assert reasons[-1] == "ClientJoinRateLimitReached: Too many joins per second"
+    assert await socket.is_alive()

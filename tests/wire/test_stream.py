@@ -558,3 +558,22 @@ async def test_browser_comes_back_by_itself_after_a_restart_and_misses_nothing(
     send(server.database, "b", 4)
     await page.wait_for_function('document.title == "1 2 3 4"')
     assert await page.evaluate("named.length") == 2
+
+
+async def test_reader_that_takes_nothing_is_dropped(start_server: ServerFactory) -> None:
+    server = await start_server(max_buffered_bytes="100000")
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1000)
+    writer.write(f"GET /realtime/v1/stream?topic=t&apikey={server.anon_key} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (await reader.readuntil(b"event: ready")).startswith(b"HTTP/1.1 200")
+
+    def sockets() -> int:
+        links = Path(f"/proc/{server.pid}/fd").iterdir()
+        return sum(str(link.readlink()).startswith("socket:") for link in links)
+
+    opened = sockets()
+    for _ in range(12):
+        server.database.execute("select realtime.send(jsonb_build_object('x', repeat('y', 1000000)), 'e', 't', false)")
+    async with asyncio.timeout(20):
+        while sockets() >= opened:
+            await asyncio.sleep(0.05)
+    writer.transport.abort()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from structlog.testing import capture_logs
+from websockets.exceptions import InvalidStatus
 
 from realtime_server import claims, tokens
 from realtime_server.errors import (
@@ -25,6 +27,9 @@ from realtime_server.errors import (
     TokenExpired,
 )
 from realtime_server.tokens import MAX_LIFETIME_S, MIN_LIFETIME_S, PAUSE_S, STALE_LIMIT_S, Tokens
+from tests.fix_server import SECRET as SERVER_SECRET
+from tests.fix_server import ServerFactory
+from tests.fix_wire import WireFactory
 
 NOW = 1_700_000_000.0
 SECRET = "s" * 40
@@ -518,3 +523,23 @@ async def test_required_claims_are_asked_of_every_token(issuer: Issuer, clock: C
             await subject.verify(token)
     with pytest.raises(InvalidClaims):
         await subject.verify(claims.sign({"role": "anon", "exp": NOW + 60}, SECRET))
+
+
+async def test_012_keys_of_the_issuer_open_a_socket_and_a_private_channel(
+    issuer: Issuer, start_server: ServerFactory, wire: WireFactory
+) -> None:
+    server = await start_server(jwks_url=issuer.url)
+    server.database.execute("create policy all_may on realtime.messages for select to authenticated using (true)")
+    later = time.time() + 3600
+    for kid in ("RS256", "ES256", "EdDSA"):
+        token = signed(kid, expires_at=later)
+        socket = await wire(server.websocket_url, token)
+        assert (await socket.join(kid, {"private": True}, access_token=token))["status"] == "ok"
+    with pytest.raises(InvalidStatus) as refused:
+        await wire(server.websocket_url, signed("ES256", named="unknown", expires_at=later))
+    words = 'Failed to generate JWT signer for key ID (kid) "unknown", check your JWT secret or JWKS configuration'
+    assert (refused.value.response.status_code, json.loads(refused.value.response.body)) == (401, {"error": words})
+    # A shared secret is the fallback for HS256, whatever its kid.
+    payload = {"role": "anon", "exp": later}
+    by_secret = jwt.encode(payload, SERVER_SECRET, "HS256", headers={"kid": "unknown"})
+    assert await (await wire(server.websocket_url, by_secret)).is_alive()
