@@ -5,7 +5,7 @@ PY ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do c
 V := .venv
 BIN := $(V)/bin
 
-.PHONY: help run test test-faults install format lint types unit upgrade revision schema-diff freeze lock docs build clean
+.PHONY: help run test test-faults install format lint types unit upgrade revision schema-diff freeze lock bench docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,11 @@ lock: ## resolve requirements/*.txt again (needs uv)
 	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --extra embedded -o requirements/run.txt
 	uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --all-extras --group test -c requirements/run.txt --no-emit-package realtime-server -o requirements/test.txt
 	uv pip compile requirements/clients.in -q --universal --python-version 3.11 --generate-hashes -o requirements/clients.txt
+
+bench: $(V)/.test ## measure; some minutes
+	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/read_cost.py
+	$(BIN)/python benchmarks/writers.py
 
 docs: $(V)/.run ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
