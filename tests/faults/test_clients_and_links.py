@@ -52,22 +52,6 @@ async def test_connection_cut_in_the_middle_of_a_frame(
     assert sum(reader.connections for reader in oracle.readers) >= len(oracle.readers) + size.rounds
 
 
-async def test_clients_leave_and_resume_all_the_time(
-    steady_server: Server, oracle_of: OracleFactory, size: Size
-) -> None:
-    """Every flip from what is stored to what is live is a chance to lose what comes in between."""
-    oracle = oracle_of(steady_server)
-    restless: list[Reader] = [WireReader(f"websocket {number}", oracle, oracle.topics) for number in range(8)]
-    restless += [StreamReader(f"stream {number}", oracle, oracle.public) for number in range(4)]
-    for number, reader in enumerate(restless):
-        reader.leaves_after = 3 + number
-    oracle.add(*restless)
-    await oracle.connected()
-    await oracle.write(transactions=size.transactions * 2)
-    await oracle.verdict()
-    assert all(reader.connections > 10 for reader in restless)
-
-
 async def test_half_open_connections(
     steady_server: Server, oracle_of: OracleFactory, proxy_to: ProxyFactory, size: Size
 ) -> None:
@@ -137,27 +121,6 @@ async def test_more_is_stored_than_a_connection_may_have_waiting(
     await oracle.connected()
     await oracle.verdict()
     assert {reader.name: reader.connections for reader in oracle.readers if reader.connections > 1} == {}
-
-
-async def test_more_comes_than_can_be_held_while_a_stream_of_several_topics_resumes(
-    steady_server: Server, oracle_of: OracleFactory, size: Size
-) -> None:
-    oracle = oracle_of(steady_server)
-    oracle.begin()
-    for topic in oracle.public:
-        oracle.write_one(copies=1_500, topic=topic, filler=300)
-
-    def flood() -> None:
-        with oracle.database.connect() as db:
-            for number in range(36):
-                name, private = oracle.public[number % 3]
-                db.execute("select oracle_write(%s, %s, 100)", (name, private))
-
-    for number in range(size.rounds + 1):
-        oracle.add(StreamReader(f"stream {number}", oracle, oracle.public, patience_s=10))
-        oracle.add(WireReader(f"websocket {number}", oracle, oracle.public, patience_s=10))
-        await asyncio.to_thread(flood)
-    await oracle.verdict()
 
 
 async def test_policy_that_raises_for_one_user(steady_server: Server, oracle_of: OracleFactory) -> None:
