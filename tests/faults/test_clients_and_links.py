@@ -11,7 +11,6 @@ from tests.fix_oracle import (
     LONG,
     Oracle,
     OracleFactory,
-    Reader,
     ServerOf,
     Size,
     SqlReader,
