@@ -41,25 +41,25 @@ def present(database: TestDatabase) -> str:
 
 
 async def test_message_is_an_unnamed_event_whose_id_is_its_cursor(shared_server: Server, events: EventsFactory) -> None:
-    stream = await events(shared_server.url, shared_server.anon_key, topic="plain", ready=False)
+    stream = await events(shared_server.url, shared_server.anon_key, topic="stream:plain", ready=False)
     assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     assert stream.headers["cache-control"] == "no-store"
     ready = await stream.hear()
     assert ready is not None
-    assert (ready.name, ready.data) == ("ready", {"topics": ["plain"]})
+    assert (ready.name, ready.data) == ("ready", {"topics": ["stream:plain"]})
     assert ready.id
-    send(shared_server.database, "plain", 7)
+    send(shared_server.database, "stream:plain", 7)
     message = await stream.message()
-    id = str(shared_server.database.execute("select id from realtime.messages where topic = 'plain'")[0][0])
+    id = str(shared_server.database.execute("select id from realtime.messages where topic = 'stream:plain'")[0][0])
     assert message == {
-        "topic": "plain",
+        "topic": "stream:plain",
         "event": "e",
         "type": "broadcast",
         "payload": {"n": 7, "id": id},
         "meta": {"id": id},
     }
-    assert shared_server.database.execute("select id from realtime.messages_after('plain', %s)", stream.id) == []
-    assert len(shared_server.database.execute("select id from realtime.messages_after('plain', %s)", ready.id)) == 1
+    assert shared_server.database.execute("select id from realtime.messages_after('stream:plain', %s)", stream.id) == []
+    assert len(shared_server.database.execute("select id from realtime.messages_after('stream:plain', %s)", ready.id)) == 1
 
 
 async def test_retry_hint_comes_first(shared_server: Server, http: httpx2.AsyncClient) -> None:
@@ -298,7 +298,7 @@ async def test_cursor_that_cannot_be_read_gives_a_gap_and_then_live(
     shared_server: Server, events: EventsFactory, case: str
 ) -> None:
     cursor, words = GAPS[case]
-    topic = f"gap:{case}"
+    topic = f"stream-gap:{case}"
     send(shared_server.database, topic, 1)
     stream = await events(shared_server.url, shared_server.anon_key, topic=topic, after=cursor)
     # Nothing of what the client said stands in the stream.
