@@ -7,6 +7,7 @@ told by its id and sent once.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
 from realtime_server.cursor import Place
@@ -21,8 +22,16 @@ Ready = Callable[[], Awaitable[bool]]
 MOST_HELD: Final = 1000
 
 
+@dataclass(slots=True)
+class Shelf:
+    """How much all holds of one client keep together."""
+
+    max_bytes: int
+    used_bytes: int = 0
+
+
 class Hold:
-    """Keeps what comes for one client, of all its rooms in the order it came, until `release`.
+    """Keeps what comes for one client, of all its rooms in the order it came, until `release`, or `drop` when it is gone.
 
     While it is sent older messages, or until policies have been asked again. `begin` is the cursor from which nothing is missed: where the
     relay was when the hold began. Make it before subscribing, or when live.
@@ -30,6 +39,7 @@ class Hold:
 
     def __init__(self, *followers: Follower) -> None:
         self._followers = followers
+        self._shelf = followers[0].shelf
         self._entries: list[tuple[Follower, Message, Frame]] = []
         self._place = followers[0].place()
         self.begin = None if self._place is None else self._place.cursor
@@ -38,10 +48,17 @@ class Hold:
             follower.hold = self
 
     def add(self, follower: Follower, message: Message, frame: Frame) -> None:
-        if len(self._entries) < MOST_HELD:
+        size = len(frame.data)
+        if len(self._entries) < MOST_HELD and self._shelf.used_bytes + size <= self._shelf.max_bytes:
             self._entries.append((follower, message, frame))
+            self._shelf.used_bytes += size
         else:
             self.is_overfull = True
+
+    def drop(self) -> None:
+        """Keep nothing of what has come so far."""
+        self._shelf.used_bytes -= sum(len(frame.data) for _, _, frame in self._entries)
+        self._entries.clear()
 
     async def catch_up(self, cursor: str, read: ReadAfter, ready: Ready) -> str | None:
         """Send all that lies behind the cursor; the cursor behind all of that, None when the client is gone.
@@ -63,13 +80,14 @@ class Hold:
                 # The first room's is the earliest; what it sees was in the other rooms' pages too.
                 return cursors[self._followers[0]]
             # More came than can be held: it is in the database, so hold anew and read on, in all rooms.
-            self._entries.clear()
+            self.drop()
             self.is_overfull = False
             self._place = self._followers[0].place()
 
     def release(self) -> None:
         """Send what was held; from now on everything at once."""
         entries = [entry for entry in self._entries if not entry[0].was_read(entry[1])]
+        self.drop()
         for follower in self._followers:
             follower.hold = None
         for follower, message, frame in entries:
@@ -77,17 +95,23 @@ class Hold:
 
 
 class Follower:
-    """Of one room, for one client. `send` must not wait; `place` is where the relay is.
+    """Of one room, for one client. `send` must not wait; `place` is where the relay is; all followers of the client have one `shelf`.
 
     While `hold` is set, what is delivered goes there.
     """
 
     def __init__(
-        self, room: Room, encoding: Encoding, send: Callable[[Frame], None], place: Callable[[], Place | None]
+        self,
+        room: Room,
+        encoding: Encoding,
+        send: Callable[[Frame], None],
+        place: Callable[[], Place | None],
+        shelf: Shelf,
     ) -> None:
         self.room = room
         self.encoding = encoding
         self.place = place
+        self.shelf = shelf
         self.hold: Hold | None = None
         self._send = send
         # Ids that were read and may come again, until the relay has passed the newest transaction among them.

@@ -39,7 +39,7 @@ from realtime_server.errors import (
     Unauthorized,
     UnmatchedTopic,
 )
-from realtime_server.follower import Follower, Hold
+from realtime_server.follower import Follower, Hold, Shelf
 from realtime_server.history import Stored
 from realtime_server.hub import Room
 from realtime_server.limits import Bucket
@@ -81,6 +81,7 @@ class Channel(Follower):
             Encoding(connection.format, config.with_cursor),
             connection.send,
             session.services.place,
+            session.shelf,
         )
         self.session = session
         self.watcher = Watcher(connection)
@@ -152,6 +153,8 @@ class Session:
         self._api_key = api_key
         self._headers = headers
         self._limits = services.limits
+        # Half, so that a client is not too slow only because what was held for it is released.
+        self.shelf = Shelf(services.limits.max_pending_bytes // 2)
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
         self._busy: dict[str, deque[Action]] = {}
@@ -378,7 +381,7 @@ class Session:
             return await self.services.history.newest(channel.room, since, max(1, min(limit, MOST_REPLAYED)))
         except BaseException as error:
             # The client may be gone by now, and its session knows nothing of this channel yet.
-            self.services.broadcasts.unsubscribe(channel.room, channel)
+            self._forget(channel)
             if isinstance(error, RealtimeError):
                 raise UnableToReplay("Realtime was unable to replay messages") from error
             raise
@@ -467,6 +470,8 @@ class Session:
         self.services.broadcasts.unsubscribe(channel.room, channel)
         self.services.watchers.unsubscribe(channel.room, channel.watcher)
         self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
+        if channel.hold is not None:
+            channel.hold.drop()
         if self._channels.get(channel.room.topic) is channel:
             del self._channels[channel.room.topic]
         if not self.has_channels:

@@ -46,7 +46,7 @@ from realtime_server.errors import (
     TooManyUsers,
     TopicNameRequired,
 )
-from realtime_server.follower import Follower, Hold, Message
+from realtime_server.follower import Follower, Hold, Message, Shelf
 from realtime_server.history import Page
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Encoding, Frame, event_frame
@@ -152,7 +152,8 @@ class EventStream:
         self._headers = headers
         self._max_buffered_bytes = max_buffered_bytes
         self._abort = abort
-        self._followers = [_Topic(self, room, services, wish.events) for room in wish.rooms]
+        shelf = Shelf(max_buffered_bytes // 2)
+        self._followers = [_Topic(self, room, services, wish.events, shelf) for room in wish.rooms]
         self._hold: Hold | None = None
         self._is_following = False
         self._is_in_doubt = False
@@ -334,8 +335,10 @@ class EventStream:
 class _Topic(Follower):
     """One topic of a stream, of which it may want some events only."""
 
-    def __init__(self, stream: EventStream, room: Room, services: Services, events: frozenset[str]) -> None:
-        super().__init__(room, Encoding(Format.SSE), stream.send, services.place)
+    def __init__(
+        self, stream: EventStream, room: Room, services: Services, events: frozenset[str], shelf: Shelf
+    ) -> None:
+        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf)
         self._events = events
 
     def deliver(self, message: Message, frame: Frame) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from realtime_server.cursor import Place, Snapshot
-from realtime_server.follower import MOST_HELD, Follower, Hold
+from realtime_server.follower import MOST_HELD, Follower, Hold, Shelf
 from realtime_server.history import Page, Stored
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast, Encoding, Frame
@@ -17,10 +17,11 @@ SSE = Encoding(Format.SSE)
 class Stage:
     """One client in some rooms; the relay is where `xid` says, and transaction `n` wrote message `n`."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, shelf: Shelf | None = None) -> None:
         self.xid = 1
         self.sent: list[str] = []
-        self.rooms = {name: Follower(Room(name, False), SSE, self._send, self.place) for name in names}
+        self.shelf = shelf or Shelf(1_000_000)
+        self.rooms = {name: Follower(Room(name, False), SSE, self._send, self.place, self.shelf) for name in names}
         self.hold = Hold(*self.rooms.values())
 
     def place(self) -> Place:
@@ -28,15 +29,20 @@ class Stage:
 
     def live(self, name: str, number: int) -> None:
         """The relay hands on message `number`."""
-        message = Broadcast(name, "e", b"{}", id=f"{name}{number}")
-        frame = message.encode(SSE)
-        assert frame is not None
+        message, frame = live_message(name, number)
         self.rooms[name].deliver(message, frame)
         self.xid = number + 1
 
     def _send(self, frame: Frame) -> None:
         data = next(line for line in frame.data.split(b"\n") if line.startswith(b"data: "))
         self.sent.append(json.loads(data[6:])["meta"]["id"])
+
+
+def live_message(name: str, number: int) -> tuple[Broadcast, Frame]:
+    message = Broadcast(name, "e", b"{}", id=f"{name}{number}")
+    frame = message.encode(SSE)
+    assert frame is not None
+    return message, frame
 
 
 def page(name: str, *numbers: int) -> Page:
@@ -93,6 +99,36 @@ async def test_more_than_can_be_held_is_read_again_in_every_room() -> None:
     stage.hold.release()
     assert stage.sent == [f"a{number}" for number in range(10, 11 + MOST_HELD)]
     assert reads == [("a", "x"), ("b", "x"), ("a", "behind ()"), ("b", "behind ()")]
+
+
+async def test_bytes_of_all_holds_of_a_client_are_bounded_together() -> None:
+    size = len(live_message("a", 1)[1].data)
+    shelf = Shelf(3 * size)
+    one, other = Stage("a", shelf=shelf), Stage("b", shelf=shelf)
+    one.live("a", 1)
+    one.live("a", 2)
+    other.live("b", 1)
+    assert not one.hold.is_overfull
+    assert not other.hold.is_overfull
+    other.live("b", 2)
+    assert other.hold.is_overfull
+    one.hold.release()
+    assert one.sent == ["a1", "a2"]
+
+    async def read(room: Room, cursor: str) -> Page:
+        # What one has given back, the other may use.
+        if cursor != "x":
+            return page("b", 3)
+        other.live("b", 3)
+        return page("b", 1, 2)
+
+    await other.hold.catch_up("x", read, always)
+    for number in (4, 5, 6):
+        other.live("b", number)
+    assert not other.hold.is_overfull
+    other.hold.release()
+    assert other.sent == ["b1", "b2", "b3", "b4", "b5", "b6"]
+    assert shelf.used_bytes == 0
 
 
 async def test_client_that_is_gone_is_sent_nothing_more() -> None:
