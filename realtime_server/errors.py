@@ -1,7 +1,7 @@
 """Everything that can go wrong by somebody else's doing, in one tree.
 
     RealtimeError
-    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly
+    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding
     ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
     │                       InvalidClaims  Unauthorized
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
@@ -68,6 +68,15 @@ class PrivateOnly(ProtocolError):
 
     def __str__(self) -> str:
         return "This project only allows private channels"
+
+
+class InvalidBinding(ProtocolError):
+    """A subscription to row changes that cannot be: a `system` message with the sentence says why. The channel stays joined."""
+
+    code = "RealtimeDisabledForConfiguration"
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
 
 
 class AuthError(RealtimeError):

@@ -1,0 +1,128 @@
+"""What one element of a join's `postgres_changes` asks for, and the sentences that tell a client why it does not get it.
+
+More is accepted than Supabase Realtime accepts: null counts as absent, a table with a filter needs no schema. Names are compared exactly,
+where Supabase Realtime takes `_` and `%` for wildcards. Source: Supabase Realtime `Extensions.PostgresCdcRls.Subscriptions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from realtime_server.errors import InvalidBinding
+from realtime_server.protocol import filters
+from realtime_server.protocol.filters import Condition
+from realtime_server.protocol.inspection import inspect, printable
+
+Event = Literal["*", "INSERT", "UPDATE", "DELETE"]
+
+ANY: Final = "*"
+# PostgreSQL has no table with more columns.
+MAX_SELECT: Final = 1600
+
+_EVENTS: Final[dict[str, Event]] = {"INSERT": "INSERT", "UPDATE": "UPDATE", "DELETE": "DELETE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """`schema` and `table` are None where any will do, `select` is empty where all columns are wanted.
+
+    `leaves` asks for a message with the key alone when an UPDATE takes a row out of what the binding matches: this server's own.
+    """
+
+    event: Event
+    schema: str | None
+    table: str | None
+    conditions: tuple[Condition, ...] = ()
+    select: tuple[str, ...] = ()
+    leaves: bool = False
+
+
+def parse(params: dict[str, Any]) -> Binding:
+    """Read a binding as the client sent it. Raises: InvalidBinding, with the sentence for the client."""
+    select = _select(params.get("select"))
+    match params.get("schema"), params.get("table"), params.get("filter"):
+        case (str() | None as schema, str(table), str() | None as filter):
+            schema = "public" if schema is None else schema
+        case (str(schema), None, None):
+            table, filter = ANY, None
+        case _:
+            raise InvalidBinding(_no_params(params))
+    conditions = filters.parse(filter or "")
+    if select and ANY in (schema, table):
+        raise InvalidBinding(
+            "Column selection is not supported for wildcard subscriptions. Provide an explicit schema and table name."
+        )
+    binding = Binding(
+        event=_event(params.get("event")),
+        schema=None if schema == ANY else schema,
+        table=None if table == ANY else table,
+        conditions=conditions,
+        select=select,
+        leaves=_flag(params.get("leaves")),
+    )
+    if not _is_text(binding):
+        problem = 'ERROR 22021 (character_not_in_repertoire) invalid byte sequence for encoding "UTF8"'
+        raise InvalidBinding(rejected(binding, problem))
+    return binding
+
+
+def not_published(binding: Binding) -> str:
+    """The sentence for a binding that no table of the publication fits."""
+    return (
+        "Unable to subscribe to changes with given parameters. "
+        f"Please check Realtime is enabled for the given connect parameters: [{_shown(binding)}]"
+    )
+
+
+def rejected(binding: Binding, problem: str) -> str:
+    """The sentence for a binding that the database rejected with `problem`: `ERROR <sqlstate> (<its name>) <message>`."""
+    return (
+        "Unable to subscribe to changes with given parameters. "
+        f"An exception happened so please check your connect parameters: [{_shown(binding)}]. Exception: {printable(problem)}"
+    )
+
+
+def _select(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise InvalidBinding(
+            'Error parsing `select` params: expected a list of column name strings, e.g. select: ["col1", "col2"]'
+        )
+    names = tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
+    if len(names) > MAX_SELECT:
+        raise InvalidBinding(
+            f"Error parsing `select` params: expected at most {MAX_SELECT} column names, got {len(names)}"
+        )
+    return names
+
+
+def _event(value: object) -> Event:
+    return _EVENTS.get(value.upper(), "*") if isinstance(value, str) else "*"
+
+
+def _flag(value: object) -> bool:
+    return value is True or (isinstance(value, str) and value.lower() == "true")
+
+
+def _is_text(binding: Binding) -> bool:
+    """Whether PostgreSQL can take all of it as text: neither NUL nor half of a surrogate pair."""
+    words = [binding.schema or "", binding.table or "", *binding.select]
+    for condition in binding.conditions:
+        words += (condition.column, condition.value)
+    try:
+        return b"\0" not in "".join(words).encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _no_params(params: dict[str, Any]) -> str:
+    shown = "<redacted>" if "user_token" in params or "auth_token" in params else inspect(params)
+    return f"No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {shown}"
+
+
+def _shown(binding: Binding) -> str:
+    conditions = [(one.column, one.operator.value, one.value, one.is_negated) for one in binding.conditions]
+    return (
+        f"event: {binding.event}, schema: {printable(binding.schema or ANY)}, table: {printable(binding.table or ANY)}, "
+        f"filters: {inspect(conditions)}, select: {inspect(list(binding.select) or None)}"
+    )

@@ -1,0 +1,147 @@
+"""What a client's `filter` on row changes says: conditions on columns, all of which must hold.
+
+    filter    = blank | condition *( "," condition )
+    condition = column "=" [ "not." ] operator "." value
+
+Commas inside parentheses and double quotes do not split. A quote opens only directly after `.`, `(` or a comma of a list; anywhere else it
+is text, as in `height=eq.5" tall`. Which columns there are, what their types can do and how long a list for `in` may be is for the
+database to judge. Source: Supabase Realtime `Extensions.PostgresCdcRls.Subscriptions` (filter grammar).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from realtime_server.errors import InvalidBinding
+from realtime_server.protocol.inspection import inspect
+
+# A list of a hundred long texts fits.
+MAX_CHARS: Final = 32_768
+MAX_CONDITIONS: Final = 100
+
+
+class Operator(StrEnum):
+    EQ = "eq"
+    NEQ = "neq"
+    LT = "lt"
+    LTE = "lte"
+    GT = "gt"
+    GTE = "gte"
+    IN = "in"
+    LIKE = "like"
+    ILIKE = "ilike"
+    IS = "is"
+    MATCH = "match"
+    IMATCH = "imatch"
+    ISDISTINCT = "isdistinct"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`value` is text that PostgreSQL casts to the column's type; for `in` an array literal, `{...}`."""
+
+    column: str
+    operator: Operator
+    is_negated: bool
+    value: str
+
+
+def parse(text: str) -> tuple[Condition, ...]:
+    """Read a filter; a blank one has no conditions. Takes time in proportion to its length. Raises: InvalidBinding."""
+    if len(text) > MAX_CHARS:
+        raise _problem(f"expected at most {MAX_CHARS} characters, got {len(text)}")
+    text = text.strip()
+    if not text:
+        return ()
+    conditions: list[Condition] = []
+    for segment in _split(text):
+        if len(conditions) == MAX_CONDITIONS:
+            raise _problem(f"expected at most {MAX_CONDITIONS} conditions")
+        conditions.append(_condition(segment.strip()))
+    return tuple(conditions)
+
+
+def format(conditions: tuple[Condition, ...]) -> str:
+    """The filter that `parse` reads as these conditions. Raises: ValueError when there is none, as for a column with `=` in its name."""
+    text = ",".join(map(_written, conditions))
+    try:
+        is_same = parse(text) == conditions
+    except InvalidBinding:
+        is_same = False
+    if not is_same:
+        raise ValueError("the filter grammar has no words for these conditions")
+    return text
+
+
+_MARK: Final = re.compile(r'[(),"]')
+# Up to the closing quote, or to the end where there is none; a backslash takes the next character with it.
+_QUOTED: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_WHOLLY_QUOTED: Final = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
+_ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
+_PLAIN: Final = re.compile(r"[\w.:+%*/@-]+")
+
+
+def _split(text: str) -> Iterator[str]:
+    start = at = depth = 0
+    while mark := _MARK.search(text, at):
+        at = mark.end()
+        match mark[0]:
+            case "(":
+                depth += 1
+            case ")":
+                depth = max(0, depth - 1)
+            case "," if depth == 0:
+                yield text[start : mark.start()]
+                start = at
+            case '"' if mark.start() > start and text[mark.start() - 1] in ".(,":
+                quoted = _QUOTED.match(text, mark.start())
+                assert quoted is not None, "it starts with the quote"
+                at = quoted.end()
+    yield text[start:]
+
+
+def _condition(segment: str) -> Condition:
+    if not segment:
+        raise _problem("filter must not contain empty segments (check for extra commas)")
+    column, sign, rest = segment.partition("=")
+    if not sign:
+        raise _problem(inspect([segment]))
+    is_negated = rest.startswith("not.")
+    rest = rest.removeprefix("not.")
+    name, dot, value = rest.partition(".")
+    if not dot:
+        raise _problem(inspect([rest]))
+    try:
+        operator = Operator(name)
+    except ValueError:
+        raise _problem(inspect([name, value])) from None
+    return Condition(column, operator, is_negated, _list(value) if operator is Operator.IN else _unquoted(value))
+
+
+def _list(value: str) -> str:
+    if len(value) < 2 or value[0] != "(" or value[-1] != ")":
+        raise _problem("`in` filter value must be wrapped by parentheses")
+    return "{" + value[1:-1] + "}"
+
+
+def _unquoted(value: str) -> str:
+    quoted = _WHOLLY_QUOTED.fullmatch(value)
+    return value if quoted is None else _ESCAPED.sub(r"\1", quoted[1])
+
+
+def _written(condition: Condition) -> str:
+    negation = "not." if condition.is_negated else ""
+    value = condition.value
+    if condition.operator is Operator.IN:
+        value = f"({value[1:-1]})"
+    elif not _PLAIN.fullmatch(value):
+        value = '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    return f"{condition.column}={negation}{condition.operator}.{value}"
+
+
+def _problem(detail: str) -> InvalidBinding:
+    return InvalidBinding(f"Error parsing `filter` params: {detail}")

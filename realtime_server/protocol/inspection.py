@@ -1,0 +1,85 @@
+"""Values from clients as Elixir's `inspect` shows them: sentences of Supabase Realtime contain them, and applications compare sentences.
+
+What comes out can be sent as JSON and logged, whatever went in: characters that cannot be printed are escaped, and the length is bounded.
+Numbers are shown as Python shows them. Source: Elixir, protocol Inspect (BitString, List, Map, Tuple).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+MAX_CHARS: Final = 1000
+_MAX_DEPTH: Final = 8
+_MAX_INTEGER_BITS: Final = 1024
+
+_SPECIAL: Final = re.compile(r'["\\]|#(?=\{)')
+_NAMED: Final = {
+    "\0": r"\0",
+    "\a": r"\a",
+    "\b": r"\b",
+    "\t": r"\t",
+    "\n": r"\n",
+    "\v": r"\v",
+    "\f": r"\f",
+    "\r": r"\r",
+    "\x1b": r"\e",
+    "\x7f": r"\d",
+}
+
+
+def inspect(value: object) -> str:
+    """`value` (None, boolean, number, string, list, tuple, mapping) in at most MAX_CHARS characters, and `...` where more would follow."""
+    text = ""
+    for piece in _pieces(value, 0):
+        text += piece
+        if len(text) > MAX_CHARS:
+            return text[:MAX_CHARS] + "..."
+    return text
+
+
+def printable(text: str) -> str:
+    """`text` without quotes; what cannot be printed is escaped, and what is too long cut off."""
+    shown = _escaped(text[: MAX_CHARS + 1])
+    return shown if len(shown) <= MAX_CHARS else shown[:MAX_CHARS] + "..."
+
+
+def _pieces(value: object, depth: int) -> Iterator[str]:
+    match value:
+        case None:
+            yield "nil"
+        case bool():
+            yield "true" if value else "false"
+        case str():
+            # What is cut off here would be cut off by the bound of the whole.
+            yield '"' + _escaped(_SPECIAL.sub(r"\\\g<0>", value[: MAX_CHARS + 1])) + '"'
+        case int() if value.bit_length() > _MAX_INTEGER_BITS:
+            yield "..."
+        case int() | float():
+            yield str(value)
+        case _ if depth == _MAX_DEPTH:
+            yield "..."
+        case list() | tuple():
+            opening, closing = "[]" if isinstance(value, list) else "{}"
+            yield opening
+            for position, item in enumerate(value):
+                yield ", " if position else ""
+                yield from _pieces(item, depth + 1)
+            yield closing
+        case dict():
+            yield "%{"
+            for position, key in enumerate(sorted(value)):
+                yield ", " if position else ""
+                yield from _pieces(key, depth + 1)
+                yield " => "
+                yield from _pieces(value[key], depth + 1)
+            yield "}"
+        case _:
+            yield "..."
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _NAMED.get(char) or f"\\x{{{ord(char):X}}}" for char in text)
