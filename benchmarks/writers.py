@@ -25,7 +25,7 @@ from setup import fresh_database, show
 from realtime_server.cursor import Place
 from realtime_server.database import Target
 from realtime_server.embedded import bundled_bin
-from realtime_server.relay import Relay, Row
+from realtime_server.relay import MESSAGES, Relay, Row
 from tests.fix_database import TestDatabase
 
 INSERT = "insert into realtime.messages (topic, extension, event, payload) values ('t', 'broadcast', 'e', '{\"filler\": \"%s\"}');\n"
@@ -35,6 +35,9 @@ NOTIFY = "select pg_notify('other', '');\n"
 class Nobody:
     def row(self, row: Row, behind: Place) -> None:
         """Nobody listens: what is measured is the reading."""
+
+    async def ready(self) -> None:
+        await asyncio.sleep(0)
 
     def gap(self, oldest: str) -> None:
         raise AssertionError(oldest)
@@ -47,7 +50,7 @@ def relay(database: TestDatabase) -> Iterator[None]:
     task: list[asyncio.Task[None]] = []
 
     def run() -> None:
-        task.append(loop.create_task(Relay(Target(database.url), timeout_s=5).run(Nobody())))
+        task.append(loop.create_task(Relay(Target(database.url), MESSAGES, name="relay", timeout_s=5).run(Nobody())))
         with suppress(asyncio.CancelledError):
             loop.run_until_complete(task[0])
 

@@ -41,7 +41,7 @@ from realtime_server.hub import Hub
 from realtime_server.limits import Rate
 from realtime_server.metrics import Metrics
 from realtime_server.presence import Presence
-from realtime_server.relay import Relay
+from realtime_server.relay import MESSAGES, Relay
 from realtime_server.roster import Roster
 from realtime_server.services import Authorize, Limits, Rates, Services, Verify
 from realtime_server.tokens import Tokens
@@ -81,7 +81,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         timeout_s=HISTORY_TIMEOUT_S,
         statement_timeout_s=HISTORY_TIMEOUT_S,
     )
-    relay = Relay(target, timeout_s=settings.database_timeout_s)
+    relay = Relay(target, MESSAGES, name="relay", timeout_s=settings.database_timeout_s)
     roster = Roster(pool)
     metrics = Metrics(__version__)
     services = _services(
@@ -89,7 +89,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         metrics=metrics,
         verify=tokens.verify,
         authorize=authorization.authorize,
-        history=History(history_pool),
+        # Half, so that a client is not too slow only because one page of what it missed is sent to it.
+        history=History(history_pool, page_bytes=settings.max_buffered_bytes // 2),
         roster=roster,
         place=lambda: relay.place,
     )

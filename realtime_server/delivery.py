@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 
 from realtime_server.cursor import Place
@@ -27,6 +29,10 @@ class Delivery:
                 self._broadcast(row, behind)
             case "revalidate":
                 self._revalidate(row)
+
+    async def ready(self) -> None:
+        # Rows that are here already would keep the loop to themselves, and no frame would leave.
+        await asyncio.sleep(0)
 
     def gap(self, oldest: str) -> None:
         problem = "gap: the database was restored or promoted, or away for longer than messages are kept"

@@ -1,4 +1,6 @@
-"""Database to hub: what became visible in `realtime.messages` since the last read, in order, none twice, none skipped.
+"""Out of the database: what became visible in an outbox since the last read, in order, none twice, none skipped.
+
+There are two outboxes: `MESSAGES`, and `CHANGES`, which the capture triggers write to.
 
 **The position is a snapshot.** Each read returns the rows that were not visible in the last snapshot and are visible now, and the snapshot
 to go on from. Transactions that commit out of order, run for hours or roll back need no special care. Primary only: the snapshot of a
@@ -23,7 +25,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Final, LiteralString, NamedTuple, Protocol
+from typing import Any, Final, Generic, LiteralString, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
@@ -32,8 +34,6 @@ from realtime_server import database
 from realtime_server.cursor import Place, Snapshot
 from realtime_server.database import Database, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
-
-NOTIFY_CHANNEL: Final = "realtime"
 
 # Awake: the pause between reads is the latency under load. It grows while nothing comes, until the relay falls asleep.
 SHORTEST_PAUSE_S: Final = 0.004
@@ -48,7 +48,6 @@ SETTLE_S: Final = 0.5
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
 ROWS_AT_ONCE: Final = 500
-READ: Final = "select * from realtime.messages_since(%s::pg_snapshot)"
 
 log = structlog.get_logger()
 
@@ -66,11 +65,57 @@ class Row(NamedTuple):
     binary_payload: bytes | None
 
 
-class Receiver(Protocol):
-    """What the relay hands on to; its methods must neither wait nor raise."""
+class ChangeRow(NamedTuple):
+    """One captured row change. `record` and `old_record` are jsonb text; `changed_at` seconds since 1970."""
 
-    def row(self, row: Row, behind: Place) -> None:
-        """One row, and the place right behind it."""
+    seq: int
+    relation: int
+    action: str
+    changed_at: float
+    record: str | None
+    old_record: str | None
+
+
+R = TypeVar("R", Row, ChangeRow)
+R_contra = TypeVar("R_contra", contravariant=True)
+
+
+class Outbox(NamedTuple, Generic[R]):
+    """A table that transactions write to, with its statements. `begin` tells the life, the snapshot, the highest sequence number, the
+    oldest cursor and the highest transaction id that was dropped."""
+
+    row: type[R]
+    listen: LiteralString
+    read: LiteralString
+    doorbell: LiteralString
+    begin: LiteralString
+
+
+MESSAGES: Final = Outbox(
+    Row,
+    listen="listen realtime",
+    read="select * from realtime.messages_since(%s::pg_snapshot)",
+    doorbell="realtime.doorbell_key()",
+    begin="select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
+    " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
+)
+CHANGES: Final = Outbox(
+    ChangeRow,
+    listen="listen realtime_changes",
+    read="select * from realtime.changes_since(%s::pg_snapshot)",
+    doorbell="realtime.change_doorbell_key()",
+    begin="select realtime.life(), pg_current_snapshot()::text, 0::bigint, '', realtime.dropped_change_xid()::text::bigint",
+)
+
+
+class Receiver(Protocol[R_contra]):
+    """What the relay hands on to; its methods must not raise."""
+
+    def row(self, row: R_contra, behind: Place) -> None:
+        """One row, and the place right behind it. Must not wait."""
+
+    async def ready(self) -> None:
+        """Wait until more may come. Asked after each piece of what was read."""
 
     def gap(self, oldest: str) -> None:
         """Rows are missing here: the database has begun another life, or was away for longer than rows are kept.
@@ -79,11 +124,13 @@ class Receiver(Protocol):
         """
 
 
-class Relay:
-    """Reads for one process."""
+class Relay(Generic[R]):
+    """Reads one outbox for one process. `name` shows in pg_stat_activity."""
 
-    def __init__(self, target: Target, *, timeout_s: float) -> None:
+    def __init__(self, target: Target, outbox: Outbox[R], *, name: str, timeout_s: float) -> None:
         self._target = target
+        self._outbox: Outbox[R] = outbox
+        self._name = name
         self._timeout_s = timeout_s
         self._life = ""
         self._position: Snapshot | None = None
@@ -100,13 +147,13 @@ class Relay:
         self.is_ready = False
         self.is_asleep = False
 
-    async def run(self, receiver: Receiver) -> None:
+    async def run(self, receiver: Receiver[R]) -> None:
         """Relay until cancelled, through any loss of the database."""
-        self._receiver = receiver
+        self._receiver: Receiver[R] = receiver
         backoff_s = SHORTEST_BACKOFF_S
         while True:
             try:
-                reader = await database.connect(self._target, name="relay", timeout_s=self._timeout_s)
+                reader = await database.connect(self._target, name=self._name, timeout_s=self._timeout_s)
                 async with reader:
                     with database.errors():
                         await self._begin(reader)
@@ -126,15 +173,11 @@ class Relay:
     async def _begin(self, reader: Database) -> None:
         """Listen, and only then take up the position: between the two nothing can pass unheard."""
         if not self._target.is_pooled:
-            await reader.execute(f"listen {NOTIFY_CHANNEL}")
+            await reader.execute(self._outbox.listen)
             # The read is always by the index on xid, so one plan serves for ever, however the table grows.
             await reader.execute("set enable_seqscan = off")
             await reader.execute("set plan_cache_mode = force_generic_plan")
-        life, snapshot, seq, oldest, dropped_xid = await _row(
-            reader,
-            "select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
-            " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
-        )
+        life, snapshot, seq, oldest, dropped_xid = await _row(reader, self._outbox.begin)
         self._next_durable = None
         if life == self._life and self._position is not None and self._position.xmin > dropped_xid:
             self._position = self._durable
@@ -185,19 +228,20 @@ class Relay:
     @contextlib.asynccontextmanager
     async def _doorbell(self, reader: Database) -> AsyncIterator[None]:
         """Hold the doorbell lock; where another relay sleeps with it, stand in the queue for it on a connection of its own."""
-        if await _scalar(reader, "select pg_try_advisory_lock(realtime.doorbell_key())"):
+        key = self._outbox.doorbell
+        if await _scalar(reader, f"select pg_try_advisory_lock({key})"):
             # On the listening connection, so that neither is lost without the other.
             try:
                 yield
             finally:
                 if not reader.closed:
-                    await reader.execute("select pg_advisory_unlock(realtime.doorbell_key())")
+                    await reader.execute(f"select pg_advisory_unlock({key})")
             return
-        queue = await database.connect(self._target, name="doorbell", timeout_s=self._timeout_s)
+        queue = await database.connect(self._target, name=f"{self._name} doorbell", timeout_s=self._timeout_s)
         async with queue:
-            waiting = asyncio.create_task(_scalar(queue, "select pg_advisory_lock(realtime.doorbell_key())"))
+            waiting = asyncio.create_task(_scalar(queue, f"select pg_advisory_lock({key})"))
             try:
-                while not await _scalar(reader, "select realtime.doorbell_is_held(%s)", queue.info.backend_pid):
+                while not await _scalar(reader, f"select realtime.doorbell_is_held(%s, {key})", queue.info.backend_pid):
                     if waiting.done():
                         await waiting
                     await asyncio.sleep(SHORTEST_PAUSE_S)
@@ -261,11 +305,12 @@ class Relay:
         assert self._position is not None, "the position is set when connected"
         since = self._position
         # Nearly all reads are short, and a prepared statement costs a sixth of what streaming the same costs, which is planned each time.
-        cursor = await reader.execute(f"{READ} limit %s", (since.text, ROWS_AT_ONCE + 1))
+        cursor = await reader.execute(f"{self._outbox.read} limit %s", (since.text, ROWS_AT_ONCE + 1))
         first, *rows = await cursor.fetchall()
         if len(rows) < ROWS_AT_ONCE:
             until = Snapshot.parse(first[-1])
             self._take(rows, until)
+            await self._receiver.ready()
             self._arrive(until)
             return len(rows)
         return await self._read_long(reader, since)
@@ -273,7 +318,7 @@ class Relay:
     async def _read_long(self, reader: Database, since: Snapshot) -> int:
         count, until, rows = 0, since, []
         async with reader.cursor() as cursor:
-            async for row in cursor.stream(READ, (since.text,), size=ROWS_AT_ONCE):
+            async for row in cursor.stream(self._outbox.read, (since.text,), size=ROWS_AT_ONCE):
                 if row[-1] is not None:
                     until = Snapshot.parse(row[-1])
                     continue
@@ -282,16 +327,16 @@ class Relay:
                 if len(rows) == ROWS_AT_ONCE:
                     self._take(rows, until)
                     rows = []
-                    # Rows that are here already would keep the loop to themselves, and no frame would leave.
-                    await asyncio.sleep(0)
+                    await self._receiver.ready()
         self._take(rows, until)
+        await self._receiver.ready()
         self._arrive(until)
         return count
 
     def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
         assert self._durable is not None, "set together with the position"
         for fields in rows:
-            row = Row(*fields[:-1])
+            row = self._outbox.row(*fields[:-1])
             if row.seq not in self._handed_on:
                 self._hand_on(row, Place(self._life, self._durable, until, row.seq))
 
@@ -300,7 +345,7 @@ class Relay:
         self._position = until
         self.place = Place(self._life, self._durable, until, self._last_seq)
 
-    def _hand_on(self, row: Row, behind: Place) -> None:
+    def _hand_on(self, row: R, behind: Place) -> None:
         self._handed_on.add(row.seq)
         self._handed_on_next.add(row.seq)
         self._last_seq = max(self._last_seq, row.seq)

@@ -37,7 +37,7 @@ create or replace trigger ring_doorbell
     execute function realtime.ring_doorbell();
 comment on trigger ring_doorbell on realtime.messages is 'Wakes the relay at commit if it sleeps.';
 
-create or replace function realtime.doorbell_is_held(backend integer)
+create or replace function realtime.doorbell_is_held(backend integer, key bigint)
 returns boolean
 language sql
 volatile
@@ -47,16 +47,16 @@ as $$
         from pg_catalog.pg_locks
         where locktype = 'advisory'
             and database = (select oid from pg_catalog.pg_database where datname = current_database())
-            and classid::bigint = realtime.doorbell_key() >> 32
-            and objid::bigint = realtime.doorbell_key() & 4294967295
+            and classid::bigint = key >> 32
+            and objid::bigint = key & 4294967295
             and objsubid = 1
             and mode = 'ExclusiveLock'
             and pid = backend
     )
 $$;
-comment on function realtime.doorbell_is_held(integer) is
-    'Whether this backend holds the doorbell lock or stands in the queue for it; in both cases writers ring.';
-revoke all on function realtime.doorbell_is_held(integer) from public;
+comment on function realtime.doorbell_is_held(integer, bigint) is
+    'Whether this backend holds the lock of a doorbell or stands in the queue for it; in both cases writers ring.';
+revoke all on function realtime.doorbell_is_held(integer, bigint) from public;
 
 -- Exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is compared.
 -- Two branches, so that each uses the index on xid. The bound at the top hides transaction ids of another cluster's counter (a restored

@@ -14,6 +14,8 @@ create table realtime.stream (
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
     dropped_in_life text not null default '',
+    dropped_change_xid xid8 not null default '0',
+    dropped_change_in_life text not null default '',
     constraint stream_only_row check (only_row)
 );
 comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
@@ -21,5 +23,7 @@ comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
 comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+comment on column realtime.stream.dropped_change_xid is 'The same for captured row changes.';
+comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;

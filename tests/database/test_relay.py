@@ -17,7 +17,7 @@ import pytest
 
 from realtime_server.cursor import Place
 from realtime_server.database import Target
-from realtime_server.relay import Relay, Row
+from realtime_server.relay import MESSAGES, Relay, Row
 from tests.fix_database import Cluster, TestDatabase
 
 WRITERS = 20
@@ -34,6 +34,9 @@ class Received:
 
     def row(self, row: Row, behind: Place) -> None:
         self.rows.append(row)
+
+    async def ready(self) -> None:
+        await asyncio.sleep(0)
 
     def gap(self, oldest: str) -> None:
         raise AssertionError("there is no gap")
@@ -54,7 +57,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 @asynccontextmanager
 async def running(ledger: Ledger, received: Received) -> AsyncIterator[Relay]:
-    relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), timeout_s=5)
+    relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), MESSAGES, name="relay", timeout_s=5)
     task = asyncio.create_task(relay.run(received))
     try:
         await until(lambda: relay.is_ready, "the relay to be ready")

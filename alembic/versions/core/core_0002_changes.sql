@@ -1,0 +1,2104 @@
+-- Row changes: which tables tell theirs, and the outbox of the triggers that capture them.
+
+-- A table emits changes if and only if it is in this publication; where it exists already, it belongs to whoever made it.
+do $$
+begin
+    if not exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
+        create publication supabase_realtime;
+        comment on publication supabase_realtime is 'Tables whose row changes clients may subscribe to.';
+    end if;
+end
+$$;
+
+create sequence realtime.changes_seq as bigint;
+comment on sequence realtime.changes_seq is 'Order of writing. Cache must stay 1, or order between sessions is lost.';
+
+create table realtime.changes (
+    seq bigint not null default nextval('realtime.changes_seq'),
+    xid xid8 not null default pg_current_xact_id(),
+    relation oid not null,
+    action text not null,
+    changed_at timestamptz not null default clock_timestamp(),
+    record jsonb,
+    old_record jsonb
+);
+alter sequence realtime.changes_seq owned by realtime.changes.seq;
+
+comment on table realtime.changes is 'Captured row changes, for the servers only, kept for an hour. Empty where the servers read the log instead.';
+comment on column realtime.changes.seq is 'Order of writing.';
+comment on column realtime.changes.xid is 'Transaction that wrote the row: the servers read by it.';
+comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
+comment on column realtime.changes.action is 'INSERT, UPDATE or DELETE.';
+comment on column realtime.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
+comment on column realtime.changes.record is 'The new row; null for DELETE.';
+comment on column realtime.changes.old_record is 'The old row; null for INSERT.';
+
+create index changes_xid_idx on realtime.changes (xid);
+alter table realtime.changes enable row level security;  -- no policies: for its owner only
+
+-- How far back captured changes reach.
+alter table realtime.stream
+    add column dropped_change_xid xid8 not null default '0',
+    add column dropped_change_in_life text not null default '';
+comment on column realtime.stream.dropped_change_xid is 'The same for captured row changes.';
+comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
+
+-- Which doorbell is an argument now.
+drop function realtime.doorbell_is_held(integer);
+
+-- What policies ask: who is calling, and about which topic.
+
+create or replace function realtime.topic()
+returns text
+language sql
+stable
+as $$
+    select nullif(pg_catalog.current_setting('realtime.topic', true), '')
+$$;
+comment on function realtime.topic() is 'Topic being joined or sent to; null outside of realtime. For policies on realtime.messages.';
+
+-- The helpers of schema auth belong to whoever brought them; only what is missing is made.
+do $$
+begin
+    if to_regnamespace('auth') is null then
+        create schema auth;
+        comment on schema auth is 'Who is calling, read from the claims of the current request.';
+        grant usage on schema auth to anon, authenticated, service_role;
+    end if;
+
+    if to_regprocedure('auth.jwt()') is null then
+        create function auth.jwt()
+        returns jsonb
+        language sql
+        stable
+        as $f$
+            select nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb
+        $f$;
+        comment on function auth.jwt() is 'All claims of the current request; null when there is none.';
+    end if;
+
+    if to_regprocedure('auth.uid()') is null then
+        create function auth.uid()
+        returns uuid
+        language sql
+        stable
+        as $f$
+            select coalesce(
+                nullif(pg_catalog.current_setting('request.jwt.claim.sub', true), ''),
+                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+            )::uuid
+        $f$;
+        comment on function auth.uid() is 'Claim "sub" of the current request; null when there is none.';
+    end if;
+
+    if to_regprocedure('auth.role()') is null then
+        create function auth.role()
+        returns text
+        language sql
+        stable
+        as $f$
+            select coalesce(
+                nullif(pg_catalog.current_setting('request.jwt.claim.role', true), ''),
+                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'role'
+            )
+        $f$;
+        comment on function auth.role() is 'Claim "role" of the current request; null when there is none.';
+    end if;
+end
+$$;
+
+-- Writing messages: called by applications, by their triggers and in psql, with the caller's rights.
+-- No SET clause on these: the caller's policies and triggers run inside, and would see it. So every name is qualified.
+
+create or replace function realtime.write_message(
+    message_topic text,
+    message_event text,
+    message_payload jsonb,
+    message_binary_payload bytea,
+    message_private boolean
+)
+returns void
+language plpgsql
+volatile
+as $$
+declare
+    v_id uuid := pg_catalog.gen_random_uuid();
+    v_topic_before text := pg_catalog.current_setting('realtime.topic', true);
+begin
+    if message_topic is null or message_topic = '' or pg_catalog.octet_length(message_topic) > 255 then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'topic must have 1 to 255 bytes',
+            hint = 'Give the name that clients join, without "realtime:" in front.';
+    elsif message_binary_payload is not null and pg_catalog.octet_length(message_topic) > 246 then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'topic of a binary message must have at most 246 bytes',
+            hint = 'Longer names do not fit into the frames that carry bytes.';
+    elsif message_event is null or message_event = '' or pg_catalog.octet_length(message_event) > 255 then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'event must have 1 to 255 bytes',
+            hint = 'Give the event name that clients listen to.';
+    elsif message_private is null then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'private must be true or false',
+            hint = 'Public and private topics of one name are different rooms.';
+    elsif message_payload is null and message_binary_payload is null then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'payload must not be null',
+            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
+    elsif pg_catalog.jsonb_typeof(message_payload) <> 'object' then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'payload must be a JSON object',
+            hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
+    end if;
+
+    if message_payload is not null and not message_payload ? 'id' then
+        message_payload := pg_catalog.jsonb_set(message_payload, '{id}', pg_catalog.to_jsonb(v_id));
+    end if;
+
+    -- INSERT policies may ask realtime.topic().
+    perform pg_catalog.set_config('realtime.topic', message_topic, true);
+    insert into realtime.messages (id, topic, event, payload, binary_payload, private, extension)
+    values (v_id, message_topic, message_event, message_payload, message_binary_payload, message_private, 'broadcast');
+    perform pg_catalog.set_config('realtime.topic', coalesce(v_topic_before, ''), true);
+end
+$$;
+comment on function realtime.write_message(text, text, jsonb, bytea, boolean) is
+    'Checks and writes one message. Internal: call realtime.send or realtime.send_binary.';
+
+create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+    if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
+        begin
+            perform realtime.write_message(topic, event, payload, null, private);
+        exception when others then
+            raise warning 'message not sent: %', sqlerrm using errcode = sqlstate;
+        end;
+    else
+        -- No exception block: each one that writes costs a transaction id.
+        perform realtime.write_message(topic, event, payload, null, private);
+    end if;
+end
+$$;
+comment on function realtime.send(jsonb, text, text, boolean) is
+    'Sends a JSON object to a topic at commit. Adds the key "id" where absent. Raises when the message cannot be written; '
+    'after "set realtime.send_errors = ''warning''" it warns instead and goes on.';
+
+create or replace function realtime.send_binary(payload bytea, event text, topic text, private boolean default true)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+    if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
+        begin
+            perform realtime.write_message(topic, event, null, payload, private);
+        exception when others then
+            raise warning 'message not sent: %', sqlerrm using errcode = sqlstate;
+        end;
+    else
+        perform realtime.write_message(topic, event, null, payload, private);
+    end if;
+end
+$$;
+comment on function realtime.send_binary(bytea, text, text, boolean) is
+    'Sends bytes to a topic at commit; clients of protocol 1.0.0 do not get them. Raises as realtime.send does.';
+
+create or replace function realtime.broadcast_changes(
+    topic_name text,
+    event_name text,
+    operation text,
+    table_name text,
+    table_schema text,
+    new record,
+    old record,
+    level text default 'ROW'
+)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+    if level is distinct from 'ROW' then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'broadcast_changes works in row-level triggers only',
+            hint = 'Create the trigger with "for each row".';
+    elsif operation is null or operation not in ('INSERT', 'UPDATE', 'DELETE') then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = pg_catalog.format('operation must be INSERT, UPDATE or DELETE, not %L', operation),
+            hint = 'Pass TG_OP.';
+    end if;
+    perform realtime.send(
+        pg_catalog.jsonb_build_object(
+            'schema', table_schema,
+            'table', table_name,
+            'operation', operation,
+            'record', new,
+            'old_record', old
+        ),
+        event_name,
+        topic_name
+    );
+end
+$$;
+comment on function realtime.broadcast_changes(text, text, text, text, text, record, record, text) is
+    'Sends a changed row to a private topic; for row-level triggers: broadcast_changes(topic, TG_OP, TG_OP, TG_TABLE_NAME, TG_TABLE_SCHEMA, NEW, OLD).';
+
+-- Who may write may choose the time, because tools do, but no other day: a row that is dropped early would be a gap for everybody. The probe's
+-- time is allowed as well. And what is for the servers, clients do not write.
+drop policy if exists writers_keep_to_their_day on realtime.messages;
+create policy writers_keep_to_their_day on realtime.messages
+    as restrictive
+    for insert
+    to public
+    with check (
+        extension in ('broadcast', 'presence')
+        and (
+            inserted_at between (now() at time zone 'utc') - interval '1 day' and (now() at time zone 'utc') + interval '1 day'
+            or inserted_at = '1970-01-01'
+        )
+    );
+
+-- A server without BYPASSRLS for service_role is served as well.
+drop policy if exists service_role_may_do_everything on realtime.messages;
+create policy service_role_may_do_everything on realtime.messages
+    for all
+    to service_role
+    using (true)
+    with check (true);
+
+-- Who may join a private topic and send to it: asked of PostgreSQL itself, under the client's role and claims.
+-- Called by the server only. SECURITY INVOKER, because a definer may not change its role.
+
+-- A write is allowed when the row passes the INSERT policies: these are checked before NOT NULL, so an insert that breaks
+-- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no garbage. (The default of
+-- column xid takes one transaction id a call, and that of seq a number.)
+-- RETURNING adds the SELECT policies to the same question. Only where writing is denied is a real row needed to ask for reading;
+-- it goes to an unlogged partition and is rolled back.
+create or replace function realtime.authorize(
+    topic text,
+    role text,
+    claims jsonb,
+    headers jsonb default '{}',
+    extensions text[] default array['broadcast', 'presence']
+)
+returns table (extension text, can_read boolean, can_write boolean, problem text)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    c_probe_time constant timestamp := '1970-01-01';
+    v_id uuid := pg_catalog.gen_random_uuid();
+    v_passed boolean;
+    v_is_done boolean;
+    v_table text;
+begin
+    foreach extension in array extensions loop
+        can_read := null;
+        can_write := false;
+        problem := null;
+        v_is_done := false;
+        begin
+            -- To set_config these mean "as the session's own role", which row-level security does not bind.
+            if coalesce(authorize.role, 'none') = 'none' then
+                raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+            end if;
+            perform
+                pg_catalog.set_config('realtime.topic', authorize.topic, true),
+                pg_catalog.set_config('request.jwt.claims', claims::text, true),
+                pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
+                pg_catalog.set_config('request.jwt.claim.role', authorize.role, true),
+                pg_catalog.set_config('request.headers', headers::text, true),
+                pg_catalog.set_config('role', authorize.role, true);
+
+            -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
+            -- our own RT000 from one that a policy raises, the table our own broken NOT NULL from one that a policy ran into.
+            v_passed := false;
+            begin
+                insert into realtime.messages (topic, extension, updated_at, inserted_at)
+                values (authorize.topic, authorize.extension, null, c_probe_time);
+                v_passed := true;
+                raise exception using errcode = 'RT000';
+            exception
+                when not_null_violation then
+                    get stacked diagnostics v_table = table_name;
+                    if v_table <> 'messages_probe' then
+                        raise;
+                    end if;
+                    can_write := true;
+                when insufficient_privilege then
+                    null;
+                when sqlstate 'RT000' then
+                    if not v_passed then
+                        raise;
+                    end if;
+                    can_write := true;
+            end;
+
+            if can_write then
+                v_passed := false;
+                begin
+                    insert into realtime.messages (topic, extension, updated_at, inserted_at)
+                    values (authorize.topic, authorize.extension, null, c_probe_time)
+                    returning id is not null into can_read;
+                    v_passed := true;
+                    raise exception using errcode = 'RT000';
+                exception
+                    when not_null_violation then
+                        get stacked diagnostics v_table = table_name;
+                        if v_table <> 'messages_probe' then
+                            raise;
+                        end if;
+                        can_read := true;
+                    when insufficient_privilege then
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
+                end;
+            end if;
+
+            if can_read is null then
+                v_passed := false;
+                begin
+                    perform pg_catalog.set_config('role', 'none', true);
+                    insert into realtime.messages (id, topic, extension, inserted_at)
+                    values (v_id, authorize.topic, authorize.extension, c_probe_time);
+                    perform pg_catalog.set_config('role', authorize.role, true);
+                    select count(*) > 0 into can_read from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    v_passed := true;
+                    raise exception using errcode = 'RT000';
+                exception
+                    when insufficient_privilege then
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
+                end;
+            end if;
+
+            -- Takes role and settings back, whatever they were.
+            v_is_done := true;
+            raise exception using errcode = 'RT000';
+        exception when others then
+            -- A policy that raises, a role that does not exist: this question alone is answered "no".
+            if not v_is_done then
+                can_read := false;
+                can_write := false;
+                problem := sqlstate || ': ' || sqlerrm;
+            end if;
+        end;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
+    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated; then nothing is allowed.';
+revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
+
+create or replace function realtime.authorize_batch(topics text[], roles text[], claims jsonb[], headers jsonb[])
+returns table (question bigint, extension text, can_read boolean, can_write boolean, problem text)
+language sql
+volatile
+as $$
+    select asked.question, answer.extension, answer.can_read, answer.can_write, answer.problem
+    from unnest(topics, roles, claims, headers) with ordinality as asked (topic, role, claims, headers, question)
+    cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer
+$$;
+comment on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) is
+    'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
+revoke all on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;
+
+-- What the relay reads, and how it is woken. Called by the server only.
+
+create or replace function realtime.doorbell_key()
+returns bigint
+language sql
+immutable
+as $$
+    select 7237125663275445356  -- 'doorbell' as ASCII digits of a bigint; any fixed number would do
+$$;
+comment on function realtime.doorbell_key() is 'Advisory lock that a relay holds while it sleeps.';
+
+-- Writers ask in passing whether a relay sleeps (it then holds the lock exclusively) and ring only then: NOTIFY in every transaction
+-- would put all commits of the database behind one lock.
+create or replace function realtime.ring_doorbell()
+returns trigger
+language plpgsql
+volatile
+as $$
+begin
+    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+        -- For transactions that are to be prepared: PREPARE TRANSACTION refuses those that notify.
+        return null;
+    elsif pg_catalog.pg_try_advisory_lock_shared(realtime.doorbell_key()) then
+        perform pg_catalog.pg_advisory_unlock_shared(realtime.doorbell_key());
+    else
+        perform pg_catalog.pg_notify('realtime', '');
+    end if;
+    return null;
+end
+$$;
+comment on function realtime.ring_doorbell() is
+    'Wakes the relay at commit if it sleeps. "set local realtime.doorbell = ''off''" keeps it silent, for PREPARE TRANSACTION; the relay then finds the messages within seconds.';
+
+create or replace trigger ring_doorbell
+    after insert on realtime.messages
+    for each statement
+    execute function realtime.ring_doorbell();
+comment on trigger ring_doorbell on realtime.messages is 'Wakes the relay at commit if it sleeps.';
+
+create or replace function realtime.doorbell_is_held(backend integer, key bigint)
+returns boolean
+language sql
+volatile
+as $$
+    select exists (
+        select
+        from pg_catalog.pg_locks
+        where locktype = 'advisory'
+            and database = (select oid from pg_catalog.pg_database where datname = current_database())
+            and classid::bigint = key >> 32
+            and objid::bigint = key & 4294967295
+            and objsubid = 1
+            and mode = 'ExclusiveLock'
+            and pid = backend
+    )
+$$;
+comment on function realtime.doorbell_is_held(integer, bigint) is
+    'Whether this backend holds the lock of a doorbell or stands in the queue for it; in both cases writers ring.';
+revoke all on function realtime.doorbell_is_held(integer, bigint) from public;
+
+-- Exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is compared.
+-- Two branches, so that each uses the index on xid. The bound at the top hides transaction ids of another cluster's counter (a restored
+-- dump). One row without a message always comes first and carries the new position.
+create or replace function realtime.messages_since("position" pg_snapshot)
+returns table (
+    seq bigint,
+    id uuid,
+    topic text,
+    extension text,
+    event text,
+    private boolean,
+    payload text,
+    binary_payload bytea,
+    snapshot text
+)
+language sql
+stable
+as $$
+    with current as materialized (
+        select pg_catalog.pg_current_snapshot() as snapshot
+    ),
+    committed as materialized (
+        select m.*
+        from realtime.messages as m
+        where m.xid >= pg_catalog.pg_snapshot_xmax("position")
+            and m.xid < (select pg_catalog.pg_snapshot_xmax(current.snapshot) from current)
+        union all
+        select m.*
+        from realtime.messages as m
+        where m.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
+    )
+    select null, null, null, null, null, null, null, null, current.snapshot::text
+    from current
+    union all
+    select c.seq, c.id, c.topic, c.extension, c.event, c.private, c.payload::text, c.binary_payload, null
+    from committed as c
+    order by 1 asc nulls first
+$$;
+comment on function realtime.messages_since(pg_snapshot) is
+    'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
+revoke all on function realtime.messages_since(pg_snapshot) from public;
+
+-- Maintenance runs with the server's rights, and no code of users runs inside: who may create functions in public must not be found.
+create or replace function realtime.create_partitions(days_ahead integer default 3)
+returns setof text
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_day date;
+    v_name text;
+begin
+    for v_day in
+        select day::date
+        from generate_series(
+            (now() at time zone 'utc')::date - 1,
+            (now() at time zone 'utc')::date + days_ahead,
+            interval '1 day'
+        ) as day
+    loop
+        v_name := to_char(v_day, '"messages_"YYYY_MM_DD');
+        continue when to_regclass('realtime.' || v_name) is not null;
+        -- Rows that came before their partition stay in the default one; such a day gets no partition.
+        continue when exists (
+            select from realtime.messages_default where inserted_at >= v_day and inserted_at < v_day + 1
+        );
+        execute format('create table realtime.%I (like realtime.messages including defaults including constraints)', v_name);
+        execute format('alter table realtime.%I enable row level security', v_name);
+        execute format(
+            'alter table realtime.messages attach partition realtime.%I for values from (%L) to (%L)',
+            v_name, v_day, v_day + 1
+        );
+        return next v_name;
+    end loop;
+end
+$$;
+comment on function realtime.create_partitions(integer) is
+    'Makes the partitions from yesterday to days_ahead days from now (UTC) that are missing; returns their names.';
+revoke all on function realtime.create_partitions(integer) from public;
+
+create or replace function realtime.drop_old_messages(retention interval)
+returns setof text
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_before timestamp := (now() at time zone 'utc') - retention;
+    v_day date;
+    v_partition record;
+    v_dropped xid8;
+begin
+    for v_partition in
+        select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
+        from pg_catalog.pg_inherits
+        join pg_catalog.pg_class as child on child.oid = inhrelid
+        where inhparent = 'realtime.messages'::regclass
+            and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
+        order by child.relname
+    loop
+        continue when v_partition.day + 1 > v_before;
+        execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
+        -- First the word, then the deed: both commit together.
+        perform realtime.note_dropped(v_dropped);
+        execute format('drop table realtime.%I', v_partition.relname);
+        return next v_partition.relname;
+    end loop;
+
+    with deleted as (
+        delete from realtime.messages_default
+        where inserted_at < v_before
+        returning xid
+    )
+    select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
+    perform realtime.note_dropped(v_dropped);
+
+    -- Probes are rolled back; what is here somebody put by hand.
+    delete from realtime.messages_probe;
+end
+$$;
+comment on function realtime.drop_old_messages(interval) is
+    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
+revoke all on function realtime.drop_old_messages(interval) from public;
+
+-- Called by every server; one at a time does the work. A lock that is not had within the timeout is for the next time: the drop of a
+-- partition would otherwise stand in the queue before all writers.
+create or replace function realtime.maintain(retention interval default '72 hours')
+returns table (partition text, action text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+as $$
+begin
+    if not pg_catalog.pg_try_advisory_xact_lock(realtime.doorbell_key() + 1) then
+        return;
+    end if;
+    return query select created, 'created' from realtime.create_partitions() as created;
+    begin
+        return query select dropped, 'dropped' from realtime.drop_old_messages(retention) as dropped;
+    exception when lock_not_available then
+        raise warning 'old messages are in use and were not dropped; the next run tries again';
+    end;
+end
+$$;
+comment on function realtime.maintain(interval) is
+    'Makes partitions ahead and drops what is older than the retention; what was done. Safe to call at any time.';
+revoke all on function realtime.maintain(interval) from public;
+
+create or replace view realtime.partitions as
+select
+    child.relname::text as partition,
+    pg_catalog.pg_get_expr(child.relpartbound, child.oid) as bounds,
+    greatest(child.reltuples, 0)::bigint as estimated_rows,
+    pg_catalog.pg_total_relation_size(child.oid) as bytes
+from pg_catalog.pg_inherits
+join pg_catalog.pg_class as child on child.oid = inhrelid
+where inhparent = 'realtime.messages'::regclass
+order by child.relname;
+comment on view realtime.partitions is 'What is kept: the partitions of realtime.messages, their bounds and sizes.';
+comment on column realtime.partitions.partition is 'Name of the table, in schema realtime.';
+comment on column realtime.partitions.bounds is 'UTC days it holds.';
+comment on column realtime.partitions.estimated_rows is 'Rows at the last analyze; 0 before the first.';
+comment on column realtime.partitions.bytes is 'Size on disk, indexes included.';
+
+do $$
+begin
+    perform realtime.create_partitions();
+end
+$$;
+
+-- Reading from a place on: paged, exact, and with a plain word where something is missing.
+--
+-- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row whose transaction got its id later has a sequence number
+-- up to "seq", so a read may start there, but for what realtime.overlapping names. Or it is "since", "until" and "seq": behind all that
+-- "since" sees and, of what the later snapshot "until" sees as well, behind "seq".
+
+create or replace function realtime.life()
+returns text
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select substr(
+        md5(concat_ws(
+            '/',
+            stream.epoch,
+            control.system_identifier,
+            case when pg_is_in_recovery() then 'standby' else substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
+            (select oid from pg_database where datname = current_database())
+        )),
+        1,
+        12
+    )
+    from realtime.stream
+    cross join pg_control_system() as control
+$$;
+comment on function realtime.life() is
+    'Names this life of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another.';
+
+create or replace function realtime.dropped_xid()
+returns xid8
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when stream.dropped_in_life = realtime.life() then stream.dropped_xid else '0' end
+    from realtime.stream
+$$;
+comment on function realtime.dropped_xid() is 'Highest transaction id among messages that were dropped in this life of the database.';
+revoke all on function realtime.dropped_xid() from public;
+
+create or replace function realtime.note_dropped(xid xid8)
+returns void
+language sql
+volatile
+as $$
+    update realtime.stream
+    set
+        dropped_xid = greatest(realtime.dropped_xid()::text::numeric, note_dropped.xid::text::numeric)::text::xid8,
+        dropped_in_life = realtime.life()
+    where note_dropped.xid is not null
+$$;
+comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
+revoke all on function realtime.note_dropped(xid8) from public;
+
+-- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
+create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
+returns text
+language sql
+immutable
+strict
+as $$
+    select concat_ws(
+        '.',
+        pg_catalog.pg_snapshot_xmin("snapshot"),
+        coalesce(
+            (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip offset 1000 limit 1),
+            pg_catalog.pg_snapshot_xmax("snapshot")
+        ),
+        (
+            select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
+            from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
+        )
+    )
+$$;
+comment on function realtime.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
+
+create or replace function realtime.snapshot_from_text(part text)
+returns pg_snapshot
+language sql
+immutable
+strict
+as $$
+    select pg_catalog.translate(
+        pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
+    )::pg_snapshot
+$$;
+comment on function realtime.snapshot_from_text(text) is 'The reverse of realtime.snapshot_text.';
+
+create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
+returns realtime.cursor
+language sql
+immutable
+as $$
+    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor
+$$;
+comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
+
+-- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
+-- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
+create or replace function realtime.durable("snapshot" pg_snapshot)
+returns pg_snapshot
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        '%s:%s:%s',
+        least(pg_snapshot_xmin("snapshot")::text::bigint, bound.xmax),
+        bound.xmax,
+        (
+            select string_agg(xip::text, ',' order by xip)
+            from pg_snapshot_xip("snapshot") as xip
+            where xip::text::bigint < bound.xmax
+        )
+    )::pg_snapshot
+    from (
+        select least(
+            pg_snapshot_xmax("snapshot")::text::bigint,
+            1 + greatest(
+                2,
+                realtime.dropped_xid()::text::bigint,
+                (
+                    select m.xid::text::bigint
+                    from realtime.messages as m
+                    where m.xid < pg_snapshot_xmax("snapshot") and pg_visible_in_snapshot(m.xid, "snapshot")
+                    order by m.xid desc
+                    limit 1
+                )
+            )
+        ) as xmax
+    ) as bound
+$$;
+comment on function realtime.durable(pg_snapshot) is
+    'The same messages as in the snapshot, seen by transactions that a crash of the database cannot take back.';
+revoke all on function realtime.durable(pg_snapshot) from public;
+grant execute on function realtime.durable(pg_snapshot) to anon, authenticated, service_role;
+
+create or replace function realtime.cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    -- Any row that is visible will do for "seq"; the newest transaction has a high one.
+    select realtime.format_cursor(
+        realtime.life(),
+        realtime.durable(pg_current_snapshot()),
+        null,
+        coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
+    )
+$$;
+comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
+
+create or replace function realtime.oldest_cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select realtime.format_cursor(
+        realtime.life(), format('%1$s:%1$s:', greatest(realtime.dropped_xid()::text::numeric, 2) + 1)::pg_snapshot, null, 0
+    )
+$$;
+comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_parts text[] := string_to_array(place, '-');
+    v_problem text;
+begin
+    begin
+        since := realtime.snapshot_from_text(v_parts[3]);
+        if cardinality(v_parts) = 5 then
+            until := realtime.snapshot_from_text(v_parts[4]);
+        end if;
+        seq := v_parts[cardinality(v_parts)]::bigint;
+    exception when invalid_text_representation or numeric_value_out_of_range then
+        since := null;
+    end;
+    if since is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', message = 'malformed cursor', hint = 'Hand a cursor back as it came.';
+    end if;
+
+    if v_parts[2] <> realtime.life() then
+        v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
+    elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
+        v_problem := 'the cursor is ahead of this database';
+    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
+        v_problem := 'the cursor is older than what is kept';
+    end if;
+    if v_problem is not null then
+        raise exception using
+            errcode = 'RT001',
+            message = 'gap: ' || v_problem,
+            detail = realtime.oldest_cursor(),
+            hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
+    end if;
+end
+$$;
+comment on function realtime.read_cursor(realtime.cursor) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+
+-- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
+-- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.
+create or replace function realtime.overlapping(since pg_snapshot)
+returns xid8[]
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive written as (
+        (select m.xid, 1 as number from realtime.messages as m where m.xid >= pg_snapshot_xmax(since) order by m.xid limit 1)
+        union all
+        select following.xid, written.number + 1
+        from written
+        cross join lateral (
+            select m.xid from realtime.messages as m where m.xid > written.xid order by m.xid limit 1
+        ) as following
+        -- Sessions, workers of the server itself, prepared transactions.
+        where written.number < current_setting('max_connections')::integer
+            + current_setting('max_worker_processes')::integer
+            + current_setting('max_wal_senders')::integer
+            + current_setting('autovacuum_max_workers')::integer
+            + current_setting('max_prepared_transactions')::integer
+    )
+    select coalesce(array_agg(written.xid), '{}') from written
+$$;
+comment on function realtime.overlapping(pg_snapshot) is
+    'Transactions at or above the xmax of a snapshot that have written messages, as many as may have been running when it was taken.';
+revoke all on function realtime.overlapping(pg_snapshot) from public;
+grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
+
+-- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+create or replace function realtime.messages_after(
+    topic text,
+    after realtime.cursor,
+    max_rows integer default 100,
+    private boolean default null
+)
+returns table (
+    id uuid,
+    event text,
+    payload jsonb,
+    binary_payload bytea,
+    is_private boolean,
+    inserted_at timestamp,
+    xid xid8,
+    cursor text
+)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_life text := realtime.life();
+    v_since pg_snapshot;
+    v_until pg_snapshot;
+    v_seq bigint;
+    v_left integer := least(greatest(max_rows, 0), 10000);
+    v_found integer;
+    v_is_present boolean;
+    v_overlapping xid8[];
+    -- A cursor without its last part; taken together once, because a page has many.
+    v_within text;
+    v_behind text;
+begin
+    select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
+    loop
+        v_is_present := v_until is null;
+        if v_is_present then
+            v_until := pg_catalog.pg_current_snapshot();
+            v_overlapping := realtime.overlapping(v_since);
+        end if;
+        v_within := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_since, v_until, 0), '0$', '');
+        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, realtime.durable(v_until), null, 0), '0$', '');
+        return query
+        select
+            page.id,
+            page.event,
+            page.payload,
+            page.binary_payload,
+            page.private,
+            page.inserted_at,
+            page.xid,
+            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end || page.seq
+        from (
+            (
+                select m.*
+                from realtime.messages as m
+                where m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq > v_seq
+                    and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and (v_is_present or m.seq > v_seq)
+                    and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where v_is_present
+                    and m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq <= v_seq
+                    and m.xid = any (v_overlapping)
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+        ) as page
+        order by page.seq
+        limit v_left;
+        get diagnostics v_found = row_count;
+        v_left := v_left - v_found;
+        exit when v_is_present or v_left = 0;
+        v_since := v_until;
+        v_until := null;
+    end loop;
+end
+$$;
+comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
+    'Messages of a topic behind a cursor that the caller may see, in order, at most 10,000, each with the cursor to go on from. private: null for both rooms of the name. Raises RT001 where messages are missing.';
+
+create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)
+returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
+language sql
+stable
+as $$
+    select newest.id, newest.event, newest.payload, newest.binary_payload, newest.xid
+    from (
+        select m.id, m.event, m.payload, m.binary_payload, m.xid, m.seq
+        from realtime.messages as m
+        where m.topic = messages_between.topic
+            and m.extension = 'broadcast'
+            and m.private
+            and m.inserted_at >= since at time zone 'utc'
+            and m.inserted_at < (now() + interval '1 minute') at time zone 'utc'
+        order by m.seq desc
+        limit max_rows
+    ) as newest
+    order by newest.seq
+$$;
+comment on function realtime.messages_between(text, timestamptz, integer) is
+    'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
+revoke all on function realtime.messages_between(text, timestamptz, integer) from public;
+
+-- One statement, so one database snapshot for both halves; the caller's rights hold for the rows.
+create or replace function realtime.snapshot(query text, out rows jsonb, out cursor realtime.cursor)
+language plpgsql
+volatile
+as $$
+begin
+    execute pg_catalog.format(
+        'select coalesce(pg_catalog.jsonb_agg(q), ''[]''), realtime.cursor() from (%s) as q', query
+    ) into rows, cursor;
+end
+$$;
+comment on function realtime.snapshot(text) is
+    'The rows of a query, as the caller sees them, and the cursor of the same moment: load the list, then follow from the cursor, and nothing is missed or doubled.';
+
+-- An outbox row for the servers themselves: read in order by each of them, lost by none.
+create or replace function realtime.revalidate(topic text default null, sub text default null)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    insert into realtime.messages (topic, extension, payload, private)
+    values (coalesce(revalidate.topic, ''), 'revalidate', jsonb_build_object('topic', revalidate.topic, 'sub', revalidate.sub), true)
+$$;
+comment on function realtime.revalidate(text, text) is
+    'Asks the policies again for joined private channels of a topic, of a user (claim "sub"), of both, or of all; who lost the right loses the channel within a second of the commit. Call it in a trigger on the table that policies read.';
+revoke all on function realtime.revalidate(text, text) from public;
+grant execute on function realtime.revalidate(text, text) to service_role;
+
+-- Presence for people who ask in SQL.
+
+create or replace view realtime.presence as
+select entry.topic, entry.private, entry.key, entry.payload, entry.since, entry.ref, entry.node
+from realtime.presence_entries as entry
+join realtime.nodes as node on node.id = entry.node
+where node.last_seen_at > now() - interval '30 seconds';
+comment on view realtime.presence is 'Who is present where now, with what they track.';
+comment on column realtime.presence.topic is 'Without "realtime:" in front.';
+comment on column realtime.presence.private is 'Which of the two rooms of this name.';
+comment on column realtime.presence.key is 'Presence key of the client.';
+comment on column realtime.presence.payload is 'What the client tracks.';
+comment on column realtime.presence.since is 'When it was written here.';
+comment on column realtime.presence.ref is 'phx_ref of the entry.';
+comment on column realtime.presence.node is 'Server that the client is connected to.';
+
+create or replace function realtime.write_presence(node uuid, entries jsonb, gone text[])
+returns boolean
+language plpgsql
+volatile
+as $$
+declare
+    v_is_new boolean;
+begin
+    delete from realtime.nodes where last_seen_at < now() - interval '30 seconds' and id <> write_presence.node;
+    insert into realtime.nodes (id) values (write_presence.node)
+    on conflict (id) do update set last_seen_at = now()
+    returning started_at = last_seen_at into v_is_new;
+    delete from realtime.presence_entries as e where e.node = write_presence.node and e.ref = any (gone);
+    insert into realtime.presence_entries (node, ref, topic, private, key, payload)
+    select write_presence.node, entry.ref, entry.topic, entry.private, entry.key, entry.payload
+    from jsonb_to_recordset(entries) as entry (ref text, topic text, private boolean, key text, payload jsonb)
+    on conflict do nothing;
+    return v_is_new;
+end
+$$;
+comment on function realtime.write_presence(uuid, jsonb, text[]) is
+    'Called by each server every few seconds and when presence changed. True when the server was not known: then it must write everything.';
+revoke all on function realtime.write_presence(uuid, jsonb, text[]) from public;
+
+-- Row changes: which tables tell theirs, what of them is wanted, and who may see it. Called by the servers only.
+--
+-- An image is a row as a JSON object, column by column: values as to_jsonb writes them, or strings of the text that PostgreSQL writes for
+-- them (json and jsonb always as they are). A column that is not known is absent.
+
+create or replace function realtime.table_name(relation oid)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%I.%I', n.nspname, c.relname)
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = table_name.relation
+$$;
+comment on function realtime.table_name(oid) is 'A table with its schema, whatever the path: what users'' functions leave in a session must not be found instead.';
+revoke all on function realtime.table_name(oid) from public;
+
+create or replace function realtime.base_type(type oid)
+returns oid
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive base as (
+        select t.oid, t.typtype, t.typbasetype from pg_type as t where t.oid = base_type.type
+        union all
+        select t.oid, t.typtype, t.typbasetype from pg_type as t join base on t.oid = base.typbasetype and base.typtype = 'd'
+    )
+    select base.oid from base where base.typtype <> 'd'
+$$;
+comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
+
+create or replace function realtime.published_tables(roles text[])
+returns table (
+    relation oid,
+    schema text,
+    name text,
+    has_row_security boolean,
+    has_whole_old boolean,
+    row_filter text,
+    events text[],
+    columns jsonb,
+    access jsonb
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with published as (
+        select
+            c.oid,
+            n.nspname,
+            n.oid as namespace,
+            c.relname,
+            c.relowner,
+            c.relrowsecurity,
+            c.relforcerowsecurity,
+            c.relreplident,
+            -- Row filters and column lists came with PostgreSQL 15.
+            to_jsonb(p) ->> 'rowfilter' as rowfilter,
+            to_jsonb(p) -> 'attnames' as attnames
+        from pg_publication_tables as p
+        join pg_namespace as n on n.nspname = p.schemaname
+        join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+        where p.pubname = 'supabase_realtime'
+    ),
+    attribute as (
+        select
+            a.attrelid,
+            a.attname,
+            a.attnum,
+            a.attgenerated <> '' as is_generated,
+            a.atttypid,
+            t.typname,
+            realtime.base_type(a.atttypid) as base,
+            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key
+        from published
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
+        join pg_type as t on t.oid = a.atttypid
+        left join pg_index as primary_key on primary_key.indrelid = published.oid and primary_key.indisprimary
+        -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+        where published.attnames is null
+            or published.attnames ? a.attname
+            or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
+                select count(*)
+                from pg_attribute as plain
+                where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
+            ))
+    ),
+    identity as (
+        select published.oid, array_agg(a.attname::text) as columns
+        from published
+        join pg_index as i on i.indrelid = published.oid
+            and case published.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any (i.indkey::int2[])
+        group by published.oid
+    )
+    select
+        published.oid,
+        published.nspname::text,
+        published.relname::text,
+        published.relrowsecurity,
+        published.relreplident = 'f',
+        published.rowfilter,
+        array_remove(array[
+            case when publication.pubinsert then 'INSERT' end,
+            case when publication.pubupdate then 'UPDATE' end,
+            case when publication.pubdelete then 'DELETE' end
+        ], null),
+        (
+            select coalesce(
+                jsonb_agg(
+                    jsonb_build_object(
+                        'name', a.attname,
+                        'type', a.typname,
+                        'type_oid', a.atttypid::bigint,
+                        'is_json', a.base in (114, 3802),
+                        'is_bytea', a.base = 17,
+                        'is_bool', a.base = 16,
+                        'is_key', a.is_key,
+                        'is_identity', published.relreplident = 'f' or coalesce(a.attname = any (identity.columns), false),
+                        'is_generated', a.is_generated
+                    )
+                    order by a.attnum
+                ),
+                '[]'
+            )
+            from attribute as a
+            where a.attrelid = published.oid
+        ),
+        (
+            select coalesce(
+                jsonb_object_agg(
+                    r.rolname,
+                    jsonb_build_object(
+                        'columns', (
+                            select coalesce(jsonb_agg(a.attname order by a.attnum), '[]')
+                            from attribute as a
+                            where a.attrelid = published.oid
+                                and has_schema_privilege(r.oid, published.namespace, 'usage')
+                                and has_column_privilege(r.oid, published.oid, a.attnum, 'select')
+                        ),
+                        'is_bound', published.relrowsecurity
+                            and not (r.rolsuper or r.rolbypassrls)
+                            and (published.relforcerowsecurity or not pg_has_role(r.oid, published.relowner, 'usage'))
+                    )
+                ),
+                '{}'
+            )
+            from pg_roles as r
+            where r.rolname = any (roles)
+        )
+    from published
+    cross join pg_publication as publication
+    left join identity on identity.oid = published.oid
+    where publication.pubname = 'supabase_realtime'
+    order by published.oid
+$$;
+comment on function realtime.published_tables(text[]) is
+    'The tables of the publication: columns in order, and for each role which of them it may read and whether row-level security binds it.';
+revoke all on function realtime.published_tables(text[]) from public;
+
+-- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
+create or replace function realtime.take_identity(role text, claims jsonb)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+    -- To set_config this means "as the session's own role", which row-level security does not bind.
+    if coalesce(role, 'none') = 'none' then
+        raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+    end if;
+    perform
+        pg_catalog.set_config('request.jwt.claims', claims::text, true),
+        pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
+        pg_catalog.set_config('request.jwt.claim.role', role, true),
+        pg_catalog.set_config('role', role, true);
+end
+$$;
+comment on function realtime.take_identity(text, jsonb) is 'Go on as a client with this role and these claims, to the end of the transaction.';
+revoke all on function realtime.take_identity(text, jsonb) from public;
+
+-- -- filters
+
+-- The comparison of one operator, between a column and "v", the value of the filter, which is of the column's type already.
+create or replace function realtime.comparison(operator text, is_negated boolean, value text)
+returns text
+language plpgsql
+immutable
+as $$
+declare
+    v_text text;
+begin
+    if operator = 'is' then
+        return 'x is ' || case when is_negated then 'not ' else '' end || value;
+    end if;
+    v_text := case operator
+        when 'eq' then 'x = v'
+        when 'neq' then 'x <> v'
+        when 'lt' then 'x < v'
+        when 'lte' then 'x <= v'
+        when 'gt' then 'x > v'
+        when 'gte' then 'x >= v'
+        when 'in' then 'x = any (v)'
+        when 'like' then 'x like v'
+        when 'ilike' then 'x ilike v'
+        when 'match' then 'x ~ v'
+        when 'imatch' then 'x ~* v'
+        when 'isdistinct' then 'x is distinct from v'
+    end;
+    return case when is_negated then 'not (' || v_text || ')' else v_text end;
+end
+$$;
+comment on function realtime.comparison(text, boolean, text) is 'An operator of filters as SQL on x, the column, and v, the value; for "is" the value itself.';
+
+-- As its role, because operators and types may be users' own.
+create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
+returns table (n integer, is_exact boolean, vals text[])
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_condition jsonb;
+    v_column text;
+    v_operator text;
+    v_value text;
+    v_type text;
+    v_base oid;
+    v_is_plain boolean;
+    v_is_enum boolean;
+    v_count integer;
+begin
+    perform realtime.take_identity(check_filters.role, '{}');
+    foreach v_column in array check_filters.columns loop
+        if not exists (
+            select
+            from pg_catalog.pg_attribute as a
+            where a.attrelid = check_filters.relation
+                and a.attname = v_column
+                and a.attnum > 0
+                and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select')
+        ) then
+            raise exception 'invalid column for select %', v_column;
+        end if;
+    end loop;
+    for v_condition, n in
+        select c.condition, c.number::integer - 1 from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+    loop
+        v_column := v_condition ->> 'column';
+        v_operator := v_condition ->> 'operator';
+        v_value := v_condition ->> 'value';
+        v_type := null;
+        select
+            pg_catalog.format_type(a.atttypid, -1),
+            realtime.base_type(a.atttypid),
+            t.typtype = 'e',
+            coalesce(c.collisdeterministic, true)
+        into v_type, v_base, v_is_enum, v_is_plain
+        from pg_catalog.pg_attribute as a
+        join pg_catalog.pg_type as t on t.oid = a.atttypid
+        left join pg_catalog.pg_collation as c on c.oid = a.attcollation
+        where a.attrelid = check_filters.relation
+            and a.attname = v_column
+            and a.attnum > 0
+            and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select');
+        if v_type is null then
+            raise exception 'invalid column for filter %', v_column;
+        end if;
+        -- Types of which two values are equal exactly if their texts are.
+        is_exact := not (v_condition ->> 'is_negated')::boolean
+            and v_operator in ('eq', 'in')
+            and v_is_plain
+            and (v_base in (16, 19, 20, 21, 23, 25, 26, 1043, 2950) or v_is_enum);
+        vals := null;
+        if v_operator = 'is' then
+            if v_value not in ('null', 'true', 'false', 'unknown') then
+                raise exception 'invalid value for is filter: must be null, true, false, or unknown';
+            elsif v_value <> 'null' and v_base <> 16 then
+                raise exception 'is % filter requires a boolean column, got %', v_value, v_type;
+            end if;
+        elsif v_operator = 'in' then
+            execute pg_catalog.format(
+                'select coalesce(array_agg(x.x::text), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as x (x)', v_type
+            ) into vals, v_count using v_value;
+            if v_count > 100 then
+                raise exception 'too many values for `in` filter. Maximum 100';
+            end if;
+        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
+            begin
+                execute pg_catalog.format(
+                    'select %s from (select null::%s as x, $1::%s as v) as pair',
+                    realtime.comparison(v_operator, false, null),
+                    v_type,
+                    v_type
+                ) using v_value;
+            exception when undefined_function or ambiguous_function then
+                raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
+            end;
+            if v_operator in ('match', 'imatch') then
+                begin
+                    perform '' ~ v_value;
+                exception when invalid_regular_expression then
+                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+                end;
+            end if;
+        else
+            execute pg_catalog.format(
+                'select array[v::text], %s from (select null::%s as x, $1::%s as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_type
+            ) into vals using v_value;
+        end if;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.check_filters(oid, text, jsonb, text[]) is
+    'Whether a role may filter by these conditions and select these columns; raises what is wrong. For each condition that compares for equality of text (is_exact) the texts that fit.';
+revoke all on function realtime.check_filters(oid, text, jsonb, text[]) from public;
+
+-- All conditions of one column and operator are one statement, however many values there are.
+create or replace function realtime.match_changes(relation oid, role text, images jsonb, conditions jsonb)
+returns table (image integer, condition integer)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_group record;
+    v_type text;
+    v_table text := realtime.table_name(match_changes.relation);
+begin
+    perform realtime.take_identity(match_changes.role, '{}');
+    for v_group in
+        select
+            c.condition ->> 'column' as column_name,
+            c.condition ->> 'operator' as operator,
+            (c.condition ->> 'is_negated')::boolean as is_negated,
+            case when c.condition ->> 'operator' = 'is' then c.condition ->> 'value' end as keyword,
+            pg_catalog.array_agg(c.condition ->> 'value') as vals,
+            pg_catalog.array_agg(c.number::integer - 1) as numbers
+        from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+        group by 1, 2, 3, 4
+    loop
+        select pg_catalog.format_type(a.atttypid, -1) into v_type
+        from pg_catalog.pg_attribute as a
+        where a.attrelid = match_changes.relation and a.attname = v_group.column_name and not a.attisdropped;
+        continue when not found;
+        return query execute pg_catalog.format(
+            $q$
+                with wanted as materialized (
+                    select w.number, w.value::%1$s%2$s as v
+                    from rows from (pg_catalog.unnest($2), pg_catalog.unnest($3)) as w (value, number)
+                ),
+                found as materialized (
+                    select i.n::integer - 1 as n, row.%3$I as x
+                    from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+                    cross join lateral pg_catalog.jsonb_populate_record(null::%4$s, i.image) as row
+                    where i.image ? %3$L
+                )
+                select found.n, wanted.number from found cross join wanted where %5$s
+            $q$,
+            case when v_group.operator = 'is' then 'text' else v_type end,
+            case when v_group.operator = 'in' then '[]' else '' end,
+            v_group.column_name,
+            v_table,
+            realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword)
+        ) using images, v_group.vals, v_group.numbers;
+    end loop;
+end
+$$;
+comment on function realtime.match_changes(oid, text, jsonb, jsonb) is
+    'Which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A column that is absent satisfies none.';
+revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from public;
+
+-- -- row-level security
+
+-- The condition that PostgreSQL itself puts behind a SELECT of this role: one permissive policy must say yes and no restrictive one may
+-- say otherwise. All names in it are qualified, because the path is empty where it is written out.
+create or replace function realtime.policy_condition(relation oid, role text)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+    select pg_catalog.concat(
+        '(',
+        coalesce(
+            pg_catalog.string_agg('(' || quals.qual || ')', ' or ') filter (where quals.polpermissive),
+            'false'
+        ),
+        ')',
+        pg_catalog.string_agg(' and (' || quals.qual || ')', '') filter (where not quals.polpermissive)
+    )
+    from (
+        select p.polpermissive, pg_catalog.pg_get_expr(p.polqual, p.polrelid) as qual
+        from pg_catalog.pg_policy as p
+        where p.polrelid = policy_condition.relation
+            and p.polcmd in ('r', '*')
+            and p.polqual is not null
+            and exists (
+                select
+                from pg_catalog.unnest(p.polroles) as member (oid)
+                where member.oid = 0 or pg_catalog.pg_has_role(policy_condition.role, member.oid, 'usage')
+            )
+        order by p.polname
+    ) as quals
+$$;
+comment on function realtime.policy_condition(oid, text) is 'The policies for SELECT of a table, as they apply to a role, as one condition.';
+revoke all on function realtime.policy_condition(oid, text) from public;
+
+-- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
+-- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
+-- of claims stands alone: a policy that raises for one hides nothing from the others.
+create or replace function realtime.visible_changes(relation oid, images jsonb, roles text[], claims jsonb[], wanted jsonb)
+returns table (question integer, visible integer[], problem text)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_table text := realtime.table_name(visible_changes.relation);
+    v_name text;
+    v_asked record;
+    v_role text;
+    v_query text;
+    v_is_done boolean;
+begin
+    select c.relname into v_name from pg_catalog.pg_class as c where c.oid = visible_changes.relation;
+    for v_asked in
+        select
+            c.role,
+            c.claims,
+            c.number::integer - 1 as number,
+            array(select pg_catalog.jsonb_array_elements_text(c.wanted)::integer) as wanted
+        from rows from (
+            pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
+        ) with ordinality as c (role, claims, wanted, number)
+    loop
+        question := v_asked.number;
+        visible := '{}';
+        problem := null;
+        v_is_done := false;
+        begin
+            if v_role is distinct from v_asked.role then
+                v_query := pg_catalog.format(
+                    $q$
+                        select coalesce(pg_catalog.array_agg(asked.n), '{}')
+                        from pg_catalog.unnest($2) as asked (n)
+                        where (select %3$s from pg_catalog.jsonb_populate_record(null::%1$s, $1 -> asked.n) as %2$I)
+                    $q$,
+                    v_table,
+                    v_name,
+                    realtime.policy_condition(visible_changes.relation, v_asked.role)
+                );
+                v_role := v_asked.role;
+            end if;
+            perform realtime.take_identity(v_role, v_asked.claims);
+            execute v_query into visible using images, v_asked.wanted;
+            -- Takes role and settings back.
+            v_is_done := true;
+            raise exception using errcode = 'RT000';
+        exception when others then
+            if not v_is_done then
+                visible := '{}';
+                problem := sqlstate || ': ' || sqlerrm;
+            end if;
+        end;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
+    'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible.';
+revoke all on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) from public;
+
+create or replace function realtime.render_changes(relation oid, images jsonb)
+returns setof text
+language plpgsql
+volatile
+as $$
+begin
+    return query execute pg_catalog.format(
+        $q$
+            select pg_catalog.to_jsonb(row)::text
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            cross join lateral pg_catalog.jsonb_populate_record(null::%s, i.image) as row
+            order by i.n
+        $q$,
+        realtime.table_name(render_changes.relation)
+    ) using images;
+end
+$$;
+comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order. Columns that are absent become null.';
+revoke all on function realtime.render_changes(oid, jsonb) from public;
+
+-- The log has no generated columns before PostgreSQL 18, and no large values that an UPDATE left as they were.
+create or replace function realtime.complete_changes(relation oid, images jsonb)
+returns jsonb
+language plpgsql
+volatile
+as $$
+declare
+    v_name text;
+    v_generated text;
+    v_key text;
+    v_complete jsonb;
+begin
+    select
+        c.relname,
+        (
+            select pg_catalog.string_agg(
+                pg_catalog.format('%L, (%s)', a.attname, pg_catalog.pg_get_expr(d.adbin, d.adrelid)), ', ' order by a.attnum
+            )
+            from pg_catalog.pg_attribute as a
+            join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
+            where a.attrelid = c.oid and a.attgenerated <> '' and not a.attisdropped
+        ),
+        (
+            select pg_catalog.string_agg(pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and ')
+            from pg_catalog.pg_index as i
+            join pg_catalog.pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::int2[])
+            where i.indrelid = c.oid and i.indisprimary
+        )
+    into v_name, v_generated, v_key
+    from pg_catalog.pg_class as c
+    where c.oid = complete_changes.relation;
+    execute pg_catalog.format(
+        $q$
+            select pg_catalog.jsonb_agg(coalesce(stored.image, '{}') || i.image || coalesce(generated.image, '{}') order by i.n)
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            left join lateral (
+                select pg_catalog.to_jsonb(stored) as image
+                from %1$s as stored
+                cross join pg_catalog.jsonb_populate_record(null::%1$s, i.image) as row
+                where %4$s
+            ) as stored on true
+            left join lateral (
+                select pg_catalog.jsonb_build_object(%3$s) as image
+                from pg_catalog.jsonb_populate_record(null::%1$s, coalesce(stored.image, '{}') || i.image) as %2$I
+            ) as generated on true
+        $q$,
+        realtime.table_name(complete_changes.relation),
+        v_name,
+        v_generated,
+        coalesce(v_key, 'false')
+    ) into v_complete using images;
+    return v_complete;
+end
+$$;
+comment on function realtime.complete_changes(oid, jsonb) is
+    'Images with their generated columns computed, and with columns that are not known from the row as it is stored now.';
+revoke all on function realtime.complete_changes(oid, jsonb) from public;
+
+create or replace function realtime.filter_changes(relation oid, images jsonb)
+returns setof integer
+language plpgsql
+volatile
+as $$
+declare
+    v_filter text;
+    v_name text;
+begin
+    select pg_catalog.to_jsonb(p) ->> 'rowfilter', p.tablename into v_filter, v_name
+    from pg_catalog.pg_publication_tables as p
+    join pg_catalog.pg_namespace as n on n.nspname = p.schemaname
+    join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+    where p.pubname = 'supabase_realtime' and c.oid = filter_changes.relation;
+    return query execute pg_catalog.format(
+        $q$
+            select i.n::integer - 1
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            where (select %3$s from pg_catalog.jsonb_populate_record(null::%1$s, i.image) as %2$I)
+        $q$,
+        realtime.table_name(filter_changes.relation),
+        v_name,
+        coalesce(v_filter, 'true')
+    ) using images;
+end
+$$;
+comment on function realtime.filter_changes(oid, jsonb) is 'Which images, counted from 0, pass the row filter of the publication.';
+revoke all on function realtime.filter_changes(oid, jsonb) from public;
+
+-- -- capture by triggers
+
+-- Whose row it is depends on nothing of the writer's: definer rights, and settings that make equal values equal texts.
+create or replace function realtime.capture_change()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+begin
+    insert into realtime.changes (relation, action, record, old_record)
+    values (
+        tg_argv[0]::oid,
+        tg_op,
+        case when tg_op <> 'DELETE' then to_jsonb(new) end,
+        case when tg_op <> 'INSERT' then to_jsonb(old) end
+    );
+    return null;
+end
+$$;
+comment on function realtime.capture_change() is 'Writes the row change to realtime.changes. On tables of the publication; the argument is the oid of the table as the publication names it.';
+revoke all on function realtime.capture_change() from public;
+
+create or replace function realtime.change_doorbell_key()
+returns bigint
+language sql
+immutable
+as $$
+    select realtime.doorbell_key() + 2
+$$;
+comment on function realtime.change_doorbell_key() is 'Advisory lock that a reader of realtime.changes holds while it sleeps.';
+revoke all on function realtime.change_doorbell_key() from public;
+
+create or replace function realtime.ring_change_doorbell()
+returns trigger
+language plpgsql
+volatile
+as $$
+begin
+    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+        return null;
+    elsif pg_catalog.pg_try_advisory_lock_shared(realtime.change_doorbell_key()) then
+        perform pg_catalog.pg_advisory_unlock_shared(realtime.change_doorbell_key());
+    else
+        perform pg_catalog.pg_notify('realtime_changes', '');
+    end if;
+    return null;
+end
+$$;
+comment on function realtime.ring_change_doorbell() is 'Wakes the readers of realtime.changes at commit if one sleeps.';
+revoke all on function realtime.ring_change_doorbell() from public;
+
+create or replace trigger ring_doorbell
+    after insert on realtime.changes
+    for each statement
+    execute function realtime.ring_change_doorbell();
+comment on trigger ring_doorbell on realtime.changes is 'Wakes the readers at commit if one sleeps.';
+
+-- Exactly the rows that were not visible in "position" and are visible now, as realtime.messages_since reads messages.
+create or replace function realtime.changes_since("position" pg_snapshot)
+returns table (
+    seq bigint,
+    relation oid,
+    action text,
+    changed_at timestamptz,
+    record text,
+    old_record text,
+    snapshot text
+)
+language sql
+stable
+as $$
+    with current as materialized (
+        select pg_catalog.pg_current_snapshot() as snapshot
+    ),
+    committed as materialized (
+        select c.*
+        from realtime.changes as c
+        where c.xid >= pg_catalog.pg_snapshot_xmax("position")
+            and c.xid < (select pg_catalog.pg_snapshot_xmax(current.snapshot) from current)
+        union all
+        select c.*
+        from realtime.changes as c
+        where c.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
+    )
+    select null, null, null, null, null, null, current.snapshot::text
+    from current
+    union all
+    select c.seq, c.relation, c.action, c.changed_at, c.record::text, c.old_record::text, null
+    from committed as c
+    order by 1 asc nulls first
+$$;
+comment on function realtime.changes_since(pg_snapshot) is
+    'Captured changes committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
+revoke all on function realtime.changes_since(pg_snapshot) from public;
+
+create or replace function realtime.dropped_change_xid()
+returns xid8
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when stream.dropped_change_in_life = realtime.life() then stream.dropped_change_xid else '0' end
+    from realtime.stream
+$$;
+comment on function realtime.dropped_change_xid() is 'Highest transaction id among captured changes that were dropped in this life of the database.';
+revoke all on function realtime.dropped_change_xid() from public;
+
+create or replace function realtime.drop_old_changes(retention interval default '1 hour')
+returns bigint
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with dropped as (
+        delete from realtime.changes where changed_at < now() - retention
+        returning xid
+    ),
+    noted as (
+        update realtime.stream
+        set
+            dropped_change_xid = greatest(realtime.dropped_change_xid()::text::numeric, summary.xid)::text::xid8,
+            dropped_change_in_life = realtime.life()
+        from (select max(dropped.xid::text::numeric) as xid from dropped) as summary
+        where summary.xid is not null
+        returning 1
+    )
+    select count(*) from dropped, (select count(*) from noted) as done
+$$;
+comment on function realtime.drop_old_changes(interval) is 'Deletes captured changes older than the retention; how many. A server that has not read them by then reports a gap.';
+revoke all on function realtime.drop_old_changes(interval) from public;
+
+-- One table at a time, and none for longer than a moment: a table in use is left for the next time.
+create or replace function realtime.sync_capture(is_wanted boolean default true)
+returns table (relation oid, name text, action text, problem text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
+as $$
+#variable_conflict use_column
+declare
+    v_table record;
+    -- Bits of pg_trigger.tgtype.
+    c_insert constant integer := 4;
+    c_delete constant integer := 8;
+    c_update constant integer := 16;
+begin
+    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
+        return;
+    end if;
+    for v_table in
+        with wanted as (
+            select
+                c.oid,
+                (case when p.pubinsert then c_insert else 0 end)
+                + (case when p.pubdelete then c_delete else 0 end)
+                + (case when p.pubupdate then c_update else 0 end) as events
+            from pg_publication as p
+            join pg_publication_tables as pt on pt.pubname = p.pubname
+            join pg_namespace as n on n.nspname = pt.schemaname
+            join pg_class as c on c.relnamespace = n.oid and c.relname = pt.tablename
+            where p.pubname = 'supabase_realtime' and is_wanted
+        ),
+        present as (
+            select
+                t.tgrelid as oid,
+                t.tgtype & (c_insert + c_delete + c_update) as events,
+                t.tgenabled <> 'D' and t.tgargs = convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea as is_right
+            from pg_trigger as t
+            where t.tgfoid = 'realtime.capture_change()'::regprocedure and not t.tgisinternal and t.tgparentid = 0
+        )
+        select
+            coalesce(wanted.oid, present.oid) as oid,
+            coalesce(wanted.events, 0) as events,
+            present.oid is not null as is_present
+        from wanted
+        full join present on present.oid = wanted.oid
+        where wanted.oid is null
+            or (wanted.events = 0) <> (present.oid is null)
+            or wanted.events <> coalesce(present.events, wanted.events)
+            or not coalesce(present.is_right, true)
+        order by 1
+    loop
+        relation := v_table.oid;
+        name := v_table.oid::regclass;
+        problem := null;
+        begin
+            if v_table.is_present then
+                execute format('drop trigger if exists realtime_capture on %s', name);
+                action := 'released';
+            end if;
+            if v_table.events > 0 then
+                execute format(
+                    'create trigger realtime_capture after %s on %s for each row execute function realtime.capture_change(%L)',
+                    concat_ws(
+                        ' or ',
+                        case when v_table.events & c_insert > 0 then 'insert' end,
+                        case when v_table.events & c_update > 0 then 'update' end,
+                        case when v_table.events & c_delete > 0 then 'delete' end
+                    ),
+                    name,
+                    v_table.oid
+                );
+                -- As the log would: also what arrives by replication. Only its owner may say so.
+                if pg_has_role((select relowner from pg_class where oid = v_table.oid), 'usage') then
+                    execute format('alter table %s enable always trigger realtime_capture', name);
+                end if;
+                action := 'captured';
+            end if;
+        exception
+            when lock_not_available then
+                action := 'waiting';
+                problem := 'the table is in use';
+            when insufficient_privilege then
+                action := 'refused';
+                problem := sqlerrm;
+        end;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.sync_capture(boolean) is
+    'Puts capture triggers on the tables of the publication and takes them from all others; what was done, and why something was not. sync_capture(false) takes them all away.';
+revoke all on function realtime.sync_capture(boolean) from public;
+
+-- Row changes from PostgreSQL's log: the server's replication slot, and what a DBA asks about it.
+
+create or replace function realtime.slot_name()
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select 'realtime_changes_' || oid from pg_database where datname = current_database()
+$$;
+comment on function realtime.slot_name() is
+    'Name of the replication slot that the server reads row changes of this database from. Slots are of the whole cluster, so it names the database.';
+revoke all on function realtime.slot_name() from public;
+
+-- Called before each connection of the reader; what only shows in the attempt (pg_hba.conf, max_wal_senders) is left to it.
+create or replace function realtime.wal_obstacle(publication text, slot text)
+returns text
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        case
+            when pg_is_in_recovery() then 'PostgreSQL is a standby here, and its changes are read from the primary'
+            -- Since 19 the first logical slot raises the level.
+            when current_setting('wal_level') <> 'logical'
+                and not (
+                    current_setting('wal_level') = 'replica'
+                    and current_setting('server_version_num')::integer >= 190000
+                )
+                then format(
+                    'wal_level is %s: set it to logical and restart PostgreSQL', current_setting('wal_level')
+                )
+            when not exists (
+                select
+                from pg_roles as allowed
+                where pg_has_role(current_user, allowed.oid, 'usage')
+                    -- REPLICATION is of the role itself; rds_replication is handed on.
+                    and (
+                        allowed.rolname = current_user and (allowed.rolreplication or allowed.rolsuper)
+                        or allowed.rolname = 'rds_replication'
+                    )
+            )
+                then format(
+                    'role %I may not replicate: an administrator runs "alter role %I replication"',
+                    current_user, current_user
+                )
+            when not exists (select from pg_publication where pubname = wal_obstacle.publication)
+                then format('there is no publication %I', wal_obstacle.publication)
+            when taken.slot_name is null
+                and (select count(*) from pg_replication_slots) >= current_setting('max_replication_slots')::integer
+                then format('all of max_replication_slots (%s) are taken', current_setting('max_replication_slots'))
+            when taken.slot_name is not null
+                and (taken.plugin is distinct from 'pgoutput' or taken.database <> current_database())
+                then format('replication slot %I is of another kind or database', wal_obstacle.slot)
+            when taken.active then format('replication slot %I is in use by another server', wal_obstacle.slot)
+        end
+    from (values (1)) as one
+    left join pg_replication_slots as taken on taken.slot_name = wal_obstacle.slot
+$$;
+comment on function realtime.wal_obstacle(text, text) is
+    'Why row changes cannot be read from the log of this database through this publication and slot; null when nothing is known to stand in the way.';
+revoke all on function realtime.wal_obstacle(text, text) from public;
+
+-- The log, and all that streams it, has 32 bits of a transaction id.
+create or replace function realtime.full_xid(xid bigint, near bigint)
+returns bigint
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select full_xid.near + (((full_xid.xid - full_xid.near) & 4294967295) # 2147483648) - 2147483648
+$$;
+comment on function realtime.full_xid(bigint, bigint) is
+    'The transaction id of 64 bits with these lower 32 bits, at most 2^31 away from near.';
+revoke all on function realtime.full_xid(bigint, bigint) from public;
+
+-- A commit is in the log before other sessions see it, and much before where a synchronous standby is slow. Each statement here has a
+-- snapshot of its own. All ids are asked about: transactions do not become visible in the order of their commits.
+create or replace function realtime.wait_until_visible(xids bigint[], timeout interval)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_end timestamptz := clock_timestamp() + wait_until_visible.timeout;
+    v_snapshot pg_snapshot;
+begin
+    loop
+        v_snapshot := pg_current_snapshot();
+        if not exists (
+            select
+            from unnest(wait_until_visible.xids) as waited (xid)
+            where not pg_visible_in_snapshot(
+                realtime.full_xid(waited.xid, pg_snapshot_xmax(v_snapshot)::text::bigint)::text::xid8, v_snapshot
+            )
+        ) then
+            return true;
+        end if;
+        if clock_timestamp() >= v_end then
+            return false;
+        end if;
+        perform pg_sleep(0.001);
+    end loop;
+end
+$$;
+comment on function realtime.wait_until_visible(bigint[], interval) is
+    'Waits until transactions that are known to have committed are visible to other sessions, too; false when that took longer than the timeout. The ids may be of 32 bits.';
+revoke all on function realtime.wait_until_visible(bigint[], interval) from public;
+
+create or replace function realtime.end_walsender(backend integer, started timestamptz)
+returns boolean
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(bool_and(pg_terminate_backend(pid, 5000)), true)
+    from pg_stat_activity
+    where pid = end_walsender.backend and backend_start = end_walsender.started
+$$;
+comment on function realtime.end_walsender(integer, timestamptz) is
+    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone. The time it started tells it from another one of the same process id.';
+revoke all on function realtime.end_walsender(integer, timestamptz) from public;
+
+create or replace function realtime.slot_status()
+returns table (
+    slot text,
+    active boolean,
+    retained_bytes bigint,
+    unconfirmed_bytes bigint,
+    wal_status text,
+    safe_wal_size bigint,
+    problem text
+)
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with here as materialized (
+        select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end as lsn
+    )
+    select
+        s.slot_name::text,
+        s.active,
+        pg_wal_lsn_diff(here.lsn, s.restart_lsn)::bigint,
+        pg_wal_lsn_diff(here.lsn, s.confirmed_flush_lsn)::bigint,
+        s.wal_status,
+        s.safe_wal_size,
+        case
+            when s.wal_status = 'lost' and s.active is not true
+                then 'changes are lost, because nobody read them in time: a server that reads the log makes a new slot, else call realtime.drop_slot()'
+            when s.active is not true
+                then 'nobody reads, and PostgreSQL keeps its log until somebody does: start a server, or call realtime.drop_slot()'
+            when s.wal_status = 'unreserved'
+                then 'the reader is so late that PostgreSQL may remove the log before it is read: raise max_slot_wal_keep_size'
+            when current_setting('max_slot_wal_keep_size') = '-1'
+                then 'max_slot_wal_keep_size is not set: when nobody reads, the log grows until the disk is full'
+        end
+    from pg_replication_slots as s
+    cross join here
+    where s.slot_name = realtime.slot_name()
+$$;
+comment on function realtime.slot_status() is
+    'The slot that the server reads row changes from, no row when there is none: whether somebody reads, bytes of log that are kept for it and that are not confirmed yet, wal_status and safe_wal_size as in pg_replication_slots, and what is wrong.';
+revoke all on function realtime.slot_status() from public;
+
+create or replace function realtime.drop_slot()
+returns boolean
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select count(pg_drop_replication_slot(slot_name)) > 0
+    from pg_replication_slots
+    where slot_name = realtime.slot_name()
+$$;
+comment on function realtime.drop_slot() is
+    'Gives up the slot that the server reads row changes from, so that PostgreSQL keeps no log for it; whether there was one. Fails while a server reads.';
+revoke all on function realtime.drop_slot() from public;

@@ -1,0 +1,820 @@
+-- Row changes: which tables tell theirs, what of them is wanted, and who may see it. Called by the servers only.
+--
+-- An image is a row as a JSON object, column by column: values as to_jsonb writes them, or strings of the text that PostgreSQL writes for
+-- them (json and jsonb always as they are). A column that is not known is absent.
+
+create or replace function realtime.table_name(relation oid)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%I.%I', n.nspname, c.relname)
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = table_name.relation
+$$;
+comment on function realtime.table_name(oid) is 'A table with its schema, whatever the path: what users'' functions leave in a session must not be found instead.';
+revoke all on function realtime.table_name(oid) from public;
+
+create or replace function realtime.base_type(type oid)
+returns oid
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive base as (
+        select t.oid, t.typtype, t.typbasetype from pg_type as t where t.oid = base_type.type
+        union all
+        select t.oid, t.typtype, t.typbasetype from pg_type as t join base on t.oid = base.typbasetype and base.typtype = 'd'
+    )
+    select base.oid from base where base.typtype <> 'd'
+$$;
+comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
+
+create or replace function realtime.published_tables(roles text[])
+returns table (
+    relation oid,
+    schema text,
+    name text,
+    has_row_security boolean,
+    has_whole_old boolean,
+    row_filter text,
+    events text[],
+    columns jsonb,
+    access jsonb
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with published as (
+        select
+            c.oid,
+            n.nspname,
+            n.oid as namespace,
+            c.relname,
+            c.relowner,
+            c.relrowsecurity,
+            c.relforcerowsecurity,
+            c.relreplident,
+            -- Row filters and column lists came with PostgreSQL 15.
+            to_jsonb(p) ->> 'rowfilter' as rowfilter,
+            to_jsonb(p) -> 'attnames' as attnames
+        from pg_publication_tables as p
+        join pg_namespace as n on n.nspname = p.schemaname
+        join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+        where p.pubname = 'supabase_realtime'
+    ),
+    attribute as (
+        select
+            a.attrelid,
+            a.attname,
+            a.attnum,
+            a.attgenerated <> '' as is_generated,
+            a.atttypid,
+            t.typname,
+            realtime.base_type(a.atttypid) as base,
+            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key
+        from published
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
+        join pg_type as t on t.oid = a.atttypid
+        left join pg_index as primary_key on primary_key.indrelid = published.oid and primary_key.indisprimary
+        -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+        where published.attnames is null
+            or published.attnames ? a.attname
+            or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
+                select count(*)
+                from pg_attribute as plain
+                where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
+            ))
+    ),
+    identity as (
+        select published.oid, array_agg(a.attname::text) as columns
+        from published
+        join pg_index as i on i.indrelid = published.oid
+            and case published.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any (i.indkey::int2[])
+        group by published.oid
+    )
+    select
+        published.oid,
+        published.nspname::text,
+        published.relname::text,
+        published.relrowsecurity,
+        published.relreplident = 'f',
+        published.rowfilter,
+        array_remove(array[
+            case when publication.pubinsert then 'INSERT' end,
+            case when publication.pubupdate then 'UPDATE' end,
+            case when publication.pubdelete then 'DELETE' end
+        ], null),
+        (
+            select coalesce(
+                jsonb_agg(
+                    jsonb_build_object(
+                        'name', a.attname,
+                        'type', a.typname,
+                        'type_oid', a.atttypid::bigint,
+                        'is_json', a.base in (114, 3802),
+                        'is_bytea', a.base = 17,
+                        'is_bool', a.base = 16,
+                        'is_key', a.is_key,
+                        'is_identity', published.relreplident = 'f' or coalesce(a.attname = any (identity.columns), false),
+                        'is_generated', a.is_generated
+                    )
+                    order by a.attnum
+                ),
+                '[]'
+            )
+            from attribute as a
+            where a.attrelid = published.oid
+        ),
+        (
+            select coalesce(
+                jsonb_object_agg(
+                    r.rolname,
+                    jsonb_build_object(
+                        'columns', (
+                            select coalesce(jsonb_agg(a.attname order by a.attnum), '[]')
+                            from attribute as a
+                            where a.attrelid = published.oid
+                                and has_schema_privilege(r.oid, published.namespace, 'usage')
+                                and has_column_privilege(r.oid, published.oid, a.attnum, 'select')
+                        ),
+                        'is_bound', published.relrowsecurity
+                            and not (r.rolsuper or r.rolbypassrls)
+                            and (published.relforcerowsecurity or not pg_has_role(r.oid, published.relowner, 'usage'))
+                    )
+                ),
+                '{}'
+            )
+            from pg_roles as r
+            where r.rolname = any (roles)
+        )
+    from published
+    cross join pg_publication as publication
+    left join identity on identity.oid = published.oid
+    where publication.pubname = 'supabase_realtime'
+    order by published.oid
+$$;
+comment on function realtime.published_tables(text[]) is
+    'The tables of the publication: columns in order, and for each role which of them it may read and whether row-level security binds it.';
+revoke all on function realtime.published_tables(text[]) from public;
+
+-- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
+create or replace function realtime.take_identity(role text, claims jsonb)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+    -- To set_config this means "as the session's own role", which row-level security does not bind.
+    if coalesce(role, 'none') = 'none' then
+        raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+    end if;
+    perform
+        pg_catalog.set_config('request.jwt.claims', claims::text, true),
+        pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
+        pg_catalog.set_config('request.jwt.claim.role', role, true),
+        pg_catalog.set_config('role', role, true);
+end
+$$;
+comment on function realtime.take_identity(text, jsonb) is 'Go on as a client with this role and these claims, to the end of the transaction.';
+revoke all on function realtime.take_identity(text, jsonb) from public;
+
+-- -- filters
+
+-- The comparison of one operator, between a column and "v", the value of the filter, which is of the column's type already.
+create or replace function realtime.comparison(operator text, is_negated boolean, value text)
+returns text
+language plpgsql
+immutable
+as $$
+declare
+    v_text text;
+begin
+    if operator = 'is' then
+        return 'x is ' || case when is_negated then 'not ' else '' end || value;
+    end if;
+    v_text := case operator
+        when 'eq' then 'x = v'
+        when 'neq' then 'x <> v'
+        when 'lt' then 'x < v'
+        when 'lte' then 'x <= v'
+        when 'gt' then 'x > v'
+        when 'gte' then 'x >= v'
+        when 'in' then 'x = any (v)'
+        when 'like' then 'x like v'
+        when 'ilike' then 'x ilike v'
+        when 'match' then 'x ~ v'
+        when 'imatch' then 'x ~* v'
+        when 'isdistinct' then 'x is distinct from v'
+    end;
+    return case when is_negated then 'not (' || v_text || ')' else v_text end;
+end
+$$;
+comment on function realtime.comparison(text, boolean, text) is 'An operator of filters as SQL on x, the column, and v, the value; for "is" the value itself.';
+
+-- As its role, because operators and types may be users' own.
+create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
+returns table (n integer, is_exact boolean, vals text[])
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_condition jsonb;
+    v_column text;
+    v_operator text;
+    v_value text;
+    v_type text;
+    v_base oid;
+    v_is_plain boolean;
+    v_is_enum boolean;
+    v_count integer;
+begin
+    perform realtime.take_identity(check_filters.role, '{}');
+    foreach v_column in array check_filters.columns loop
+        if not exists (
+            select
+            from pg_catalog.pg_attribute as a
+            where a.attrelid = check_filters.relation
+                and a.attname = v_column
+                and a.attnum > 0
+                and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select')
+        ) then
+            raise exception 'invalid column for select %', v_column;
+        end if;
+    end loop;
+    for v_condition, n in
+        select c.condition, c.number::integer - 1 from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+    loop
+        v_column := v_condition ->> 'column';
+        v_operator := v_condition ->> 'operator';
+        v_value := v_condition ->> 'value';
+        v_type := null;
+        select
+            pg_catalog.format_type(a.atttypid, -1),
+            realtime.base_type(a.atttypid),
+            t.typtype = 'e',
+            coalesce(c.collisdeterministic, true)
+        into v_type, v_base, v_is_enum, v_is_plain
+        from pg_catalog.pg_attribute as a
+        join pg_catalog.pg_type as t on t.oid = a.atttypid
+        left join pg_catalog.pg_collation as c on c.oid = a.attcollation
+        where a.attrelid = check_filters.relation
+            and a.attname = v_column
+            and a.attnum > 0
+            and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select');
+        if v_type is null then
+            raise exception 'invalid column for filter %', v_column;
+        end if;
+        -- Types of which two values are equal exactly if their texts are.
+        is_exact := not (v_condition ->> 'is_negated')::boolean
+            and v_operator in ('eq', 'in')
+            and v_is_plain
+            and (v_base in (16, 19, 20, 21, 23, 25, 26, 1043, 2950) or v_is_enum);
+        vals := null;
+        if v_operator = 'is' then
+            if v_value not in ('null', 'true', 'false', 'unknown') then
+                raise exception 'invalid value for is filter: must be null, true, false, or unknown';
+            elsif v_value <> 'null' and v_base <> 16 then
+                raise exception 'is % filter requires a boolean column, got %', v_value, v_type;
+            end if;
+        elsif v_operator = 'in' then
+            execute pg_catalog.format(
+                'select coalesce(array_agg(x.x::text), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as x (x)', v_type
+            ) into vals, v_count using v_value;
+            if v_count > 100 then
+                raise exception 'too many values for `in` filter. Maximum 100';
+            end if;
+        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
+            begin
+                execute pg_catalog.format(
+                    'select %s from (select null::%s as x, $1::%s as v) as pair',
+                    realtime.comparison(v_operator, false, null),
+                    v_type,
+                    v_type
+                ) using v_value;
+            exception when undefined_function or ambiguous_function then
+                raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
+            end;
+            if v_operator in ('match', 'imatch') then
+                begin
+                    perform '' ~ v_value;
+                exception when invalid_regular_expression then
+                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+                end;
+            end if;
+        else
+            execute pg_catalog.format(
+                'select array[v::text], %s from (select null::%s as x, $1::%s as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_type
+            ) into vals using v_value;
+        end if;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.check_filters(oid, text, jsonb, text[]) is
+    'Whether a role may filter by these conditions and select these columns; raises what is wrong. For each condition that compares for equality of text (is_exact) the texts that fit.';
+revoke all on function realtime.check_filters(oid, text, jsonb, text[]) from public;
+
+-- All conditions of one column and operator are one statement, however many values there are.
+create or replace function realtime.match_changes(relation oid, role text, images jsonb, conditions jsonb)
+returns table (image integer, condition integer)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_group record;
+    v_type text;
+    v_table text := realtime.table_name(match_changes.relation);
+begin
+    perform realtime.take_identity(match_changes.role, '{}');
+    for v_group in
+        select
+            c.condition ->> 'column' as column_name,
+            c.condition ->> 'operator' as operator,
+            (c.condition ->> 'is_negated')::boolean as is_negated,
+            case when c.condition ->> 'operator' = 'is' then c.condition ->> 'value' end as keyword,
+            pg_catalog.array_agg(c.condition ->> 'value') as vals,
+            pg_catalog.array_agg(c.number::integer - 1) as numbers
+        from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+        group by 1, 2, 3, 4
+    loop
+        select pg_catalog.format_type(a.atttypid, -1) into v_type
+        from pg_catalog.pg_attribute as a
+        where a.attrelid = match_changes.relation and a.attname = v_group.column_name and not a.attisdropped;
+        continue when not found;
+        return query execute pg_catalog.format(
+            $q$
+                with wanted as materialized (
+                    select w.number, w.value::%1$s%2$s as v
+                    from rows from (pg_catalog.unnest($2), pg_catalog.unnest($3)) as w (value, number)
+                ),
+                found as materialized (
+                    select i.n::integer - 1 as n, row.%3$I as x
+                    from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+                    cross join lateral pg_catalog.jsonb_populate_record(null::%4$s, i.image) as row
+                    where i.image ? %3$L
+                )
+                select found.n, wanted.number from found cross join wanted where %5$s
+            $q$,
+            case when v_group.operator = 'is' then 'text' else v_type end,
+            case when v_group.operator = 'in' then '[]' else '' end,
+            v_group.column_name,
+            v_table,
+            realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword)
+        ) using images, v_group.vals, v_group.numbers;
+    end loop;
+end
+$$;
+comment on function realtime.match_changes(oid, text, jsonb, jsonb) is
+    'Which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A column that is absent satisfies none.';
+revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from public;
+
+-- -- row-level security
+
+-- The condition that PostgreSQL itself puts behind a SELECT of this role: one permissive policy must say yes and no restrictive one may
+-- say otherwise. All names in it are qualified, because the path is empty where it is written out.
+create or replace function realtime.policy_condition(relation oid, role text)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+    select pg_catalog.concat(
+        '(',
+        coalesce(
+            pg_catalog.string_agg('(' || quals.qual || ')', ' or ') filter (where quals.polpermissive),
+            'false'
+        ),
+        ')',
+        pg_catalog.string_agg(' and (' || quals.qual || ')', '') filter (where not quals.polpermissive)
+    )
+    from (
+        select p.polpermissive, pg_catalog.pg_get_expr(p.polqual, p.polrelid) as qual
+        from pg_catalog.pg_policy as p
+        where p.polrelid = policy_condition.relation
+            and p.polcmd in ('r', '*')
+            and p.polqual is not null
+            and exists (
+                select
+                from pg_catalog.unnest(p.polroles) as member (oid)
+                where member.oid = 0 or pg_catalog.pg_has_role(policy_condition.role, member.oid, 'usage')
+            )
+        order by p.polname
+    ) as quals
+$$;
+comment on function realtime.policy_condition(oid, text) is 'The policies for SELECT of a table, as they apply to a role, as one condition.';
+revoke all on function realtime.policy_condition(oid, text) from public;
+
+-- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
+-- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
+-- of claims stands alone: a policy that raises for one hides nothing from the others.
+create or replace function realtime.visible_changes(relation oid, images jsonb, roles text[], claims jsonb[], wanted jsonb)
+returns table (question integer, visible integer[], problem text)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_table text := realtime.table_name(visible_changes.relation);
+    v_name text;
+    v_asked record;
+    v_role text;
+    v_query text;
+    v_is_done boolean;
+begin
+    select c.relname into v_name from pg_catalog.pg_class as c where c.oid = visible_changes.relation;
+    for v_asked in
+        select
+            c.role,
+            c.claims,
+            c.number::integer - 1 as number,
+            array(select pg_catalog.jsonb_array_elements_text(c.wanted)::integer) as wanted
+        from rows from (
+            pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
+        ) with ordinality as c (role, claims, wanted, number)
+    loop
+        question := v_asked.number;
+        visible := '{}';
+        problem := null;
+        v_is_done := false;
+        begin
+            if v_role is distinct from v_asked.role then
+                v_query := pg_catalog.format(
+                    $q$
+                        select coalesce(pg_catalog.array_agg(asked.n), '{}')
+                        from pg_catalog.unnest($2) as asked (n)
+                        where (select %3$s from pg_catalog.jsonb_populate_record(null::%1$s, $1 -> asked.n) as %2$I)
+                    $q$,
+                    v_table,
+                    v_name,
+                    realtime.policy_condition(visible_changes.relation, v_asked.role)
+                );
+                v_role := v_asked.role;
+            end if;
+            perform realtime.take_identity(v_role, v_asked.claims);
+            execute v_query into visible using images, v_asked.wanted;
+            -- Takes role and settings back.
+            v_is_done := true;
+            raise exception using errcode = 'RT000';
+        exception when others then
+            if not v_is_done then
+                visible := '{}';
+                problem := sqlstate || ': ' || sqlerrm;
+            end if;
+        end;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
+    'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible.';
+revoke all on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) from public;
+
+create or replace function realtime.render_changes(relation oid, images jsonb)
+returns setof text
+language plpgsql
+volatile
+as $$
+begin
+    return query execute pg_catalog.format(
+        $q$
+            select pg_catalog.to_jsonb(row)::text
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            cross join lateral pg_catalog.jsonb_populate_record(null::%s, i.image) as row
+            order by i.n
+        $q$,
+        realtime.table_name(render_changes.relation)
+    ) using images;
+end
+$$;
+comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order. Columns that are absent become null.';
+revoke all on function realtime.render_changes(oid, jsonb) from public;
+
+-- The log has no generated columns before PostgreSQL 18, and no large values that an UPDATE left as they were.
+create or replace function realtime.complete_changes(relation oid, images jsonb)
+returns jsonb
+language plpgsql
+volatile
+as $$
+declare
+    v_name text;
+    v_generated text;
+    v_key text;
+    v_complete jsonb;
+begin
+    select
+        c.relname,
+        (
+            select pg_catalog.string_agg(
+                pg_catalog.format('%L, (%s)', a.attname, pg_catalog.pg_get_expr(d.adbin, d.adrelid)), ', ' order by a.attnum
+            )
+            from pg_catalog.pg_attribute as a
+            join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
+            where a.attrelid = c.oid and a.attgenerated <> '' and not a.attisdropped
+        ),
+        (
+            select pg_catalog.string_agg(pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and ')
+            from pg_catalog.pg_index as i
+            join pg_catalog.pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::int2[])
+            where i.indrelid = c.oid and i.indisprimary
+        )
+    into v_name, v_generated, v_key
+    from pg_catalog.pg_class as c
+    where c.oid = complete_changes.relation;
+    execute pg_catalog.format(
+        $q$
+            select pg_catalog.jsonb_agg(coalesce(stored.image, '{}') || i.image || coalesce(generated.image, '{}') order by i.n)
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            left join lateral (
+                select pg_catalog.to_jsonb(stored) as image
+                from %1$s as stored
+                cross join pg_catalog.jsonb_populate_record(null::%1$s, i.image) as row
+                where %4$s
+            ) as stored on true
+            left join lateral (
+                select pg_catalog.jsonb_build_object(%3$s) as image
+                from pg_catalog.jsonb_populate_record(null::%1$s, coalesce(stored.image, '{}') || i.image) as %2$I
+            ) as generated on true
+        $q$,
+        realtime.table_name(complete_changes.relation),
+        v_name,
+        v_generated,
+        coalesce(v_key, 'false')
+    ) into v_complete using images;
+    return v_complete;
+end
+$$;
+comment on function realtime.complete_changes(oid, jsonb) is
+    'Images with their generated columns computed, and with columns that are not known from the row as it is stored now.';
+revoke all on function realtime.complete_changes(oid, jsonb) from public;
+
+create or replace function realtime.filter_changes(relation oid, images jsonb)
+returns setof integer
+language plpgsql
+volatile
+as $$
+declare
+    v_filter text;
+    v_name text;
+begin
+    select pg_catalog.to_jsonb(p) ->> 'rowfilter', p.tablename into v_filter, v_name
+    from pg_catalog.pg_publication_tables as p
+    join pg_catalog.pg_namespace as n on n.nspname = p.schemaname
+    join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+    where p.pubname = 'supabase_realtime' and c.oid = filter_changes.relation;
+    return query execute pg_catalog.format(
+        $q$
+            select i.n::integer - 1
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            where (select %3$s from pg_catalog.jsonb_populate_record(null::%1$s, i.image) as %2$I)
+        $q$,
+        realtime.table_name(filter_changes.relation),
+        v_name,
+        coalesce(v_filter, 'true')
+    ) using images;
+end
+$$;
+comment on function realtime.filter_changes(oid, jsonb) is 'Which images, counted from 0, pass the row filter of the publication.';
+revoke all on function realtime.filter_changes(oid, jsonb) from public;
+
+-- -- capture by triggers
+
+-- Whose row it is depends on nothing of the writer's: definer rights, and settings that make equal values equal texts.
+create or replace function realtime.capture_change()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+begin
+    insert into realtime.changes (relation, action, record, old_record)
+    values (
+        tg_argv[0]::oid,
+        tg_op,
+        case when tg_op <> 'DELETE' then to_jsonb(new) end,
+        case when tg_op <> 'INSERT' then to_jsonb(old) end
+    );
+    return null;
+end
+$$;
+comment on function realtime.capture_change() is 'Writes the row change to realtime.changes. On tables of the publication; the argument is the oid of the table as the publication names it.';
+revoke all on function realtime.capture_change() from public;
+
+create or replace function realtime.change_doorbell_key()
+returns bigint
+language sql
+immutable
+as $$
+    select realtime.doorbell_key() + 2
+$$;
+comment on function realtime.change_doorbell_key() is 'Advisory lock that a reader of realtime.changes holds while it sleeps.';
+revoke all on function realtime.change_doorbell_key() from public;
+
+create or replace function realtime.ring_change_doorbell()
+returns trigger
+language plpgsql
+volatile
+as $$
+begin
+    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+        return null;
+    elsif pg_catalog.pg_try_advisory_lock_shared(realtime.change_doorbell_key()) then
+        perform pg_catalog.pg_advisory_unlock_shared(realtime.change_doorbell_key());
+    else
+        perform pg_catalog.pg_notify('realtime_changes', '');
+    end if;
+    return null;
+end
+$$;
+comment on function realtime.ring_change_doorbell() is 'Wakes the readers of realtime.changes at commit if one sleeps.';
+revoke all on function realtime.ring_change_doorbell() from public;
+
+create or replace trigger ring_doorbell
+    after insert on realtime.changes
+    for each statement
+    execute function realtime.ring_change_doorbell();
+comment on trigger ring_doorbell on realtime.changes is 'Wakes the readers at commit if one sleeps.';
+
+-- Exactly the rows that were not visible in "position" and are visible now, as realtime.messages_since reads messages.
+create or replace function realtime.changes_since("position" pg_snapshot)
+returns table (
+    seq bigint,
+    relation oid,
+    action text,
+    changed_at timestamptz,
+    record text,
+    old_record text,
+    snapshot text
+)
+language sql
+stable
+as $$
+    with current as materialized (
+        select pg_catalog.pg_current_snapshot() as snapshot
+    ),
+    committed as materialized (
+        select c.*
+        from realtime.changes as c
+        where c.xid >= pg_catalog.pg_snapshot_xmax("position")
+            and c.xid < (select pg_catalog.pg_snapshot_xmax(current.snapshot) from current)
+        union all
+        select c.*
+        from realtime.changes as c
+        where c.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
+    )
+    select null, null, null, null, null, null, current.snapshot::text
+    from current
+    union all
+    select c.seq, c.relation, c.action, c.changed_at, c.record::text, c.old_record::text, null
+    from committed as c
+    order by 1 asc nulls first
+$$;
+comment on function realtime.changes_since(pg_snapshot) is
+    'Captured changes committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
+revoke all on function realtime.changes_since(pg_snapshot) from public;
+
+create or replace function realtime.dropped_change_xid()
+returns xid8
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when stream.dropped_change_in_life = realtime.life() then stream.dropped_change_xid else '0' end
+    from realtime.stream
+$$;
+comment on function realtime.dropped_change_xid() is 'Highest transaction id among captured changes that were dropped in this life of the database.';
+revoke all on function realtime.dropped_change_xid() from public;
+
+create or replace function realtime.drop_old_changes(retention interval default '1 hour')
+returns bigint
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with dropped as (
+        delete from realtime.changes where changed_at < now() - retention
+        returning xid
+    ),
+    noted as (
+        update realtime.stream
+        set
+            dropped_change_xid = greatest(realtime.dropped_change_xid()::text::numeric, summary.xid)::text::xid8,
+            dropped_change_in_life = realtime.life()
+        from (select max(dropped.xid::text::numeric) as xid from dropped) as summary
+        where summary.xid is not null
+        returning 1
+    )
+    select count(*) from dropped, (select count(*) from noted) as done
+$$;
+comment on function realtime.drop_old_changes(interval) is 'Deletes captured changes older than the retention; how many. A server that has not read them by then reports a gap.';
+revoke all on function realtime.drop_old_changes(interval) from public;
+
+-- One table at a time, and none for longer than a moment: a table in use is left for the next time.
+create or replace function realtime.sync_capture(is_wanted boolean default true)
+returns table (relation oid, name text, action text, problem text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
+as $$
+#variable_conflict use_column
+declare
+    v_table record;
+    -- Bits of pg_trigger.tgtype.
+    c_insert constant integer := 4;
+    c_delete constant integer := 8;
+    c_update constant integer := 16;
+begin
+    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
+        return;
+    end if;
+    for v_table in
+        with wanted as (
+            select
+                c.oid,
+                (case when p.pubinsert then c_insert else 0 end)
+                + (case when p.pubdelete then c_delete else 0 end)
+                + (case when p.pubupdate then c_update else 0 end) as events
+            from pg_publication as p
+            join pg_publication_tables as pt on pt.pubname = p.pubname
+            join pg_namespace as n on n.nspname = pt.schemaname
+            join pg_class as c on c.relnamespace = n.oid and c.relname = pt.tablename
+            where p.pubname = 'supabase_realtime' and is_wanted
+        ),
+        present as (
+            select
+                t.tgrelid as oid,
+                t.tgtype & (c_insert + c_delete + c_update) as events,
+                t.tgenabled <> 'D' and t.tgargs = convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea as is_right
+            from pg_trigger as t
+            where t.tgfoid = 'realtime.capture_change()'::regprocedure and not t.tgisinternal and t.tgparentid = 0
+        )
+        select
+            coalesce(wanted.oid, present.oid) as oid,
+            coalesce(wanted.events, 0) as events,
+            present.oid is not null as is_present
+        from wanted
+        full join present on present.oid = wanted.oid
+        where wanted.oid is null
+            or (wanted.events = 0) <> (present.oid is null)
+            or wanted.events <> coalesce(present.events, wanted.events)
+            or not coalesce(present.is_right, true)
+        order by 1
+    loop
+        relation := v_table.oid;
+        name := v_table.oid::regclass;
+        problem := null;
+        begin
+            if v_table.is_present then
+                execute format('drop trigger if exists realtime_capture on %s', name);
+                action := 'released';
+            end if;
+            if v_table.events > 0 then
+                execute format(
+                    'create trigger realtime_capture after %s on %s for each row execute function realtime.capture_change(%L)',
+                    concat_ws(
+                        ' or ',
+                        case when v_table.events & c_insert > 0 then 'insert' end,
+                        case when v_table.events & c_update > 0 then 'update' end,
+                        case when v_table.events & c_delete > 0 then 'delete' end
+                    ),
+                    name,
+                    v_table.oid
+                );
+                -- As the log would: also what arrives by replication. Only its owner may say so.
+                if pg_has_role((select relowner from pg_class where oid = v_table.oid), 'usage') then
+                    execute format('alter table %s enable always trigger realtime_capture', name);
+                end if;
+                action := 'captured';
+            end if;
+        exception
+            when lock_not_available then
+                action := 'waiting';
+                problem := 'the table is in use';
+            when insufficient_privilege then
+                action := 'refused';
+                problem := sqlerrm;
+        end;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.sync_capture(boolean) is
+    'Puts capture triggers on the tables of the publication and takes them from all others; what was done, and why something was not. sync_capture(false) takes them all away.';
+revoke all on function realtime.sync_capture(boolean) from public;

@@ -1,0 +1,37 @@
+-- Row changes: which tables tell theirs, and the outbox of the triggers that capture them.
+
+-- A table emits changes if and only if it is in this publication; where it exists already, it belongs to whoever made it.
+do $$
+begin
+    if not exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
+        create publication supabase_realtime;
+        comment on publication supabase_realtime is 'Tables whose row changes clients may subscribe to.';
+    end if;
+end
+$$;
+
+create sequence realtime.changes_seq as bigint;
+comment on sequence realtime.changes_seq is 'Order of writing. Cache must stay 1, or order between sessions is lost.';
+
+create table realtime.changes (
+    seq bigint not null default nextval('realtime.changes_seq'),
+    xid xid8 not null default pg_current_xact_id(),
+    relation oid not null,
+    action text not null,
+    changed_at timestamptz not null default clock_timestamp(),
+    record jsonb,
+    old_record jsonb
+);
+alter sequence realtime.changes_seq owned by realtime.changes.seq;
+
+comment on table realtime.changes is 'Captured row changes, for the servers only, kept for an hour. Empty where the servers read the log instead.';
+comment on column realtime.changes.seq is 'Order of writing.';
+comment on column realtime.changes.xid is 'Transaction that wrote the row: the servers read by it.';
+comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
+comment on column realtime.changes.action is 'INSERT, UPDATE or DELETE.';
+comment on column realtime.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
+comment on column realtime.changes.record is 'The new row; null for DELETE.';
+comment on column realtime.changes.old_record is 'The old row; null for INSERT.';
+
+create index changes_xid_idx on realtime.changes (xid);
+alter table realtime.changes enable row level security;  -- no policies: for its owner only
