@@ -1,0 +1,449 @@
+"""Row changes from PostgreSQL's log: a permanent replication slot, its stream, and what becomes of both when something breaks.
+
+**Nothing is lost**: a place in the log is confirmed only when `take` has returned for everything before it. Until then PostgreSQL keeps the
+log, and sends it again to whoever connects next. **Nothing is told twice** by one process: what was taken and not confirmed when a
+connection broke is known by the place of its commit, which the log uses once, and inside a transaction by its number, because decoding the
+same log gives the same changes. A database that was restored or promoted may use a place again, so there all of that is forgotten.
+
+**Only what is visible is handed on.** A commit is in the log before other sessions see it, so a second, ordinary connection is asked first.
+It also makes the slot, and ends a walsender that we have lost and that still holds the slot.
+
+**Memory is bounded by not reading**: while a piece is taken nothing is read, the buffers of the network fill, and the walsender waits. A
+task of its own still reports where we are, or the walsender would take us for dead. Silence of the walsender proves nothing, for it says no
+word while it works through a large transaction on tables that are not published: then the ordinary connection is asked whether it is there.
+
+A slot that nobody reads keeps the log until the disk is full. `max_slot_wal_keep_size` ends that: such a slot is lost, a new one is made,
+and the receiver is told of the gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, ClassVar, Final, LiteralString, NamedTuple
+
+import psycopg
+import structlog
+from psycopg import conninfo, pq, sql
+
+from realtime_server import database
+from realtime_server.changes import pgoutput
+from realtime_server.changes.assembly import NOTHING_TAKEN, Assembly, Piece
+from realtime_server.changes.change import Receiver
+from realtime_server.changes.pgoutput import Keepalive, MalformedReplication, WalData
+from realtime_server.database import Database, Pool, Target
+from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
+
+# A piece that is handed on at once: 4 MB of rows take some hundredths of a second to decode, and that long nothing else runs here.
+PIECE_CHANGES: Final = 500
+PIECE_BYTES: Final = 4 * 1024 * 1024
+# How late PostgreSQL learns what it may forget, and that we live.
+STATUS_S: Final = 1.0
+# PostgreSQL ends a walsender that hears nothing for so long, and with that our hold on the slot where the machine is gone.
+WALSENDER_TIMEOUT_S: Final = 30
+# One question for visibility; then it is asked again, as long as it takes.
+VISIBLE_S: Final = 1.0
+# Saying goodbye: what was confirmed has to be read by the walsender, behind all that it still sends.
+END_S: Final = 1.0
+# Something in the way may be about to go: another server that stops, a standby that is promoted.
+PATIENCE_S: Final = 5.0
+# So often the same place of the log is tried, before it is given up.
+TRIES: Final = 3
+SHORTEST_BACKOFF_S: Final = 0.1
+LONGEST_BACKOFF_S: Final = 5.0
+
+POOLED: Final = "the database is behind a transaction pooler, which has no replication connections"
+
+# How values are written, whatever the role or the database sets.
+SESSION: Final = (
+    "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=1 -c bytea_output=hex"
+    f" -c wal_sender_timeout={WALSENDER_TIMEOUT_S}s"
+)
+
+log = structlog.get_logger()
+
+
+class SourceLost(RealtimeError):
+    """Row changes cannot be had from the log any more; another source should take over."""
+
+    code: ClassVar[str] = "SourceLost"
+
+
+class _Backend(NamedTuple):
+    """A process of PostgreSQL. Process ids come again, so it is the time that makes it one."""
+
+    pid: int
+    started: datetime
+
+
+class WalSource:
+    """Reads for one server; of several with the same slot, one gets it.
+
+    `is_json` tells of a type's oid whether its values are JSON as they are: json, jsonb and domains over them. `pool` must be of the same
+    database as `target`. `timeout_s` bounds connecting and short questions.
+    """
+
+    name: Final = "wal"
+
+    def __init__(
+        self,
+        target: Target,
+        pool: Pool,
+        *,
+        publication: str,
+        slot: str,
+        is_json: Callable[[int], bool],
+        timeout_s: float,
+    ) -> None:
+        self._target = target
+        self._pool = pool
+        self._publication = publication
+        self._slot = slot
+        self._is_json = is_json
+        self._timeout_s = timeout_s
+        # Which history of which cluster the places are of.
+        self._life: tuple[str, int] | None = None
+        self._taken = NOTHING_TAKEN
+        # Who of ours may hold the slot.
+        self._holder: _Backend | None = None
+        # What the receiver is to be told once there is a slot again.
+        self._gap: str | None = None
+        # The place where decoding failed, and how often.
+        self._failed_at, self._failures = NOTHING_TAKEN.place, 0
+        self._sent_lsn = 0
+        self.is_ready = False
+
+    @property
+    def lag_bytes(self) -> int:
+        """Log that was sent by PostgreSQL and is not confirmed yet."""
+        return max(0, self._sent_lsn - self._taken.confirmed_lsn)
+
+    async def obstacle(self) -> str | None:
+        """Why changes can't be read from the log here, as a sentence, or None. Raises: DatabaseUnavailable, QueryCanceled."""
+        if self._target.is_pooled:
+            return POOLED
+        ((problem,),) = await self._pool.fetch("select realtime.wal_obstacle(%s, %s)", (self._publication, self._slot))
+        if problem is not None:
+            return str(problem)
+        try:
+            await (await self._connect_walsender()).close()
+        except psycopg.OperationalError as error:
+            await self._pool.fetch("select 1")
+            return _refusal(error)
+        return None
+
+    async def run(self, receiver: Receiver) -> None:
+        """Hand on changes until cancelled, through any loss of the database.
+
+        Makes the slot where there is none; that takes as long as the transactions that write at that moment, and `is_ready` tells when it
+        is done. Raises: SourceLost, when something has stood in the way for some seconds.
+        """
+        backoff_s = SHORTEST_BACKOFF_S
+        blocked_since: float | None = None
+        while True:
+            problem: BaseException | None
+            try:
+                try:
+                    await self._relay(receiver)
+                finally:
+                    was_ready, self.is_ready = self.is_ready, False
+            except SourceLost as error:
+                problem = error
+                blocked_since = blocked_since or time.monotonic()
+                if time.monotonic() - blocked_since > PATIENCE_S:
+                    raise
+            except (DatabaseUnavailable, QueryCanceled) as error:
+                problem, blocked_since = error.__cause__, None
+            except (psycopg.Error, MalformedReplication) as error:
+                problem, blocked_since = error, None
+                if not _is_passing(error):
+                    self._note_failure(error, was_ready)
+            if was_ready:
+                backoff_s = SHORTEST_BACKOFF_S
+            log.warning("no row changes from the log", error=str(problem), retry_in_s=round(backoff_s, 1))
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
+            backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+
+    def _note_failure(self, error: Exception, was_ready: bool) -> None:
+        """What fails at the same place again and again fails for ever: a value too large to be written as text, a publication that did not
+        exist when a row was written. The slot is then made anew. Raises: SourceLost, if streaming does not even begin."""
+        if self._failed_at != self._taken.place:
+            self._failed_at, self._failures = self._taken.place, 0
+        self._failures += 1
+        if self._failures >= TRIES and not was_ready:
+            raise SourceLost(f"PostgreSQL does not stream its log: {error}") from error
+
+    async def _relay(self, receiver: Receiver) -> None:
+        if self._target.is_pooled:
+            raise SourceLost(POOLED)
+        async with contextlib.AsyncExitStack() as stack:
+            db = await database.connect(self._target, name="wal", timeout_s=self._timeout_s)
+            stack.push_async_callback(db.close)
+            if self._holder is not None:
+                await self._ask(db, "select realtime.end_walsender(%s, %s)", *self._holder)
+                self._holder = None
+            (obstacle,) = await self._ask(db, "select realtime.wal_obstacle(%s, %s)", self._publication, self._slot)
+            if obstacle is not None:
+                raise SourceLost(obstacle)
+            await self._ensure_slot(db)
+            try:
+                walsender = await self._connect_walsender()
+            except psycopg.OperationalError as error:
+                await self._ask(db, "select 1")
+                raise SourceLost(_refusal(error)) from error
+            stack.push_async_callback(walsender.close)
+            stream = await self._start(db, walsender)
+            if self._gap is not None:
+                receiver.gap(self._gap)
+                self._gap = None
+            self.is_ready = True
+            log.info("row changes come from the log", slot=self._slot)
+            reporting = asyncio.create_task(self._report(stream))
+            try:
+                await self._follow(stream, db, receiver)
+            except asyncio.CancelledError:
+                await stream.end(self._status())
+                raise
+            finally:
+                reporting.cancel()
+                await asyncio.gather(reporting, return_exceptions=True)
+
+    async def _ensure_slot(self, db: Database) -> None:
+        found = await self._ask(
+            db, "select (select wal_status from pg_replication_slots where slot_name = %s)", self._slot
+        )
+        (wal_status,) = found
+        if wal_status is None:
+            if self._life is not None:
+                self._gap = "the replication slot was dropped, and with it changes that had not been read"
+        elif wal_status == "lost":
+            self._gap = "the database removed its log before all changes had been read"
+        elif self._failures >= TRIES:
+            self._gap = "a part of the database's log cannot be read"
+        else:
+            return
+        if self._gap is not None:
+            log.error("row changes are missing, a new slot is made", problem=self._gap, slot=self._slot)
+        if wal_status is not None:
+            await self._ask(db, "select pg_drop_replication_slot(%s)", self._slot)
+        # A backend that waits for other transactions does not notice that its client is gone; not every system can be asked to look.
+        with contextlib.suppress(psycopg.DataError):
+            await db.execute("set client_connection_check_interval = '2s'")
+        self._failures = 0
+        self._holder = await self._backend(db, db)
+        with database.errors():
+            await db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (self._slot,))
+        self._holder = None
+
+    async def _connect_walsender(self) -> Database:
+        """Raises: psycopg.OperationalError."""
+        own = conninfo.conninfo_to_dict(self._target.url).get("options") or ""
+        url = conninfo.make_conninfo(self._target.url, replication="database", options=f"{own} {SESSION}".strip())
+        parameters = Target(url).parameters(name="walsender", timeout_s=self._timeout_s)
+        return await Database.connect(parameters, autocommit=True)
+
+    async def _start(self, db: Database, walsender: Database) -> _Stream:
+        """Begin to stream where the slot is. Raises: SourceLost, DatabaseUnavailable, psycopg.Error."""
+        system, timeline, end_lsn, _ = await self._ask(walsender, "IDENTIFY_SYSTEM")
+        self._meet(system, timeline, pgoutput.parse_lsn(end_lsn))
+        self._holder = await self._backend(db, walsender)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await walsender.execute(
+                    sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})").format(
+                        sql.Identifier(self._slot), sql.Literal(sql.Identifier(self._publication).as_string())
+                    )
+                )
+        except psycopg.errors.ObjectInUse as error:
+            raise SourceLost(f"replication slot {self._slot} is in use by another server") from error
+        except TimeoutError as error:
+            raise DatabaseUnavailable from error
+        # Another server may have brought the slot further: it must not be moved back.
+        (confirmed_lsn,) = await self._ask(
+            db, "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = %s", self._slot
+        )
+        self._taken = self._taken._replace(confirmed_lsn=pgoutput.parse_lsn(confirmed_lsn))
+        return _Stream(walsender.pgconn)
+
+    def _meet(self, system: str, timeline: int, end_lsn: int) -> None:
+        """Forget the places of another history, or of this one where it was set back to an earlier state."""
+        life = (system, timeline)
+        if self._life is not None and (life != self._life or end_lsn < self._taken.commit_lsn):
+            log.warning("the database was restored or promoted: changes may come again")
+            self._taken = NOTHING_TAKEN
+            if system != self._life[0]:
+                self._gap = "the database is another one now"
+        self._life = life
+
+    async def _follow(self, stream: _Stream, db: Database, receiver: Receiver) -> None:
+        assembly = Assembly(self._is_json, self._taken)
+        while True:
+            arrived = stream.receive(PIECE_CHANGES - assembly.changes_waiting, PIECE_BYTES - assembly.bytes_waiting)
+            wants_reply = False
+            for data in arrived:
+                match pgoutput.decode_envelope(data):
+                    case WalData(payload):
+                        assembly.add(pgoutput.decode(payload))
+                    case Keepalive(end_lsn, is_asked):
+                        assembly.has_all_before(end_lsn)
+                        self._sent_lsn = end_lsn
+                        wants_reply |= is_asked
+            # More may be here already; but a piece has its bounds, and what is whole must not wait for what may take long.
+            await self._hand_on(assembly.cut(everything=stream.is_full), db, receiver)
+            if wants_reply:
+                stream.send(self._status())
+            if arrived or stream.is_full:
+                await asyncio.sleep(0)
+            else:
+                await self._wait_for_more(stream, db)
+
+    async def _hand_on(self, piece: Piece, db: Database, receiver: Receiver) -> None:
+        if piece.changes:
+            await self._wait_until_visible(db, piece.xids)
+            await receiver.take(piece.changes)
+        self._taken = piece.taken
+
+    async def _wait_until_visible(self, db: Database, xids: list[int]) -> None:
+        """As long as it takes: what is not visible cannot be judged, and while a synchronous standby is away all writers wait, too."""
+        since = time.monotonic()
+        while True:
+            (is_visible,) = await self._ask(
+                db,
+                "select realtime.wait_until_visible(%s::bigint[], make_interval(secs => %s))",
+                "{" + ",".join(map(str, xids)) + "}",
+                VISIBLE_S,
+            )
+            if is_visible:
+                return
+            waited_s = round(time.monotonic() - since)
+            log.warning("committed changes are not visible yet; is a synchronous standby away?", waited_s=waited_s)
+
+    async def _wait_for_more(self, stream: _Stream, db: Database) -> None:
+        """Raises: DatabaseUnavailable, if the walsender is gone without a word."""
+        assert self._holder is not None, "it is streaming"
+        while True:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await stream.readable()
+            except TimeoutError as error:
+                if (
+                    await self._ask(
+                        db, "select pid from pg_stat_activity where (pid, backend_start) = (%s, %s)", *self._holder
+                    )
+                    is None
+                ):
+                    raise DatabaseUnavailable from error
+
+    async def _report(self, stream: _Stream) -> None:
+        # What is wrong with the connection, its reader finds out.
+        with contextlib.suppress(psycopg.Error):
+            while True:
+                await asyncio.sleep(STATUS_S)
+                stream.send(self._status(wants_reply=True))
+
+    def _status(self, *, wants_reply: bool = False) -> bytes:
+        return pgoutput.encode_status(self._taken.confirmed_lsn, now=time.time(), wants_reply=wants_reply)
+
+    async def _backend(self, db: Database, of: Database) -> _Backend:
+        pid = of.info.backend_pid
+        (started,) = await self._ask(db, "select (select backend_start from pg_stat_activity where pid = %s)", pid)
+        return _Backend(pid, started)
+
+    async def _ask(self, db: Database, query: LiteralString, *arguments: object) -> Any:
+        """One row, or None. Raises: DatabaseUnavailable, QueryCanceled."""
+        try:
+            with database.errors():
+                async with asyncio.timeout(self._timeout_s + VISIBLE_S):
+                    return await (await db.execute(query, arguments or None)).fetchone()
+        except TimeoutError as error:
+            raise DatabaseUnavailable from error
+
+
+class _Stream:
+    """A replication connection that has begun to stream. Source: libpq, "Functions Associated with the COPY Command"."""
+
+    def __init__(self, connection: pq.abc.PGconn) -> None:
+        self._connection = connection
+        self._error: Exception | None = None
+        # Whether the last `receive` stopped at its bounds.
+        self.is_full = False
+
+    def receive(self, most: int, most_bytes: int) -> list[memoryview]:
+        """What is here by now, in CopyData messages. Raises: psycopg.Error, also when the walsender has ended the stream."""
+        if self._error is not None:
+            raise self._error
+        received: list[memoryview] = []
+        size = 0
+        self.is_full = False
+        # Twice in vain: what is decrypted already does not make the socket readable, and one read does not always bring all of it.
+        vain = 0
+        try:
+            while vain < 2:
+                self._connection.consume_input()
+                vain += 1
+                while True:
+                    self.is_full = len(received) >= most or size >= most_bytes
+                    if self.is_full:
+                        return received
+                    length, data = self._connection.get_copy_data(1)
+                    if length == 0:
+                        break
+                    if length < 0:
+                        raise self._ending()
+                    received.append(data)
+                    size += length
+                    vain = 0
+        except psycopg.Error as error:
+            if not received:
+                raise
+            # What came before counts.
+            self._error = error
+        return received
+
+    async def readable(self) -> None:
+        """Wait until something comes."""
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        # The wake-up may come twice before the loop gets to us.
+        loop.add_reader(self._connection.socket, lambda: None if woken.done() else woken.set_result(None))
+        try:
+            await woken
+        finally:
+            loop.remove_reader(self._connection.socket)
+
+    def send(self, status: bytes) -> None:
+        """Does not wait: what the network does not take now goes with the next one. Raises: psycopg.Error."""
+        self._connection.put_copy_data(status)
+        self._connection.flush()
+
+    async def end(self, status: bytes) -> None:
+        """Leave in peace, so that the walsender reads the last status: a closed socket with unread bytes would take it away."""
+        with contextlib.suppress(psycopg.Error, TimeoutError):
+            async with asyncio.timeout(END_S):
+                self.send(status)
+                self._connection.put_copy_end()
+                self._connection.flush()
+                while True:
+                    if self.receive(PIECE_CHANGES, PIECE_BYTES):
+                        await asyncio.sleep(0)
+                    else:
+                        await self.readable()
+
+    def _ending(self) -> Exception:
+        result = self._connection.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            return psycopg.errors.error_from_result(result)
+        return psycopg.OperationalError("the walsender has ended the stream")
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it is the connection, the server's state or its resources that failed, and not the work: SQLSTATE classes 08, 57, 53."""
+    return isinstance(error, psycopg.Error) and (error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"))
+
+
+def _refusal(error: psycopg.Error) -> str:
+    return f"PostgreSQL refuses a replication connection: {str(error).splitlines()[0]}"
