@@ -1,0 +1,355 @@
+"""Filters of row changes give PostgreSQL's own answer: that of `select ... where <condition>`, for every operator and many types.
+
+The server never sees the table, only images of its rows: as `to_jsonb` writes them (captured by triggers) and as the text of each value
+(decoded from the log). The oracle asks the table itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from realtime_server.protocol.filters import Condition, Operator
+from tests.fix_database import Cluster, TestDatabase
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Image = dict[str, Any]
+
+ROLE = "authenticated"
+COMPARISONS: dict[Operator, LiteralString] = {
+    Operator.EQ: "=",
+    Operator.NEQ: "!=",
+    Operator.LT: "<",
+    Operator.LTE: "<=",
+    Operator.GT: ">",
+    Operator.GTE: ">=",
+    Operator.LIKE: "like",
+    Operator.ILIKE: "ilike",
+    Operator.MATCH: "~",
+    Operator.IMATCH: "~*",
+}
+KEYWORDS: dict[str, LiteralString] = {"null": "null", "true": "true", "false": "false", "unknown": "unknown"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A column `name`; `type` is what values of filters are cast to, `values` makes texts that the type accepts."""
+
+    name: str
+    declared: str
+    type: str
+    values: st.SearchStrategy[str]
+
+
+def one_of(*values: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(values)
+
+
+# No NUL, which PostgreSQL has no text for, and no half of a pair.
+any_text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
+# Case, accents, white space, and what patterns are made of.
+awkward_text = st.text("aAbBßſéÉe\u0301İi %_\\*.", max_size=5)
+texts = (
+    awkward_text
+    | any_text
+    | one_of("", "null", "NULL", "a", "A", "ab", "AB", "a b", "Straße", "STRASSE", "{a}", "1", "01")
+)
+patterns = st.lists(
+    one_of("a", "A", "b", "%", "_", "\\", ".", "*", "^", "$", "(", ")", "[", "é", "ß", "+", "?"), max_size=5
+).map("".join)
+ints = st.integers(-3, 3).map(str) | one_of("007", " 1 ", "-32768", "32767")
+floats = one_of("0", "-0", "NaN", "Infinity", "-Infinity", "1e-30", "0.1", "0.10", "1.1") | st.floats(width=32).map(str)
+numerics = one_of(
+    "0", "0.0", "0.10", "NaN", "9007199254740993", "9007199254740993.0000000001", "-1e-20", "1e130"
+) | st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-10, max_value=10).map(str)
+times = one_of(
+    "2025-01-01 00:00:00+00",
+    "2025-01-01 01:00:00+01",
+    "2024-12-31T23:59:59.999999Z",
+    "infinity",
+    "-infinity",
+    "4713-01-01 00:00:00+00 BC",
+    "294276-12-31 23:59:59.999999+00",
+) | st.datetimes().map(lambda moment: moment.isoformat() + "Z")
+documents = st.recursive(
+    st.booleans() | st.integers(-2, 2) | any_text | st.sampled_from([0.5, 1e30, 9007199254740993]),
+    lambda inner: st.lists(inner | st.none(), max_size=3) | st.dictionaries(any_text, inner | st.none(), max_size=3),
+    max_leaves=5,
+).map(json.dumps)
+
+
+def array(items: st.SearchStrategy[str], *, max_size: int = 3) -> st.SearchStrategy[str]:
+    def literal(elements: list[str | None]) -> str:
+        quoted = (
+            "NULL" if item is None else '"' + item.replace("\\", r"\\").replace('"', r"\"") + '"' for item in elements
+        )
+        return "{" + ",".join(quoted) + "}"
+
+    return st.lists(st.none() | items, max_size=max_size).map(literal)
+
+
+# Not here, because an image cannot tell: JSON null from NULL, and arrays whose first index is not 1.
+KINDS = [
+    Kind("small", "smallint", "smallint", ints),
+    Kind("whole", "integer", "integer", ints | one_of("2147483647")),
+    Kind("big", "bigint", "bigint", ints | one_of("9007199254740993", "9223372036854775807")),
+    Kind("number", "numeric", "numeric", numerics),
+    Kind("money_like", "numeric(6,2)", "numeric", one_of("0", "1.10", "1.1", "-1.105", "NaN", "9999.99")),
+    Kind("short_float", "real", "real", floats.filter(lambda text: text != "1e-46")),
+    Kind("float", "double precision", "double precision", floats | one_of("1e-300", "0.30000000000000004")),
+    Kind("words", "text", "text", texts),
+    Kind("words_c", 'text collate "C"', "text", texts),
+    Kind("words_unicode", "text collate unicode_words", "text", texts),
+    Kind("words_loose", "text collate loose_words", "text", texts),
+    Kind("limited", "varchar(3)", "varchar", texts.map(lambda text: text[:3])),
+    Kind("padded", "char(4)", "bpchar", texts.map(lambda text: text[:4])),
+    Kind("naming", "name", "name", texts),
+    Kind("moment", "timestamptz", "timestamptz", times),
+    Kind("plain_moment", "timestamp", "timestamp", times.filter(lambda text: "+01" not in text)),
+    Kind("day", "date", "date", one_of("2025-01-01", "2024-02-29", "infinity", "-infinity", "4713-01-01 BC", "Jan 1 2025")),
+    Kind("clock", "time", "time", one_of("00:00", "24:00", "12:34:56.789012", "12:34")),
+    Kind("span", "interval", "interval", one_of("1 day", "24 hours", "-1 mon", "1 mon", "30 days", "P1Y2M", "0")),
+    Kind("id", "uuid", "uuid", st.uuids().map(str) | one_of("a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "A0EEBC999C0B4EF8BB6D6BB9BD380A11")),
+    Kind("flag", "boolean", "boolean", one_of("true", "false", "t", "off", "1")),
+    Kind("mood", "mood", "mood", one_of("sad", "ok", "Happy, \"really\"", "null")),
+    Kind("numbers", "integer[]", "integer[]", array(st.integers(-1, 2).map(str)) | one_of("{{1,2},{3,4}}")),
+    Kind("tags", "text[]", "text[]", array(texts)),
+    Kind("document", "jsonb", "jsonb", documents | one_of('{"a": 1, "b": 2}', '{"b":2,"a":1.0}', "1", "1.0")),
+    Kind("plain_document", "json", "json", documents),
+    Kind("bytes", "bytea", "bytea", st.binary(max_size=4).map(lambda content: "\\x" + content.hex()) | one_of("a", "A\\000")),
+    Kind("address", "inet", "inet", one_of("10.0.0.1", "10.0.0.1/24", "::1", "10.0.0.0/8")),
+    Kind("bits", "bit varying(4)", "bit varying", st.text("01", max_size=4)),
+    Kind("interval_of_ints", "int4range", "int4range", one_of("empty", "[1,3)", "[1,2]", "(,)", "(0,3)")),
+    Kind("short_text", "short_text", "short_text", texts.map(lambda text: text[:5])),
+    Kind("positive", "positive", "positive", one_of("1", "2", "007")),
+    Kind("place", "point", "point", one_of("(0,0)", "(1,2)")),
+    Kind("places", "point[]", "point[]", one_of("{}", '{"(0,0)"}')),
+    Kind("pair", "pair", "pair", one_of("(1,a)", "(,)", '(2,"b, c")', '(1,"")')),
+    Kind("odd = name, \"really\"", "integer", "integer", ints),
+]  # fmt: skip
+
+
+def values_for_filters(kind: Kind, operator: Operator) -> st.SearchStrategy[str]:
+    """Mostly what rows of the column hold as well, so that there is something to match; sometimes anything."""
+    junk = any_text | one_of("", "null", "NaN", "{}", "{1,", "1", "true")
+    match operator:
+        case Operator.IS:
+            return st.sampled_from([*KEYWORDS]) | one_of("NULL", "", "nothing") | junk
+        case Operator.IN:
+            return array(kind.values, max_size=4) | junk
+        case Operator.LIKE | Operator.ILIKE | Operator.MATCH | Operator.IMATCH:
+            return patterns | kind.values | junk
+        case _:
+            return kind.values | junk
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Kind, list[str | None], list[Condition]]:
+    """Rows of one column, at least one of them not null, and conditions on it."""
+    kind = draw(st.sampled_from(KINDS))
+    rows: list[str | None] = [draw(kind.values), *draw(st.lists(st.none() | kind.values, max_size=3))]
+    conditions = []
+    for operator in draw(st.lists(st.sampled_from(Operator), min_size=1, max_size=6)):
+        value = draw(values_for_filters(kind, operator))
+        conditions.append(Condition(kind.name, operator, draw(st.booleans()), value))
+    return kind, rows, conditions
+
+
+def as_sql(condition: Condition, kind: Kind) -> str:
+    """The condition as the reference's table of operators spells it."""
+    column, value = sql.Identifier(condition.column), sql.Literal(condition.value)
+    match condition.operator:
+        case Operator.IS:
+            # What is no keyword of ours is none of PostgreSQL's either.
+            words = KEYWORDS.get(condition.value, "no keyword")
+            composed = sql.SQL("{} is {} {}").format(
+                column, sql.SQL("not" if condition.is_negated else ""), sql.SQL(words)
+            )
+        case Operator.ISDISTINCT:
+            composed = sql.SQL("{} is {} distinct from {}::{}").format(
+                column,
+                sql.SQL("not" if condition.is_negated else ""),
+                value,
+                sql.SQL(kind.type),
+            )
+        case Operator.IN:
+            composed = sql.SQL("{} = any ({}::{}[])").format(column, value, sql.SQL(kind.type))
+        case operator:
+            composed = sql.SQL("{} {} {}::{}").format(column, sql.SQL(COMPARISONS[operator]), value, sql.SQL(kind.type))
+    if condition.is_negated and condition.operator not in (Operator.IS, Operator.ISDISTINCT):
+        composed = sql.SQL("not ({})").format(composed)
+    return composed.as_string()
+
+
+def prepare(database: TestDatabase) -> None:
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        try:
+            db.execute(
+                "create collation loose_words (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"
+            )
+            db.execute("create collation unicode_words (provider = icu, locale = 'und')")
+        except psycopg.errors.FeatureNotSupported:
+            # A PostgreSQL without ICU; since version 17 it knows more letters than those of "C" by itself.
+            words = "pg_c_utf8" if db.info.server_version >= 170000 else "C"
+            for name in ("loose_words", "unicode_words"):
+                copy = sql.SQL("create collation {} from {}")
+                db.execute(copy.format(sql.Identifier(name), sql.Identifier(words)))
+    columns = sql.SQL(", ").join(
+        sql.SQL("{} {}").format(sql.Identifier(kind.name), sql.SQL(kind.declared)) for kind in KINDS
+    )
+    with database.connect() as db:
+        db.execute("""create type mood as enum ('sad', 'ok', 'Happy, "really"', 'null')""")
+        db.execute("create type pair as (a integer, b text)")
+        db.execute("create domain short_text as text check (length(value) <= 5)")
+        db.execute("create domain positive as integer check (value > 0)")
+        db.execute(sql.SQL("create table things (n integer primary key, {})").format(columns))
+        db.execute(f"grant select on things to {ROLE}")
+
+
+@pytest.fixture(scope="module", params=["cluster", "old_cluster"], ids=["newest", "oldest"])
+def things(request: pytest.FixtureRequest) -> Iterator[Connection]:
+    """The server's own connection to a database with one table of many types; what a test writes is rolled back."""
+    cluster: Cluster = request.getfixturevalue(request.param)
+    database = cluster.create("heads")
+    prepare(database)
+    with psycopg.connect(database.url, autocommit=True) as db:
+        # One row at a time, so that a row whose comparison raises says nothing of the others.
+        db.execute("""
+            create function pg_temp.holds(number integer, condition text) returns boolean language plpgsql as $$
+            declare
+                v_answer boolean;
+            begin
+                execute format('select %s from things where n = $1', condition) into v_answer using number;
+                return coalesce(v_answer, false);
+            exception when others then
+                return null;
+            end
+            $$
+        """)
+        yield db
+    cluster.drop(database)
+
+
+def insert(db: Connection, kind: Kind, rows: list[str | None]) -> None:
+    for number, value in enumerate(rows):
+        query = sql.SQL("insert into things (n, {}) values (%s, %s::text::{})").format(
+            sql.Identifier(kind.name),
+            sql.SQL(kind.type),
+        )
+        db.execute(query, (number, value))
+
+
+def images_of(db: Connection, kind: Kind) -> dict[str, list[Image]]:
+    """The rows in the two forms that images have."""
+    [(captured,)] = db.execute("select jsonb_agg(to_jsonb(things) order by n)::text from things").fetchall()
+    # Format takes the text that the type's output function writes, which is what the log carries.
+    written = db.execute(
+        sql.SQL("select case when num_nulls({0}) = 0 then format('%s', {0}) end from things order by n").format(
+            sql.Identifier(kind.name)
+        )
+    ).fetchall()
+    is_json = kind.type in ("json", "jsonb")
+    decoded = [json.loads(text) if is_json and text is not None else text for (text,) in written]
+    return {"captured": json.loads(captured), "decoded": [{kind.name: value} for value in decoded]}
+
+
+def as_json(*conditions: Condition) -> str:
+    return json.dumps(
+        [
+            {"column": one.column, "operator": one.operator, "value": one.value, "is_negated": one.is_negated}
+            for one in conditions
+        ]
+    )
+
+
+def check(db: Connection, condition: Condition) -> dict[str, Any] | None:
+    """What the server learns of a condition when a client subscribes with it; None: it is refused."""
+    try:
+        with db.transaction(force_rollback=True), db.cursor(row_factory=dict_row) as cursor:
+            return cursor.execute(
+                "select * from realtime.check_filters('things'::regclass, %s, %s)", (ROLE, as_json(condition))
+            ).fetchone()
+    except psycopg.errors.Error:
+        return None
+
+
+def matches(db: Connection, images: list[Image], conditions: list[Condition]) -> set[tuple[int, int]]:
+    with db.transaction(force_rollback=True):
+        return set(
+            db.execute(
+                "select image, condition from realtime.match_changes('things'::regclass, %s, %s, %s)",
+                (ROLE, json.dumps(images), as_json(*conditions)),
+            ).fetchall()
+        )
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(cases())
+def test_filter_gives_the_answer_of_postgresql(
+    things: Connection, case: tuple[Kind, list[str | None], list[Condition]]
+) -> None:
+    kind, rows, conditions = case
+    with things.transaction(force_rollback=True):
+        insert(things, kind, rows)
+        # By row: true, false, or None where PostgreSQL raises.
+        expected = {
+            condition: [
+                things.execute("select pg_temp.holds(%s, %s)", (number, as_sql(condition, kind))).fetchone()[0]  # type: ignore[index]
+                for number in range(len(rows))
+            ]
+            for condition in conditions
+        }
+        checked = {condition: check(things, condition) for condition in expected}
+        for condition, answer in checked.items():
+            assert answer is not None or None in expected[condition], f"refused: {condition}"
+        accepted = [condition for condition, answer in checked.items() if answer is not None]
+        texts = [
+            text
+            for (text,) in things.execute(
+                sql.SQL("select {}::text from things order by n").format(sql.Identifier(kind.name))
+            )
+        ]
+        for form, images in images_of(things, kind).items():
+            matched = matches(things, images, accepted)
+            for at, condition in enumerate(accepted):
+                answers = [(number, at) in matched for number in range(len(rows))]
+                assert answers == [bool(answer) for answer in expected[condition]], f"{form}: {condition}"
+                event(f"{condition.operator}{' matched' * any(answers)}")
+        for condition in accepted:
+            # Where equal values have equal texts, the server looks them up and asks nobody.
+            answer = checked[condition]
+            assert answer is not None
+            if answer["is_exact"]:
+                event("exact")
+                looked_up = [text is not None and text in answer["vals"] for text in texts]
+                assert looked_up == expected[condition], f"exact: {condition}"
+
+
+def test_column_that_is_absent_satisfies_nothing_and_one_that_is_null_only_what_asks_for_it(things: Connection) -> None:
+    conditions = [
+        Condition("whole", operator, is_negated, {"is": "null", "in": "{1}"}.get(operator, "1"))
+        for operator in Operator
+        for is_negated in (False, True)
+        if operator not in (Operator.LIKE, Operator.ILIKE, Operator.MATCH, Operator.IMATCH)
+    ]
+    matched = matches(things, [{"small": 1}, {"whole": None}, {"whole": 1}], conditions)
+    satisfied = [
+        {(conditions[at].operator, conditions[at].is_negated) for n, at in matched if n == image} for image in range(3)
+    ]
+    assert satisfied == [
+        set(),
+        {("is", False), ("isdistinct", False)},
+        {("is", True), ("isdistinct", True), ("eq", False), ("in", False), ("lte", False), ("gte", False)}
+        | {("neq", True), ("lt", True), ("gt", True)},
+    ]
