@@ -62,11 +62,12 @@ class _Table:
         self._columns = [(column.name, is_json(column.type)) for column in relation.columns]
         self._key = [column.name for column in relation.columns if column.is_key]
 
-    def image(self, row: Tuple, fallback: Tuple | None = None) -> Image:
-        """`fallback` has the values that `row` leaves out because they are unchanged."""
+    def image(self, row: Tuple, fallback: Tuple | None = None) -> tuple[Image, int]:
+        """And its size. `fallback` has the values that `row` leaves out because they are unchanged."""
         if len(row) != len(self._columns) or (fallback is not None and len(fallback) != len(row)):
             raise MalformedReplication(f"expected a row of {len(self._columns)} columns, got {len(row)}")
         image: Image = {}
+        size = 0
         for index, (name, is_json) in enumerate(self._columns):
             value = row[index]
             if value is UNCHANGED:
@@ -76,15 +77,23 @@ class _Table:
                     continue
             if value is None:
                 image[name] = _NULL
+                size += 4
                 continue
             # A database of encoding SQL_ASCII may send anything.
             text = str(value, errors="replace")
-            image[name] = msgspec.Raw(text.encode() if is_json else _encode(text))
-        return image
+            json = text.encode() if is_json else _encode(text)
+            image[name] = msgspec.Raw(json)
+            size += len(json)
+        return image, size
 
-    def key_of(self, image: Image) -> Image | None:
-        """What of a row is its identity; None if it has none."""
-        return {name: image[name] for name in self._key if name in image} or None
+    def key_of(self, image: Image) -> tuple[Image | None, int]:
+        """What of a row is its identity, None if it has none, and its size."""
+        key = {name: image[name] for name in self._key if name in image}
+        return key or None, sum(len(memoryview(value)) for value in key.values())
+
+    def old_image(self, row: Tuple, is_whole: bool) -> tuple[Image | None, int]:
+        image, size = self.image(row)
+        return (image, size) if is_whole else self.key_of(image)
 
 
 class Assembly:
@@ -167,25 +176,24 @@ class Assembly:
             return
         new: Image | None = None
         old: Image | None = None
+        new_size = old_size = 0
         has_whole_old = False
         match message:
             case Insert():
                 action = Action.INSERT
-                new = table.image(message.new)
+                new, new_size = table.image(message.new)
             case Update():
                 action = Action.UPDATE
-                new = table.image(message.new, message.old)
                 has_whole_old = message.has_whole_old
+                new, new_size = table.image(message.new, message.old)
                 if message.old is None:
-                    old = table.key_of(new)
+                    old, old_size = table.key_of(new)
                 else:
-                    old = table.image(message.old)
-                    old = old if has_whole_old else table.key_of(old)
+                    old, old_size = table.old_image(message.old, has_whole_old)
             case Delete():
                 action = Action.DELETE
                 has_whole_old = message.has_whole_old
-                old = table.image(message.old)
-                old = old if has_whole_old else table.key_of(old)
-        size = sum(len(memoryview(value)) for image in (new, old) if image for value in image.values())
+                old, old_size = table.old_image(message.old, has_whole_old)
+        size = new_size + old_size
         self.bytes_waiting += size
         self._changes.append(Change(message.relation, action, begin.committed_at, new, old, has_whole_old, size))
