@@ -7,7 +7,7 @@ resolves names by the search path that users' policies expect.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -20,6 +20,9 @@ from realtime_server.errors import DatabaseUnavailable, Gap, MalformedCursor, Qu
 Canceled = psycopg.errors.QueryCanceled
 InvalidText = psycopg.DataError
 Database = AsyncConnection[tuple[Any, ...]]
+
+# Of a stream: a quarter slower than all at once, where one by one takes twice as long.
+ROWS_AT_ONCE: Final = 10
 
 # SQLSTATE of realtime.read_cursor when messages behind a cursor are gone.
 GAP: Final = "RT001"
@@ -110,6 +113,18 @@ class Pool:
 
     async def fetch(self, query: LiteralString, arguments: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """The rows of one statement. Raises: DatabaseUnavailable, QueryCanceled, Gap, MalformedCursor."""
+        async with self._connection() as db:
+            cursor = await db.execute(query, arguments)
+            return await cursor.fetchall()
+
+    async def stream(self, query: LiteralString, arguments: Sequence[object] = ()) -> AsyncGenerator[tuple[Any, ...]]:
+        """The same rows, of which only `ROWS_AT_ONCE` are in memory; who closes the iterator gets no more of them."""
+        async with self._connection() as db, db.cursor() as cursor:
+            async for row in cursor.stream(query, arguments, size=ROWS_AT_ONCE):
+                yield row
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Database]:
         with errors():
             async with self._pool.connection() as db, contextlib.AsyncExitStack() as stack:
                 if self._is_pooled:
@@ -118,8 +133,7 @@ class Pool:
                     await db.execute(
                         "select set_config('statement_timeout', %s, true)", (str(self._statement_timeout_ms),)
                     )
-                cursor = await db.execute(query, arguments)
-                return await cursor.fetchall()
+                yield db
 
 
 @contextlib.contextmanager

@@ -82,7 +82,10 @@ class Hold:
             # More came than can be held: it is in the database, so hold anew and read on, in all rooms.
             self.drop()
             self.is_overfull = False
-            self._place = self._followers[0].place()
+            place = self._place = self._followers[0].place()
+            if place is not None:
+                for follower in self._followers:
+                    follower.forget_passed(place)
 
     def release(self) -> None:
         """Send what was held; from now on everything at once."""
@@ -114,8 +117,8 @@ class Follower:
         self.shelf = shelf
         self.hold: Hold | None = None
         self._send = send
-        # Ids that were read and may come again, until the relay has passed the newest transaction among them.
-        self._seen: set[str] = set()
+        # Ids that were read and may come again, with their transactions, until the relay has passed the newest transaction among them.
+        self._seen: dict[str, int] = {}
         self._seen_xid = 0
 
     def deliver(self, message: Message, frame: Frame) -> None:
@@ -136,8 +139,12 @@ class Follower:
         if (frame := message.encode(self.encoding)) is not None:
             self._send(frame)
         if message.id is not None and (place is None or not place.since.sees(xid)):
-            self._seen.add(message.id)
+            self._seen[message.id] = xid
             self._seen_xid = max(self._seen_xid, xid)
+
+    def forget_passed(self, place: Place) -> None:
+        """Forget what does not come again now that the relay is here."""
+        self._seen = {id: xid for id, xid in self._seen.items() if not place.since.sees(xid)}
 
     def was_read(self, message: Message) -> bool:
         return message.id in self._seen

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from contextlib import aclosing
 from typing import Any, Final, NamedTuple
 
 from realtime_server.database import Pool
@@ -29,34 +32,63 @@ class Page(NamedTuple):
 
 
 class History:
-    def __init__(self, pool: Pool) -> None:
+    """`page_bytes`: how much of large messages is read at once."""
+
+    def __init__(self, pool: Pool, *, page_bytes: int) -> None:
         self._pool = pool
+        self._page_bytes = page_bytes
 
     async def after(self, room: Room, cursor: str, max_rows: int = PAGE_ROWS) -> Page:
         """The next messages behind a cursor. Raises: Gap, MalformedCursor, DatabaseUnavailable, QueryCanceled."""
         if "\0" in cursor:
             raise MalformedCursor
-        rows = await self._pool.fetch(
+        found = self._pool.stream(
             # The last row is the place of the statement's beginning; the function reads later, so it has all that is before it.
             "select id, event, payload::text, binary_payload, xid::text, cursor"
             " from realtime.messages_after(%s, %s, %s, %s)"
             " union all select null, null, null, null, null, realtime.cursor()",
             (room.topic.removeprefix(TOPIC_PREFIX), cursor, max_rows, room.private),
         )
-        (*_, present) = rows.pop()
-        return Page(_messages(room, rows), rows[-1][-1] if rows else present, len(rows) < max_rows)
+        rows, size = [], 0
+        async with aclosing(found):
+            async for row in found:
+                rows.append(row)
+                size += _size(row)
+                if size > self._page_bytes:
+                    break
+        end = rows[-1]
+        is_cut = end[0] is not None
+        if not is_cut:
+            rows.pop()
+        return Page(_messages(room, rows), (rows[-1] if rows else end)[-1], not is_cut and len(rows) < max_rows)
 
     async def newest(self, room: Room, since_ms: int, max_rows: int) -> list[Stored]:
-        """The newest messages since a time (milliseconds since 1970), oldest first. Raises: DatabaseUnavailable, QueryCanceled."""
-        rows = await self._pool.fetch(
+        """The newest messages since a time (milliseconds since 1970), oldest first; of large ones no more than a page, but one.
+
+        Raises: DatabaseUnavailable, QueryCanceled.
+        """
+        found = self._pool.stream(
             "select id, event, payload::text, binary_payload, xid::text, null"
             " from realtime.messages_between(%s, to_timestamp(%s / 1000.0), %s)",
             (room.topic.removeprefix(TOPIC_PREFIX), since_ms, max_rows),
         )
+        rows: deque[tuple[Any, ...]] = deque()
+        size = 0
+        async with aclosing(found):
+            async for row in found:
+                rows.append(row)
+                size += _size(row)
+                while size > self._page_bytes and len(rows) > 1:
+                    size -= _size(rows.popleft())
         return _messages(room, rows)
 
 
-def _messages(room: Room, rows: list[tuple[Any, ...]]) -> list[Stored]:
+def _size(row: tuple[Any, ...]) -> int:
+    _, _, payload, binary, *_ = row
+    return len(payload or binary or b"")
+
+
+def _messages(room: Room, rows: Iterable[tuple[Any, ...]]) -> list[Stored]:
     stored = []
     for id, event, payload, binary, xid, cursor in rows:
         data = binary if payload is None else payload.encode()

@@ -399,6 +399,7 @@ class Session:
         elif config.has_replay:
             for stored in channel.replayed:
                 channel.send_stored(stored, channel.place_at_join)
+            channel.replayed.clear()
             self._go_live(channel, None)
         if bindings:
             text = "Row changes are not available on this server, subscribe to broadcasts"

@@ -11,4 +11,5 @@ pytest_plugins = [
     "tests.fix_rights",
     "tests.fix_browser",
     "tests.fix_oracle",
+    "tests.fix_session",
 ]

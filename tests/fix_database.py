@@ -44,7 +44,7 @@ class Cluster:
         self._templates: dict[str, str] = {}
         with psycopg.connect(administrator_url, autocommit=True) as db:
             owner, password = sql.Identifier(OWNER), sql.Literal(self._password)
-            if not db.execute("select from pg_roles where rolname = %s", (OWNER,)).fetchone():
+            if db.execute("select from pg_roles where rolname = %s", (OWNER,)).fetchone() is None:
                 db.execute(sql.SQL("create role {} login").format(owner))
             db.execute(sql.SQL("alter role {} password {}").format(owner, password))
             self.server_version = db.info.server_version

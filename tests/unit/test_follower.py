@@ -131,6 +131,25 @@ async def test_bytes_of_all_holds_of_a_client_are_bounded_together() -> None:
     assert shelf.used_bytes == 0
 
 
+async def test_ids_of_a_client_that_never_catches_up_are_forgotten_when_the_relay_has_passed() -> None:
+    stage = Stage("a")
+    rounds = 5
+
+    async def read(room: Room, cursor: str) -> Page:
+        begin = stage.xid
+        if begin > rounds * MOST_HELD:
+            return page("a")
+        for number in range(begin, begin + MOST_HELD + 1):
+            stage.live("a", number)
+        return page("a", *range(begin, stage.xid))
+
+    await stage.hold.catch_up("", read, always)
+    follower = stage.rooms["a"]
+    read_messages = [live_message("a", number)[0] for number in range(1, stage.xid)]
+    assert len(stage.sent) == len(read_messages) > rounds * MOST_HELD
+    assert not any(follower.was_read(message) for message in read_messages)
+
+
 async def test_client_that_is_gone_is_sent_nothing_more() -> None:
     stage = Stage("a")
 
