@@ -24,6 +24,7 @@ from starlette.types import Scope
 
 from realtime_server import __version__
 from realtime_server.authorization import Authorization
+from realtime_server.changes.feed import Feed
 from realtime_server.config import Settings
 from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
@@ -81,11 +82,28 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         timeout_s=HISTORY_TIMEOUT_S,
         statement_timeout_s=HISTORY_TIMEOUT_S,
     )
+    changes_pool = Pool(
+        target,
+        name="judge",
+        size=POOL_SIZE,
+        timeout_s=settings.database_timeout_s,
+        statement_timeout_s=settings.policy_timeout_s,
+    )
     relay = Relay(target, MESSAGES, name="relay", timeout_s=settings.database_timeout_s)
     roster = Roster(pool)
     metrics = Metrics(__version__)
+    changes = Feed(
+        target,
+        changes_pool,
+        mode=settings.changes,
+        roles=settings.roles,
+        strict_deletes=settings.strict_deletes,
+        metrics=metrics,
+        timeout_s=settings.database_timeout_s,
+    )
     services = _services(
         settings,
+        changes=changes,
         metrics=metrics,
         verify=tokens.verify,
         authorize=authorization.authorize,
@@ -99,6 +117,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await pool.open()
         await history_pool.open()
+        await changes_pool.open()
         parts = [
             asyncio.create_task(_supervise(app, name, part))
             for name, part in (
@@ -106,6 +125,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 ("authorization", authorization.run()),
                 ("tokens", tokens.run()),
                 ("roster", roster.run()),
+                ("changes", changes.run()),
                 ("maintenance", _maintain(pool, settings.retention)),
             )
         ]
@@ -120,6 +140,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 _, running = await asyncio.wait(running, timeout=CANCEL_S)
             await pool.close()
             await history_pool.close()
+            await changes_pool.close()
 
     async def start_facts(request: Request) -> Response:
         return JSONResponse({"anon_key": anon_key})
@@ -129,6 +150,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
     metrics.watch("realtime_presence_entries", "What clients track.", lambda: len(services.presence))
     metrics.watch("realtime_relay_ready", "1 while the relay reads from the database.", lambda: relay.is_ready)
+    metrics.watch("realtime_row_change_subscribers", "Channels and streams of row changes.", lambda: len(changes))
+    metrics.watch("realtime_row_changes_flow", "1 while row changes are read.", lambda: changes.mode is not None)
     metrics_secret = settings.metrics_jwt_secret.get_secret_value() if settings.metrics_jwt_secret else None
 
     websocket = websocket_endpoint(services, sockets, settings)
@@ -171,6 +194,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
 def _services(
     settings: Settings,
     *,
+    changes: Feed,
     metrics: Metrics,
     verify: Verify,
     authorize: Authorize,
@@ -206,6 +230,7 @@ def _services(
         history=history,
         roster=roster,
         place=place,
+        changes=changes,
     )
 
 

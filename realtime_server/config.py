@@ -56,6 +56,15 @@ class Settings(BaseSettings):
         "auto",
         description="how the relay learns of messages: NOTIFY, or polling, which works through a transaction pooler",
     )
+    changes: Literal["auto", "wal", "trigger"] = Field(
+        "auto",
+        description="where row changes come from: the log (wal), capture triggers, or the log where it can be read",
+    )
+    strict_deletes: bool = Field(
+        False,
+        description="where row-level security is on and a deleted row is not known (replica identity default, from the log),"
+        " tell nobody it binds of the DELETE; otherwise they are told the key",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(4000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     data_dir: Path = Field(Path(".realtime"), description="folder of the embedded PostgreSQL and of the secret")

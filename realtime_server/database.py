@@ -7,6 +7,7 @@ resolves names by the search path that users' policies expect.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
@@ -19,6 +20,7 @@ from realtime_server.errors import DatabaseUnavailable, Gap, MalformedCursor, Qu
 
 Canceled = psycopg.errors.QueryCanceled
 InvalidText = psycopg.DataError
+Error = psycopg.Error
 Database = AsyncConnection[tuple[Any, ...]]
 
 # Of a stream: a quarter slower than all at once, where one by one takes twice as long.
@@ -134,6 +136,12 @@ class Pool:
                         "select set_config('statement_timeout', %s, true)", (str(self._statement_timeout_ms),)
                     )
                 yield db
+
+
+def describe(error: psycopg.Error) -> str:
+    """`ERROR 22P02 (invalid_text_representation) message`, as clients are told of what they asked for themselves."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(error).__name__).lower()
+    return f"ERROR {error.sqlstate} ({name}) {error.diag.message_primary}"
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ class Metrics:
         self.deliveries = self._counter("realtime_deliveries_total", "Messages handed to clients.")
         self.presence_diffs = self._counter("realtime_presence_diffs_total", "Changes of presence.")
         self.rows = self._counter("realtime_database_messages_total", "Messages read from the database.")
+        self.changes = self._counter("realtime_row_changes_total", "Row changes read from the database.")
+        self.change_deliveries = self._counter("realtime_row_change_deliveries_total", "Row changes handed to clients.")
         self._errors = Counter(
             "realtime_channel_errors_total",
             "Joins and pushes refused, by the code that clients see.",

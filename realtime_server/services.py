@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from realtime_server.authorization import Policy
+from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
 from realtime_server.cursor import Place
 from realtime_server.follower import Follower
@@ -72,6 +73,7 @@ class Services:
     history: History
     roster: Roster
     place: Callable[[], Place | None]
+    changes: Feed
 
     def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> None:
         """Send to all members of a room and count it: one event, and one for each delivery."""

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeGuard
 import structlog
 
 from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.changes.subscriptions import Registration
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
 from realtime_server.cursor import Place
@@ -26,6 +27,7 @@ from realtime_server.errors import (
     AuthError,
     DatabaseUnavailable,
     Gap,
+    InvalidBinding,
     MalformedCursor,
     MalformedFrame,
     PayloadTooLarge,
@@ -43,7 +45,7 @@ from realtime_server.follower import Follower, Hold, Shelf
 from realtime_server.history import Stored
 from realtime_server.hub import Room
 from realtime_server.limits import Bucket
-from realtime_server.protocol import join, messages
+from realtime_server.protocol import bindings, join, messages
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, PresenceDiff, decode
 from realtime_server.protocol.messages import BroadcastPush, Message, Ref
 from realtime_server.services import Limits, Services
@@ -63,6 +65,7 @@ MOST_REPLAYED: Final = 25
 LATEST_TIME_MS: Final = 8_000_000_000_000_000
 DRAIN_LOOK_S: Final = 0.01
 
+MOST_BINDINGS: Final = 100
 LONGEST_TOPIC: Final = 1000
 LARGEST_JOIN_BYTES: Final = 256_000
 
@@ -85,6 +88,7 @@ class Channel(Follower):
         )
         self.session = session
         self.watcher = Watcher(connection)
+        self.registration: Registration | None = None
         self.config = config
         self.claims = claims
         self.policy = policy
@@ -133,6 +137,31 @@ class Watcher:
 
     def deliver(self, message: PresenceDiff, frame: Frame) -> None:
         self._connection.send(frame)
+
+
+class RowReader:
+    """The subscriber to the row changes of one channel."""
+
+    def __init__(self, session: Session, channel: Channel) -> None:
+        self.topic = channel.room.topic
+        self.encoding = channel.encoding
+        self._session = session
+        self._channel = channel
+
+    def changed(self, frame: Frame) -> None:
+        rates, now = self._session.services.rates, time.monotonic()
+        rates.events.count(now)
+        if rates.events.is_over(now):
+            self._session.shut_down(self._channel, TOO_MANY_MESSAGES)
+        else:
+            self._session.connection.send(frame)
+
+    def tell_changes(self, text: str, *, ok: bool) -> None:
+        self._session.tell(self._channel, text, ok=ok, extension=messages.POSTGRES_CHANGES)
+
+    def tell_missing_changes(self, problem: str) -> None:
+        extension = messages.POSTGRES_CHANGES
+        self._session.connection.push(messages.gap(self.topic, self._channel.join_ref, problem, None, extension))
 
 
 class Session:
@@ -390,9 +419,9 @@ class Session:
         self._channels[message.topic] = channel
         self.services.metrics.joins.inc()
         config, place = channel.config, self.services.place()
-        bindings = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
+        echoes = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
         cursor = {"cursor": place.cursor} if config.with_cursor and place is not None else {}
-        self._reply(message, message.join_ref, {"postgres_changes": bindings, **cursor})
+        self._reply(message, message.join_ref, {"postgres_changes": echoes, **cursor})
         after = config.replay.get("after")
         if after is not None:
             self._go_live(channel, after)
@@ -401,14 +430,34 @@ class Session:
                 channel.send_stored(stored, channel.place_at_join)
             channel.replayed.clear()
             self._go_live(channel, None)
-        if bindings:
-            text = "Row changes are not available on this server, subscribe to broadcasts"
-            self._tell(channel, text, ok=False, extension="postgres_changes")
+        if echoes:
+            self._subscribe_to_changes(channel)
         if config.replication_ready:
-            self._tell(channel, "Replication connection established", ok=True)
+            self.tell(channel, "Replication connection established", ok=True)
         if config.presence_enabled:
             self._watch_presence(channel)
         self._watch_expiry()
+
+    def _subscribe_to_changes(self, channel: Channel) -> None:
+        """Row changes, too; the channel lives on whatever comes of it."""
+        reader = RowReader(self, channel)
+        try:
+            if len(channel.config.bindings) > MOST_BINDINGS:
+                raise InvalidBinding(f"A channel has at most {MOST_BINDINGS} bindings of postgres_changes")
+            wanted = [(id, bindings.parse(binding)) for id, binding in enumerate(channel.config.bindings, start=1)]
+        except InvalidBinding as error:
+            self.services.metrics.count_error(error.code)
+            reader.tell_changes(str(error), ok=False)
+            return
+        channel.registration = Registration(reader, channel.claims, wanted)
+        self.services.changes.register(channel.registration)
+        self._tasks.create_task(self._watched(channel, self.services.changes.enter(channel.registration)))
+
+    async def _watched(self, channel: Channel, work: Work) -> None:
+        try:
+            await work
+        except Exception:
+            self._crash(channel.room.topic)
 
     def _go_live(self, channel: Channel, cursor: object) -> None:
         """Release what is held for a channel, after what lies behind the cursor; None when there is nothing to be read."""
@@ -470,6 +519,8 @@ class Session:
     def _forget(self, channel: Channel) -> None:
         self.services.broadcasts.unsubscribe(channel.room, channel)
         self.services.watchers.unsubscribe(channel.room, channel.watcher)
+        if channel.registration is not None:
+            self.services.changes.leave(channel.registration)
         self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
         if channel.hold is not None:
             channel.hold.drop()
@@ -504,6 +555,9 @@ class Session:
             return
         channel.token, channel.claims, channel.warned = token, claims, _is_brief(claims)
         self._watch_expiry()
+        if channel.registration is not None:
+            change = self.services.changes.change_claims(channel.registration, claims)
+            self._tasks.create_task(self._watched(channel, change))
 
     async def _authorize_again(self, channel: Channel, claims: Claims) -> bool:
         """Put the rights of `claims` in place of the channel's; False when the channel had to be shut down."""
@@ -576,7 +630,7 @@ class Session:
                 self.shut_down(channel, str(TokenExpired(int(-left_s))))
             elif left_s <= WARNING_S and not channel.warned:
                 channel.warned = True
-                self._tell(channel, f"Token expires in {round(left_s)} seconds", ok=True)
+                self.tell(channel, f"Token expires in {round(left_s)} seconds", ok=True)
         self._watch_expiry()
 
     # -- broadcast
@@ -673,7 +727,7 @@ class Session:
     def _tell_gap(self, channel: Channel, problem: str, oldest: str | None) -> None:
         self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, oldest))
 
-    def _tell(self, channel: Channel, text: str, *, ok: bool, extension: str = "system") -> None:
+    def tell(self, channel: Channel, text: str, *, ok: bool, extension: str = "system") -> None:
         self.connection.push(messages.system(channel.room.topic, channel.join_ref, text, ok=ok, extension=extension))
 
     def _reply(self, push: Message | BroadcastPush, join_ref: Ref, response: object, *, ok: bool = True) -> None:

@@ -14,6 +14,7 @@ from realtime_server.errors import MalformedFrame
 from realtime_server.protocol import binary
 from realtime_server.protocol.messages import (
     BROADCAST,
+    POSTGRES_CHANGES,
     PRESENCE_DIFF,
     TOPIC_PREFIX,
     BroadcastPush,
@@ -166,6 +167,24 @@ class PresenceDiff:
 
     def encode(self, encoding: Encoding) -> Frame:
         return encode(Message(None, None, self.topic, PRESENCE_DIFF, self.payload), encoding.format)
+
+
+@dataclass(frozen=True, slots=True)
+class RowChange:
+    """A change of a row for one channel. `ids` are the bindings that it fits, `data` is JSON text."""
+
+    topic: str
+    event: str
+    ids: tuple[int, ...]
+    data: bytes
+
+    def encode(self, encoding: Encoding) -> Frame:
+        if encoding.format is Format.SSE:
+            # Only white space between tokens can hold line ends; an event's data is one line.
+            data = self.data.translate(_LINE_ENDS_TO_SPACES)
+            return event_frame(b'{"event":%b,"type":"postgres_changes","payload":%b}' % (dumps(self.event), data))
+        payload = b'{"ids":%b,"data":%b}' % (dumps(self.ids), self.data)
+        return encode(Message(None, None, self.topic, POSTGRES_CHANGES, payload), encoding.format)
 
 
 def event_frame(data: bytes, *, event: str | None = None, id: str | None = None) -> Frame:

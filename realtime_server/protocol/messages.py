@@ -34,6 +34,7 @@ ERROR: Final = "phx_error"
 SYSTEM: Final = "system"
 PRESENCE_STATE: Final = "presence_state"
 PRESENCE_DIFF: Final = "presence_diff"
+POSTGRES_CHANGES: Final = "postgres_changes"
 
 # Opaque to the server: chosen by the client, echoed as it came.
 Ref = str | int | None
@@ -147,13 +148,13 @@ def system(topic: str, join_ref: Ref, message: str, *, ok: bool, extension: str 
     return Message(join_ref, None, topic, SYSTEM, dumps(payload))
 
 
-def gap(topic: str, join_ref: Ref, problem: str, oldest: str | None) -> Message:
+def gap(topic: str, join_ref: Ref, problem: str, oldest: str | None, extension: str = BROADCAST) -> Message:
     """A `system` message with status `gap`, which other clients' servers do not know: messages are missing before what follows.
 
     `cursor` is the first one that can be read from, null where there is none to name.
     """
     payload = {
-        "extension": BROADCAST,
+        "extension": extension,
         "status": "gap",
         "message": problem,
         "channel": topic.removeprefix(TOPIC_PREFIX),

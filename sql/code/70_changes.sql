@@ -588,6 +588,24 @@ revoke all on function realtime.filter_changes(oid, jsonb) from public;
 
 -- -- capture by triggers
 
+create or replace function realtime.release_capture()
+returns table (relation oid, name text, action text, problem text)
+language plpgsql
+volatile
+as $$
+begin
+    if not exists (
+        select
+        from pg_catalog.pg_stat_activity
+        where application_name = 'realtime-server changes' and datname = current_database()
+    ) then
+        return query select released.* from realtime.sync_capture(false) as released;
+    end if;
+end
+$$;
+comment on function realtime.release_capture() is 'Takes the capture triggers away, unless a server reads what they write.';
+revoke all on function realtime.release_capture() from public;
+
 -- Whose row it is depends on nothing of the writer's: definer rights, and settings that make equal values equal texts.
 create or replace function realtime.capture_change()
 returns trigger
@@ -656,7 +674,7 @@ returns table (
     seq bigint,
     relation oid,
     action text,
-    changed_at timestamptz,
+    changed_at double precision,
     record text,
     old_record text,
     snapshot text
@@ -680,7 +698,7 @@ as $$
     select null, null, null, null, null, null, current.snapshot::text
     from current
     union all
-    select c.seq, c.relation, c.action, c.changed_at, c.record::text, c.old_record::text, null
+    select c.seq, c.relation, c.action, extract(epoch from c.changed_at)::double precision, c.record::text, c.old_record::text, null
     from committed as c
     order by 1 asc nulls first
 $$;

@@ -1,0 +1,120 @@
+"""Which tables tell their changes, and what each role may read of them: as the database has it now, asked again every second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from realtime_server.database import Pool
+
+
+class Column(msgspec.Struct, frozen=True):
+    """`type` is PostgreSQL's own name of the type, as clients are told it. `is_key`: of the primary key; `is_identity`: of the replica
+    identity."""
+
+    name: str
+    type: str
+    type_oid: int
+    is_json: bool
+    is_bytea: bool
+    is_bool: bool
+    is_key: bool
+    is_identity: bool
+    is_generated: bool
+
+
+class Access(msgspec.Struct, frozen=True):
+    """What a role may read; `is_bound`: row-level security decides which rows."""
+
+    columns: frozenset[str]
+    is_bound: bool
+
+
+NOTHING = Access(frozenset(), True)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, so that clients are told old rows, not only their keys."""
+
+    relation: int
+    schema: str
+    name: str
+    has_row_security: bool
+    has_whole_old: bool
+    row_filter: str | None
+    events: tuple[str, ...]
+    columns: tuple[Column, ...]
+    access: Mapping[str, Access]
+
+    def access_of(self, role: str) -> Access:
+        return self.access.get(role, NOTHING)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.columns)
+
+    @cached_property
+    def key(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.columns if column.is_key)
+
+    @cached_property
+    def identity(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.columns if column.is_identity)
+
+    @cached_property
+    def generated(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.columns if column.is_generated)
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+class Catalog:
+    """`version` counts what was found to have changed. A table that has not is the same object as before."""
+
+    def __init__(self, pool: Pool, roles: Iterable[str]) -> None:
+        self._pool = pool
+        self._roles = sorted(roles)
+        self._rows: dict[int, tuple[Any, ...]] | None = None
+        self.tables: Mapping[int, Table] = {}
+        self.version = 0
+
+    async def refresh(self) -> bool:
+        """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
+        rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
+        old, new = self._rows or {}, {row[0]: row for row in rows}
+        if new == self._rows:
+            return False
+        self.tables = {
+            relation: self.tables[relation] if row == old.get(relation) else _table(row)
+            for relation, row in new.items()
+        }
+        self._rows = new
+        self.version += 1
+        return True
+
+    def is_json(self, type_oid: int) -> bool:
+        """Whether values of the type are JSON, as far as published tables have such columns."""
+        return any(
+            column.is_json for table in self.tables.values() for column in table.columns if column.type_oid == type_oid
+        )
+
+
+def _table(row: tuple[Any, ...]) -> Table:
+    relation, schema, name, has_row_security, has_whole_old, row_filter, events, columns, access = row
+    return Table(
+        relation=relation,
+        schema=schema,
+        name=name,
+        has_row_security=has_row_security,
+        has_whole_old=has_whole_old,
+        row_filter=row_filter,
+        events=tuple(events),
+        columns=msgspec.convert(columns, tuple[Column, ...]),
+        access=msgspec.convert(access, dict[str, Access]),
+    )

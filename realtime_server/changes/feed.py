@@ -1,0 +1,434 @@
+"""From a source of changes to those who subscribed: the one way that every change takes.
+
+A piece of changes is looked at table by table. The index names the few who may want a change; PostgreSQL says which filters it fits and,
+for each distinct role and claims among those, whether they may see it. Only when all is known is anything sent, in the order of the
+commits; a database that goes away meanwhile is waited for. The source goes on when a piece is delivered, so memory is bounded.
+
+**The image of a change is judged, not the row as it is by now**: what was hidden when it was written stays hidden, though the row may be
+visible since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal, Protocol
+
+import structlog
+
+from realtime_server import database
+from realtime_server.changes.catalog import Catalog, Table
+from realtime_server.changes.change import Change, Receiver
+from realtime_server.changes.judge import Identity, Judge, Rejected
+from realtime_server.changes.payload import View, encode
+from realtime_server.changes.rounds import Round, Verdict
+from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions
+from realtime_server.changes.trigger import TriggerSource
+from realtime_server.changes.wal import SourceLost, WalSource
+from realtime_server.claims import Claims
+from realtime_server.database import Pool, Target
+from realtime_server.errors import DatabaseUnavailable, InvalidBinding, QueryCanceled
+from realtime_server.metrics import Metrics
+from realtime_server.protocol import bindings
+from realtime_server.protocol.bindings import Binding
+from realtime_server.protocol.filters import Condition
+from realtime_server.protocol.frames import Encoding, Frame, RowChange
+
+PUBLICATION: Final = "supabase_realtime"
+
+# What is done to the publication, to tables and to rights takes effect within this time.
+REFRESH_S: Final = 1.0
+LOOK_S: Final = 0.05
+RETRY_S: Final = 5.0
+# What waits for its first answer for longer is told so.
+PATIENCE_S: Final = 10.0
+SHORTEST_BACKOFF_S: Final = 0.1
+LONGEST_BACKOFF_S: Final = 5.0
+# Who cannot be judged is left out for so long.
+QUARANTINE_S: Final = 30.0
+MOST_CHECKS_KEPT: Final = 20_000
+
+SUBSCRIBED: Final = "Subscribed to PostgreSQL"
+TIMEOUTS: Final = '{:error, "Too many database timeouts"}'
+WITHHELD: Final = "Changes of {table} are withheld: a policy could not be evaluated for your claims ({code})"
+UNAVAILABLE: Final = "Row changes are not available now, subscribe to broadcasts"
+
+Mode = Literal["auto", "wal", "trigger"]
+
+log = structlog.get_logger()
+
+
+class Source(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether changes that are committed from now on will be handed on."""
+
+    async def run(self, receiver: Receiver) -> None: ...
+
+
+class Feed:
+    """Row changes for one process. `run` must run; `roles` are those that tokens may have."""
+
+    def __init__(
+        self,
+        target: Target,
+        pool: Pool,
+        *,
+        mode: Mode,
+        roles: Iterable[str],
+        strict_deletes: bool,
+        metrics: Metrics,
+        timeout_s: float,
+    ) -> None:
+        self._target = target
+        self._pool = pool
+        self._mode = mode
+        self._strict_deletes = strict_deletes
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._catalog = Catalog(pool, roles)
+        self._judge = Judge(pool)
+        self._subscriptions = Subscriptions()
+        self._registrations: dict[Registration, None] = {}
+        self._checks: dict[
+            tuple[Table, str, tuple[Condition, ...], tuple[str, ...]], Sequence[frozenset[str] | None]
+        ] = {}
+        # Who cannot be judged, and until when they are left out.
+        self._quarantine: dict[tuple[int, Identity], float] = {}
+        self._again: asyncio.Queue[Registration] = asyncio.Queue()
+        self._source: Source | None = None
+        # Why there is none, for the operator.
+        self.problem: str | None = "starting"
+
+    @property
+    def mode(self) -> str | None:
+        """`wal` or `trigger` while changes flow."""
+        return self._source.name if self._source is not None and self._source.is_ready else None
+
+    def __len__(self) -> int:
+        """How many subscribers there are."""
+        return len(self._registrations)
+
+    # -- subscribing
+
+    def register(self, registration: Registration) -> None:
+        """Count it in; `enter` makes it work."""
+        self._registrations[registration] = None
+
+    def leave(self, registration: Registration) -> None:
+        """Harmless when not registered."""
+        registration.is_open = False
+        self._registrations.pop(registration, None)
+        self._put(registration, ())
+
+    async def change_claims(self, registration: Registration, claims: Claims) -> None:
+        """From now on judge by these claims; the subscriber is told when they are in effect."""
+        registration.claims = claims
+        registration.said = None
+        await self.enter(registration)
+
+    async def enter(self, registration: Registration) -> None:
+        """Put the bindings to work, all of them or none, and tell the subscriber what has become of it, unless it knows."""
+        registration.turn += 1
+        turn = registration.turn
+        waiting_since = time.monotonic()
+        while registration.is_open and registration.turn == turn:
+            version = self._catalog.version
+            try:
+                if self._is_flowing:
+                    entries, text = await self._resolve(registration), SUBSCRIBED
+                else:
+                    # It may be that a server starts, or that its database does.
+                    await asyncio.sleep(LOOK_S)
+                    if time.monotonic() - waiting_since > PATIENCE_S:
+                        self._say(registration, UNAVAILABLE, ok=False)
+                    continue
+            except InvalidBinding as error:
+                entries, text = [], str(error)
+            except (DatabaseUnavailable, QueryCanceled):
+                self._say(registration, TIMEOUTS, ok=False)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if version != self._catalog.version:
+                continue
+            if registration.is_open and registration.turn == turn:
+                if [(entry.id, entry.relation) for entry in entries] != [
+                    (entry.id, entry.relation) for entry in registration.entries
+                ]:
+                    registration.said = None
+                self._put(registration, entries)
+                self._say(registration, text, ok=text is SUBSCRIBED)
+            return
+
+    def _say(self, registration: Registration, text: str, *, ok: bool) -> None:
+        if registration.is_open and registration.said != text:
+            registration.said = text
+            registration.subscriber.tell_changes(text, ok=ok)
+
+    @property
+    def _is_flowing(self) -> bool:
+        return self._source is not None and self._source.is_ready and self._catalog.version > 0
+
+    async def _resolve(self, registration: Registration) -> list[Entry]:
+        """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
+        entries = []
+        for id, binding in registration.bindings:
+            if not self._tables_of(binding):
+                # Perhaps it was added a moment ago.
+                await self._refresh()
+            tables = self._tables_of(binding)
+            if not tables:
+                raise InvalidBinding(bindings.not_published(binding))
+            for table in tables:
+                exact = await self._check(table, registration.claims.role, binding)
+                entries.append(_entry(registration, id, binding, table, exact))
+        return entries
+
+    def _tables_of(self, binding: Binding) -> list[Table]:
+        problems = self._source.problems if isinstance(self._source, TriggerSource) else {}
+        return [
+            table
+            for table in self._catalog.tables.values()
+            if binding.schema in (None, table.schema)
+            and binding.table in (None, table.name)
+            and table.relation not in problems
+        ]
+
+    async def _check(self, table: Table, role: str, binding: Binding) -> Sequence[frozenset[str] | None]:
+        """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
+        if not binding.conditions and not binding.select:
+            return ()
+        key = (table, role, binding.conditions, binding.select)
+        if key not in self._checks:
+            try:
+                answer = await self._judge.check(table, role, binding.conditions, binding.select)
+            except Rejected as error:
+                raise InvalidBinding(bindings.rejected(binding, str(error))) from error
+            while len(self._checks) >= MOST_CHECKS_KEPT:
+                self._checks.pop(next(iter(self._checks)))
+            self._checks[key] = answer
+        return self._checks[key]
+
+    def _put(self, registration: Registration, entries: Iterable[Entry]) -> None:
+        for entry in registration.entries:
+            self._subscriptions.discard(entry)
+        registration.entries = tuple(entries)
+        for entry in registration.entries:
+            self._subscriptions.add(entry)
+
+    # -- running
+
+    async def run(self) -> None:
+        """Deliver changes until cancelled, through any loss of the database."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch())
+            tasks.create_task(self._enter_again())
+            await self._flow()
+
+    async def _flow(self) -> None:
+        """Read from the best source there is, and from the next when it is lost."""
+        while True:
+            try:
+                source = await self._choose()
+            except (DatabaseUnavailable, QueryCanceled) as error:
+                self.problem = "the database is away"
+                log.info("source of row changes was not chosen", error=str(error.__cause__))
+                await asyncio.sleep(REFRESH_S)
+                continue
+            if source is None:
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._source = source
+            try:
+                await source.run(self)
+            except SourceLost as error:
+                log.warning("row changes: source lost", source=source.name, problem=str(error))
+                self._source = None
+                self.gap("gap: row changes have to be read in another way from here on")
+
+    async def _choose(self) -> Source | None:
+        """The source that the settings ask for, if it can be had. Raises: DatabaseUnavailable, QueryCanceled."""
+        await self._catalog.refresh()
+        obstacle = None
+        if self._mode != "trigger":
+            ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
+            wal = WalSource(
+                self._target,
+                self._pool,
+                publication=PUBLICATION,
+                slot=slot,
+                is_json=self._catalog.is_json,
+                timeout_s=self._timeout_s,
+            )
+            obstacle = await wal.obstacle()
+            if obstacle is None:
+                await self._pool.fetch("select * from realtime.release_capture()")
+                self.problem = None
+                return wal
+            if self._mode == "wal":
+                if self.problem != obstacle:
+                    log.error("no row changes: the log cannot be read", problem=obstacle)
+                self.problem = obstacle
+                return None
+        log.info("row changes come from triggers", source="trigger", why=obstacle or "the settings ask for it")
+        self.problem = None
+        return TriggerSource(self._target, self._pool, timeout_s=self._timeout_s)
+
+    async def _watch(self) -> None:
+        """Follow what is done to the publication, to its tables and to rights on them."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                await self._refresh()
+            except (DatabaseUnavailable, QueryCanceled) as error:
+                log.info("publication was not looked at", error=str(error.__cause__))
+
+    async def _refresh(self) -> None:
+        """Raises: DatabaseUnavailable, QueryCanceled."""
+        if await self._catalog.refresh():
+            for registration in list(self._registrations):
+                self._again.put_nowait(registration)
+
+    async def _enter_again(self) -> None:
+        while True:
+            registration = await self._again.get()
+            if self._is_flowing:
+                await self.enter(registration)
+
+    # -- delivering
+
+    async def take(self, changes: Sequence[Change]) -> None:
+        """Deliver a piece of changes; waits for the database as long as it takes."""
+        backoff_s = SHORTEST_BACKOFF_S
+        while True:
+            try:
+                await self._deliver(changes)
+            except (DatabaseUnavailable, QueryCanceled) as error:
+                log.warning("row changes wait for the database", error=str(error.__cause__))
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+            else:
+                return
+
+    def gap(self, problem: str) -> None:
+        for registration in list(self._registrations):
+            registration.subscriber.tell_missing_changes(problem)
+
+    async def _deliver(self, changes: Sequence[Change]) -> None:
+        """Raises: DatabaseUnavailable, QueryCanceled."""
+        self._metrics.changes.inc(len(changes))
+        by_table: dict[int, list[Change]] = defaultdict(list)
+        for change in changes:
+            if change.table in self._subscriptions:
+                by_table[change.table].append(change)
+        verdicts: dict[int, tuple[Table, Verdict]] = {}
+        for relation, its in by_table.items():
+            for table, verdict in await self._decide(relation, its):
+                verdicts[id(verdict.change)] = (table, verdict)
+        for change in changes:
+            if id(change) in verdicts:
+                self._tell(*verdicts[id(change)])
+
+    async def _decide(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
+        """Raises: DatabaseUnavailable, QueryCanceled."""
+        for _ in range(2):
+            table = self._catalog.tables.get(relation)
+            if table is None:
+                # It has left the publication; who subscribed to it is being told.
+                return []
+            now = time.monotonic()
+            round = Round(
+                self._judge,
+                self._subscriptions,
+                table,
+                is_captured=isinstance(self._source, TriggerSource),
+                strict_deletes=self._strict_deletes,
+                left_out={
+                    identity for (of, identity), until in self._quarantine.items() if of == relation and until > now
+                },
+            )
+            try:
+                verdicts = await round.decide(changes)
+            except database.Error as error:
+                # The table is not what it was a moment ago.
+                problem = database.describe(error)
+                await self._refresh()
+            else:
+                self._note(table, round)
+                return [(table, verdict) for verdict in verdicts]
+        log.warning("changes of a table could not be judged", table=str(table), problem=problem)
+        for entry in list(self._subscriptions.of_table(relation)):
+            entry.registration.subscriber.tell_missing_changes(f"gap: changes of {table} could not be read")
+        return []
+
+    def _note(self, table: Table, round: Round) -> None:
+        """Leave out who cannot be judged, for a while, and tell them; also when it is over."""
+        now = time.monotonic()
+        for identity in round.judged:
+            key = (table.relation, identity)
+            problem = round.unjudged.get(identity)
+            was_left_out = self._quarantine.pop(key, None) is not None
+            if problem is not None:
+                self._quarantine[key] = now + QUARANTINE_S
+            if was_left_out == (problem is not None):
+                continue
+            if problem is not None:
+                log.warning("policy could not be evaluated", table=str(table), role=identity.role, problem=problem)
+            text = SUBSCRIBED if problem is None else WITHHELD.format(table=table, code=problem[:5])
+            for registration in {entry.registration for entry in self._subscriptions.of_table(table.relation)}:
+                if Identity.of(registration.claims) == identity:
+                    self._say(registration, text, ok=problem is None)
+        for entry, problem in round.unmatched.items():
+            registration = entry.registration
+            self._put(registration, [one for one in registration.entries if one is not entry])
+            self._say(registration, bindings.rejected(entry.binding, problem), ok=False)
+
+    def _tell(self, table: Table, verdict: Verdict) -> None:
+        """Send one change to all who are told of it: each channel once for each view, with the ids of all bindings that it fits."""
+        groups: dict[tuple[Registration, View], list[int]] = defaultdict(list)
+        for entry, view in verdict.told:
+            if entry.registration.is_open:
+                groups[entry.registration, view].append(entry.id)
+        contents: dict[View, bytes] = {}
+        frames: dict[tuple[str, Encoding, tuple[int, ...], View], Frame] = {}
+        for (registration, view), ids in groups.items():
+            if view not in contents:
+                new = None if verdict.new is None else verdict.new.told
+                old = None if verdict.old is None else verdict.old.told
+                contents[view] = encode(table, verdict.change, new, old, view)
+            subscriber = registration.subscriber
+            key = (subscriber.topic, subscriber.encoding, tuple(sorted(ids)), view)
+            if key not in frames:
+                change = RowChange(subscriber.topic, view.action, key[2], contents[view])
+                frames[key] = change.encode(subscriber.encoding)
+            subscriber.changed(frames[key])
+        self._metrics.change_deliveries.inc(len(groups))
+
+
+def _entry(
+    registration: Registration,
+    id: int,
+    binding: Binding,
+    table: Table,
+    exact: Sequence[frozenset[str] | None],
+) -> Entry:
+    """Index by the condition with the fewest texts; the others are for the database."""
+    best = min(
+        (number for number, texts in enumerate(exact) if texts is not None),
+        key=lambda n: len(exact[n] or ()),
+        default=None,
+    )
+    if best is None:
+        return Entry(registration, id, binding, table.relation, None, binding.conditions)
+    texts = exact[best] or frozenset()
+    condition = binding.conditions[best]
+    if any(column.is_bool for column in table.columns if column.name == condition.column):
+        # Images from the log write them as PostgreSQL does.
+        texts |= {text[0] for text in texts}
+    rest = tuple(one for number, one in enumerate(binding.conditions) if number != best)
+    return Entry(registration, id, binding, table.relation, (condition.column, texts), rest)

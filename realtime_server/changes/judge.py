@@ -1,0 +1,168 @@
+"""What is asked of PostgreSQL about changes: whether they fit a filter, and who may see them. No rule is repeated here.
+
+Many questions leave in one round trip. One that takes too long or cannot be answered is found and named; the others are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Final, LiteralString, NamedTuple
+
+import msgspec
+import structlog
+
+from realtime_server import database
+from realtime_server.changes.catalog import Table
+from realtime_server.changes.change import Image
+from realtime_server.claims import Claims
+from realtime_server.database import Pool
+from realtime_server.errors import QueryCanceled
+from realtime_server.protocol.filters import Condition
+
+CLIENTS_AT_ONCE: Final = 500
+
+log = structlog.get_logger()
+
+
+class Identity(NamedTuple):
+    """As whom a row is looked at: clients that agree in both see the same."""
+
+    role: str
+    claims: str
+
+    @classmethod
+    def of(cls, claims: Claims) -> Identity:
+        return cls(claims.role, claims.json)
+
+
+class Rejected(Exception):
+    """The database does not accept a filter or a selection; the text is PostgreSQL's, as `ERROR 22P02 (name) message`."""
+
+
+class Matches(NamedTuple):
+    """`found`: pairs of an image and a condition that it satisfies. `problems`: conditions that could not be evaluated, and why."""
+
+    found: frozenset[tuple[int, int]]
+    problems: dict[int, str]
+
+
+class Sight(NamedTuple):
+    """`images` that somebody may see; `problem`: SQLSTATE and text when that could not be found out."""
+
+    images: frozenset[int]
+    problem: str | None = None
+
+
+class Judge:
+    """Images are numbered from 0 in the order of the list. All methods raise DatabaseUnavailable, and `database.Error` where the table
+    is not what the catalog says any more."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def check(
+        self, table: Table, role: str, conditions: Sequence[Condition], select: Sequence[str]
+    ) -> list[frozenset[str] | None]:
+        """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected, QueryCanceled."""
+        try:
+            rows = await self._pool.fetch(
+                "select n, is_exact, vals from realtime.check_filters(%s, %s, %s::jsonb, %s)",
+                (table.relation, role, _json(conditions), list(select)),
+            )
+        except database.Error as error:
+            raise Rejected(database.describe(error)) from error
+        answers: list[frozenset[str] | None] = [None] * len(conditions)
+        for number, is_exact, texts in rows:
+            if is_exact:
+                answers[number] = frozenset(text for text in texts or () if text is not None)
+        return answers
+
+    async def match(self, table: Table, role: str, images: bytes, conditions: Sequence[Condition]) -> Matches:
+        """Which images satisfy which conditions, by PostgreSQL's own comparison."""
+        try:
+            rows = await self._ask(
+                "select image, condition from realtime.match_changes(%s, %s, %s::jsonb, %s::jsonb)",
+                table.relation,
+                role,
+                images,
+                _json(conditions),
+            )
+        except (QueryCanceled, database.Error) as error:
+            if len(conditions) > 1:
+                # One expensive pattern, one value that its operator refuses: the others are asked without it.
+                half = len(conditions) // 2
+                first = await self.match(table, role, images, conditions[:half])
+                second = await self.match(table, role, images, conditions[half:])
+                return Matches(
+                    first.found | {(image, number + half) for image, number in second.found},
+                    first.problems | {number + half: problem for number, problem in second.problems.items()},
+                )
+            return Matches(frozenset(), {0: _problem(error)})
+        return Matches(frozenset(rows), {})
+
+    async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> list[Sight]:
+        """For each client which of the images that it wants it may see, by the policies for SELECT."""
+        sights: list[Sight] = []
+        for start in range(0, len(wanted), CLIENTS_AT_ONCE):
+            sights += await self._see(table, images, wanted[start : start + CLIENTS_AT_ONCE])
+        return sights
+
+    async def _see(
+        self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
+    ) -> list[Sight]:
+        try:
+            rows = await self._ask(
+                "select question, visible, problem"
+                " from realtime.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
+                table.relation,
+                images,
+                [identity.role for identity, _ in wanted],
+                [identity.claims for identity, _ in wanted],
+                msgspec.json.encode([sorted(numbers) for _, numbers in wanted]).decode(),
+            )
+        except (QueryCanceled, database.Error) as error:
+            if len(wanted) > 1:
+                half = len(wanted) // 2
+                return [*await self._see(table, images, wanted[:half]), *await self._see(table, images, wanted[half:])]
+            return [Sight(frozenset(), _problem(error))]
+        return [Sight(frozenset(visible), problem) for _, visible, problem in sorted(rows)]
+
+    async def render(self, table: Table, images: bytes) -> list[Image]:
+        """The images as `to_jsonb` writes them. Raises: QueryCanceled."""
+        rows = await self._ask("select realtime.render_changes(%s, %s::jsonb)", table.relation, images)
+        return [_image(text) for (text,) in rows]
+
+    async def complete(self, table: Table, images: bytes) -> list[Image]:
+        """The images with generated columns, and with what is not known of them taken from the rows as they are now.
+
+        Raises: QueryCanceled.
+        """
+        ((text,),) = await self._ask("select realtime.complete_changes(%s, %s::jsonb)::text", table.relation, images)
+        return msgspec.json.decode(text, type=list[Image])
+
+    async def published(self, table: Table, images: bytes) -> frozenset[int]:
+        """Which images pass the row filter of the publication. Raises: QueryCanceled."""
+        rows = await self._ask("select realtime.filter_changes(%s, %s::jsonb)", table.relation, images)
+        return frozenset(number for (number,) in rows)
+
+    async def _ask(self, query: LiteralString, *arguments: object) -> list[tuple[Any, ...]]:
+        return await self._pool.fetch(
+            query, [argument.decode() if isinstance(argument, bytes) else argument for argument in arguments]
+        )
+
+
+def _json(conditions: Sequence[Condition]) -> str:
+    return msgspec.json.encode(
+        [
+            {"column": one.column, "operator": one.operator, "is_negated": one.is_negated, "value": one.value}
+            for one in conditions
+        ]
+    ).decode()
+
+
+def _image(text: str) -> Image:
+    return msgspec.json.decode(text, type=Image)
+
+
+def _problem(error: Exception) -> str:
+    return database.describe(error) if isinstance(error, database.Error) else "57014: it took too long"

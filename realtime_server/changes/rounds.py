@@ -1,0 +1,303 @@
+"""One table's share of a piece of changes: who is to be told what of each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from realtime_server.changes.catalog import Table
+from realtime_server.changes.change import Action, Change, Image
+from realtime_server.changes.judge import Identity, Judge
+from realtime_server.changes.payload import NO_KEY, UNAUTHORIZED, View
+from realtime_server.changes.subscriptions import Entry, Subscriptions
+from realtime_server.protocol.filters import Condition
+
+
+@dataclass(slots=True, eq=False)
+class Picture:
+    """A row as it was. `told` is what clients may be told of it; `known` what it is judged by, which is more where an UPDATE left large
+    values alone; only what is whole can be judged."""
+
+    told: Image
+    known: Image
+    is_whole: bool
+
+
+@dataclass(slots=True, eq=False)
+class Verdict:
+    """A change, and who is told what of it."""
+
+    change: Change
+    action: Action
+    new: Picture | None
+    old: Picture | None
+    told: list[tuple[Entry, View]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Wish:
+    """`image` is what the filter looks at. `is_leaving`: an UPDATE that may take the row away from the entry. `identity` is the entry's of
+    now: it may have another token before all is known."""
+
+    verdict: Verdict
+    entry: Entry
+    image: Image
+    identity: Identity
+    is_leaving: bool = False
+
+
+class Round:
+    """`is_captured`: the changes come from triggers, which know nothing of the publication's row filters and column lists.
+
+    `left_out`: identities that are not to be asked about. `strict_deletes`: where the deleted row is not known, and so nobody can say who
+    saw it, those whom row-level security binds are not even told its key.
+
+    Afterwards, `judged` are the identities that policies were asked about; `unjudged` those among them for whom they could not be
+    evaluated, and `unmatched` entries whose filter could not, each with the reason.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        subscriptions: Subscriptions,
+        table: Table,
+        *,
+        is_captured: bool,
+        strict_deletes: bool,
+        left_out: Collection[Identity],
+    ) -> None:
+        self._judge = judge
+        self._subscriptions = subscriptions
+        self._table = table
+        self._is_captured = is_captured
+        self._strict_deletes = strict_deletes
+        self._left_out = left_out
+        self.judged: set[Identity] = set()
+        self.unjudged: dict[Identity, str] = {}
+        self.unmatched: dict[Entry, str] = {}
+
+    async def decide(self, changes: Sequence[Change]) -> list[Verdict]:
+        """Raises: DatabaseUnavailable, QueryCanceled, database.Error."""
+        verdicts = [self._verdict(change) for change in changes]
+        if self._is_captured and self._table.row_filter is not None:
+            verdicts = await self._filter_rows(verdicts)
+        wishes = [wish for verdict in verdicts for wish in self._wishes(verdict)]
+        if wishes:
+            await self._complete(verdicts)
+            await self._see(await self._match(wishes))
+        if not self._is_captured:
+            await self._render([verdict for verdict in verdicts if verdict.told])
+        return verdicts
+
+    def _verdict(self, change: Change) -> Verdict:
+        return Verdict(
+            change, change.action, self._picture(change.new, True), self._picture(change.old, change.has_whole_old)
+        )
+
+    def _picture(self, image: Image | None, is_whole: bool) -> Picture | None:
+        if image is None:
+            return None
+        told = {name: value for name, value in image.items() if name in self._table.names}
+        return Picture(told, told, is_whole)
+
+    async def _filter_rows(self, verdicts: list[Verdict]) -> list[Verdict]:
+        """Apply the publication's row filter as the log does: what comes in by an UPDATE is an INSERT, what goes out a DELETE."""
+        album = Album()
+        for verdict in verdicts:
+            for picture in _pictures(verdict):
+                album.add(picture.known)
+        passing = await self._judge.published(self._table, album.json())
+        kept = []
+        for verdict in verdicts:
+            comes, goes = (
+                picture is not None and album.number_of(picture.known) in passing
+                for picture in (verdict.new, verdict.old)
+            )
+            if verdict.action is Action.UPDATE and comes != goes:
+                verdict.action = Action.INSERT if comes else Action.DELETE
+                verdict.new, verdict.old = (verdict.new, None) if comes else (None, verdict.old)
+            if comes or goes:
+                kept.append(verdict)
+        return kept
+
+    # -- who may want it
+
+    def _wishes(self, verdict: Verdict) -> Iterator[_Wish]:
+        """Those whom the index names. Who is told of an error is told whatever the filter says."""
+        table, action = self._table, verdict.action
+        if verdict.new is None:
+            assert verdict.old is not None, "a change without a new row has an old one"
+            known = {name: value for name, value in verdict.old.told.items() if name in table.identity}
+            for entry in self._subscriptions.candidates(table.relation, known):
+                if entry.binding.event in ("*", action) and table.access_of(entry.claims.role).columns:
+                    yield _Wish(verdict, entry, known, Identity.of(entry.claims))
+            return
+        if not table.key or any(not table.key <= access.columns for access in table.access.values()):
+            self._refuse(verdict)
+        for entry in self._subscriptions.candidates(table.relation, verdict.new.told):
+            if entry.binding.event in ("*", action) and self._has_key(entry):
+                yield _Wish(verdict, entry, verdict.new.told, Identity.of(entry.claims))
+        if action is Action.UPDATE and verdict.old is not None and verdict.old.is_whole:
+            for entry in self._subscriptions.candidates(table.relation, verdict.old.told):
+                if entry.binding.leaves and entry.binding.event in ("*", Action.DELETE) and self._has_key(entry):
+                    yield _Wish(verdict, entry, verdict.old.told, Identity.of(entry.claims), is_leaving=True)
+
+    def _refuse(self, verdict: Verdict) -> None:
+        error = UNAUTHORIZED if self._table.key else NO_KEY
+        for entry in self._subscriptions.of_table(self._table.relation):
+            if entry.binding.event in ("*", verdict.action) and not self._has_key(entry):
+                verdict.told.append((entry, View(verdict.action, frozenset(), error=error)))
+
+    def _has_key(self, entry: Entry) -> bool:
+        return bool(self._table.key) and self._table.key <= self._table.access_of(entry.claims.role).columns
+
+    # -- what is known of it
+
+    async def _complete(self, verdicts: list[Verdict]) -> None:
+        """Find out generated columns, and large values that an UPDATE left alone: those are not told, but policies may read them."""
+        names, generated = self._table.names, self._table.generated
+        album = Album()
+        lacking = [
+            picture
+            for verdict in verdicts
+            for picture in _pictures(verdict)
+            # To a trigger, virtual columns are null.
+            if picture.is_whole and (len(picture.told) < len(names) or (generated and self._is_captured))
+        ]
+        if not lacking:
+            return
+        for picture in lacking:
+            album.add(picture.told)
+        known = await self._judge.complete(self._table, album.json())
+        for number, picture in enumerate(lacking):
+            picture.known = {name: value for name, value in known[number].items() if name in names}
+            picture.told |= {name: value for name, value in picture.known.items() if name in generated}
+            picture.is_whole = len(picture.known) == len(names)
+
+    # -- whether it fits
+
+    async def _match(self, wishes: list[_Wish]) -> list[_Wish]:
+        """Those wishes whose conditions are fulfilled."""
+        by_role = defaultdict(list)
+        for wish in wishes:
+            if wish.entry.rest:
+                by_role[wish.identity.role].append(wish)
+        unfulfilled: set[_Wish] = set()
+        for role, asked in by_role.items():
+            album = Album()
+            for wish in asked:
+                album.add(wish.image)
+            conditions = list(dict.fromkeys(condition for wish in asked for condition in wish.entry.rest))
+            numbers = {condition: number for number, condition in enumerate(conditions)}
+            matches = await self._judge.match(self._table, role, album.json(), conditions)
+            for wish in asked:
+                image = album.number_of(wish.image)
+                if not all((image, numbers[condition]) in matches.found for condition in wish.entry.rest):
+                    unfulfilled.add(wish)
+                self._note_problems(wish.entry, conditions, matches.problems)
+        return [wish for wish in wishes if wish not in unfulfilled]
+
+    def _note_problems(self, entry: Entry, conditions: list[Condition], problems: dict[int, str]) -> None:
+        for number, problem in problems.items():
+            if conditions[number] in entry.rest:
+                self.unmatched[entry] = problem
+
+    # -- who may see it
+
+    async def _see(self, wishes: list[_Wish]) -> None:
+        """Ask policies once for each role and claims, and note what each is told."""
+        album = Album()
+        wanted: dict[Identity, set[int]] = defaultdict(set)
+        for wish in wishes:
+            if self._is_bound(wish.identity) and wish.identity not in self._left_out:
+                for picture in _pictures(wish.verdict):
+                    if picture.is_whole:
+                        wanted[wish.identity].add(album.add(picture.known))
+        questions = list(wanted.items())
+        seen: dict[Identity, frozenset[int]] = {}
+        if questions:
+            sights = await self._judge.see(self._table, album.json(), questions)
+            for (identity, _), sight in zip(questions, sights, strict=True):
+                seen[identity] = sight.images
+                self.judged.add(identity)
+                if sight.problem is not None:
+                    self.unjudged[identity] = sight.problem
+
+        def sees(wish: _Wish, picture: Picture | None) -> bool:
+            if picture is None or not self._is_bound(wish.identity):
+                return picture is not None
+            return picture.is_whole and album.number_of(picture.known) in seen.get(wish.identity, ())
+
+        # Leaving comes after staying: who still has the row is not told that it is gone.
+        staying = set()
+        for wish in sorted(wishes, key=lambda wish: wish.is_leaving):
+            verdict = wish.verdict
+            if wish.is_leaving:
+                if (verdict, wish.entry) not in staying and sees(wish, verdict.old):
+                    self._tell(wish, Action.DELETE, self._table.key)
+            elif verdict.new is None:
+                if sees(wish, verdict.old) or self._is_told_of_unknown(wish):
+                    self._tell(
+                        wish, Action.DELETE, self._table.key if self._table.has_row_security else self._table.identity
+                    )
+            elif sees(wish, verdict.new):
+                staying.add((verdict, wish.entry))
+                # Who sees the row now may not have seen it before.
+                is_known = not self._table.has_whole_old or sees(wish, verdict.old)
+                self._tell(wish, verdict.action, self._table.identity if is_known else self._table.key)
+
+    def _is_told_of_unknown(self, wish: _Wish) -> bool:
+        """Whether to tell of a deleted row of which nothing but the key is known, as applications expect."""
+        old = wish.verdict.old
+        return old is not None and not old.is_whole and not self._strict_deletes and wish.identity not in self._left_out
+
+    def _is_bound(self, identity: Identity) -> bool:
+        return self._table.access_of(identity.role).is_bound
+
+    def _tell(self, wish: _Wish, action: Action, old: frozenset[str]) -> None:
+        columns = self._table.access_of(wish.identity.role).columns
+        if wish.entry.binding.select:
+            columns &= self._table.key.union(wish.entry.binding.select)
+        wish.verdict.told.append((wish.entry, View(action, columns, old & columns)))
+
+    # -- how it looks
+
+    async def _render(self, verdicts: list[Verdict]) -> None:
+        """Put what is told as `to_jsonb` writes it."""
+        pictures = [picture for verdict in verdicts for picture in _pictures(verdict)]
+        if not pictures:
+            return
+        album = Album()
+        for picture in pictures:
+            album.add(picture.told)
+        rendered = await self._judge.render(self._table, album.json())
+        for number, picture in enumerate(pictures):
+            picture.told = {name: value for name, value in rendered[number].items() if name in picture.told}
+
+
+class Album:
+    """Images that are sent to the database together, each once, numbered from 0."""
+
+    def __init__(self) -> None:
+        # Dictionaries cannot be keys; these live as long as the album.
+        self._numbers: dict[int, int] = {}
+        self._images: list[Image] = []
+
+    def add(self, image: Image) -> int:
+        number = self._numbers.setdefault(id(image), len(self._images))
+        if number == len(self._images):
+            self._images.append(image)
+        return number
+
+    def number_of(self, image: Image) -> int:
+        return self._numbers.get(id(image), -1)
+
+    def json(self) -> bytes:
+        return msgspec.json.encode(self._images)
+
+
+def _pictures(verdict: Verdict) -> Iterable[Picture]:
+    return [picture for picture in (verdict.new, verdict.old) if picture is not None]

@@ -1,0 +1,147 @@
+"""Who wants which changes: by table and by the value of one column, so that a change finds its few candidates, not touching the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from realtime_server.changes.change import Image
+from realtime_server.claims import Claims
+from realtime_server.protocol.bindings import Binding
+from realtime_server.protocol.filters import Condition
+from realtime_server.protocol.frames import Encoding, Frame
+
+
+class Subscriber(Protocol):
+    """One client's channel or stream, as row changes reach it. None of these may wait."""
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    @property
+    def topic(self) -> str: ...
+
+    def changed(self, frame: Frame) -> None:
+        """Take a change."""
+
+    def tell_changes(self, text: str, *, ok: bool) -> None:
+        """Take word of what became of the subscription."""
+
+    def tell_missing_changes(self, problem: str) -> None:
+        """Take word that changes are missing here."""
+
+
+class Registration:
+    """What one subscriber wants, under its claims of now. `bindings`: each with the id that the client knows it by."""
+
+    def __init__(self, subscriber: Subscriber, claims: Claims, bindings: Iterable[tuple[int, Binding]]) -> None:
+        self.subscriber = subscriber
+        self.claims = claims
+        self.bindings = tuple(bindings)
+        self.entries: tuple[Entry, ...] = ()
+        self.is_open = True
+        # What the subscriber was told last.
+        self.said: str | None = None
+        # Counts how often it was to be entered, so that what is late does not undo what is newer.
+        self.turn = 0
+
+
+class Entry:
+    """One binding on one table. `exact`: a column and the texts of which it must have one; `rest`: conditions that are left for the
+    database to judge."""
+
+    __slots__ = ("binding", "exact", "id", "registration", "relation", "rest")
+
+    def __init__(
+        self,
+        registration: Registration,
+        id: int,
+        binding: Binding,
+        relation: int,
+        exact: tuple[str, frozenset[str]] | None,
+        rest: tuple[Condition, ...],
+    ) -> None:
+        self.registration = registration
+        self.id = id
+        self.binding = binding
+        self.relation = relation
+        self.exact = exact
+        self.rest = rest
+
+    @property
+    def claims(self) -> Claims:
+        return self.registration.claims
+
+
+class Subscriptions:
+    """All entries. Dictionaries keep the order of subscribing, sets do not."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, dict[Entry, None]] = {}
+        self._unindexed: dict[int, dict[Entry, None]] = {}
+        self._exact: dict[int, dict[str, dict[str, dict[Entry, None]]]] = {}
+
+    def add(self, entry: Entry) -> None:
+        self._tables.setdefault(entry.relation, {})[entry] = None
+        if entry.exact is None:
+            self._unindexed.setdefault(entry.relation, {})[entry] = None
+            return
+        column, texts = entry.exact
+        values = self._exact.setdefault(entry.relation, {}).setdefault(column, {})
+        for text in texts:
+            values.setdefault(text, {})[entry] = None
+
+    def discard(self, entry: Entry) -> None:
+        _discard(self._tables, entry.relation, entry)
+        if entry.exact is None:
+            _discard(self._unindexed, entry.relation, entry)
+            return
+        column, texts = entry.exact
+        columns = self._exact.get(entry.relation, {})
+        values = columns.get(column, {})
+        for text in texts:
+            _discard(values, text, entry)
+        if not values:
+            columns.pop(column, None)
+        if not columns:
+            self._exact.pop(entry.relation, None)
+
+    def of_table(self, relation: int) -> Iterable[Entry]:
+        return self._tables.get(relation, ())
+
+    def candidates(self, relation: int, image: Image) -> Iterable[Entry]:
+        """Entries that the image may fit: whose `exact` it has, or that have none."""
+        yield from self._unindexed.get(relation, ())
+        for column, values in self._exact.get(relation, {}).items():
+            text = text_of(image.get(column))
+            if text is not None:
+                yield from values.get(text, ())
+
+    def __contains__(self, relation: int) -> bool:
+        return relation in self._tables
+
+    def __len__(self) -> int:
+        return sum(len(entries) for entries in self._tables.values())
+
+
+def text_of(value: msgspec.Raw | None) -> str | None:
+    """A value of an image as text; None for null and for what is not known."""
+    if value is None:
+        return None
+    text = bytes(value)
+    if text.startswith(b'"'):
+        return msgspec.json.decode(text, type=str)
+    return None if text == b"null" else text.decode()
+
+
+K = TypeVar("K")
+
+
+def _discard(groups: dict[K, dict[Entry, None]], key: K, entry: Entry) -> None:
+    members = groups.get(key)
+    if members is not None:
+        members.pop(entry, None)
+        if not members:
+            del groups[key]
