@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from asyncio.transports import BaseTransport
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 from websockets.protocol import State
 
 from realtime_server.config import Settings
@@ -30,9 +32,21 @@ class Protocol(WebSocketsSansIOProtocol):
     last_received_at = 0.0
     _pong = b""
 
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        self._rest = bytearray()
+
     def data_received(self, data: bytes) -> None:
         self.last_received_at = self.loop.time()
         super().data_received(data)
+
+    def handle_cont(self, event: Frame) -> None:
+        # Put together at once: as a list, a message in pieces of two bytes would take twenty times its size.
+        self._rest += event.data
+        if event.fin:
+            self.frames.append(bytes(self._rest))
+            self._rest.clear()
+            self.send_receive_event_to_app()
 
     def send_receive_event_to_app(self) -> None:
         # Text that is no UTF-8 would close the socket here; as bytes it is dropped like any other malformed frame.

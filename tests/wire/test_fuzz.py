@@ -254,6 +254,32 @@ async def test_nonsense_harms_nobody(start_server: ServerFactory, wire: WireFact
         assert surprise not in server.log, server.log[-3000:]
 
 
+def pieces(content: bytes, *, of: int = 2, fin: bool = True) -> bytes:
+    """A text message in frames of a few bytes, masked with zeros; without its end unless `fin`."""
+    parts = [content[at : at + of] for at in range(0, len(content), of)]
+    heads = [1, *[0] * (len(parts) - 1)]
+    heads[-1] |= 0x80 if fin else 0
+    return b"".join(bytes([head, 0x80 | len(part)]) + b"\0\0\0\0" + part for head, part in zip(heads, parts, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+async def test_message_in_many_pieces_takes_no_more_memory_than_whole(server: Server, wire: WireFactory) -> None:
+    socket = await wire(server.websocket_url, server.anon_key)
+    heartbeat = b'[null,"1","phoenix","heartbeat",{}]'
+    assert (await answer_to(socket, pieces(heartbeat)))[1:4] == ["1", "phoenix", "phx_reply"]
+    before = resident_kb(server)
+    # Of a message of up to 5 MB; its end never comes.
+    socket.socket.transport.write(pieces(b"x" * 600_000, fin=False))
+    # A ping may come between, and is answered once all before it was read.
+    await (await socket.socket.ping())
+    assert resident_kb(server) - before < 8_000
+
+
+async def answer_to(socket: Wire, frames: bytes) -> list[Any]:
+    socket.socket.transport.write(frames)
+    return await socket.hear()
+
+
 async def test_nonsense_in_the_handshake_harms_nobody(shared_server: Server, wire: WireFactory) -> None:
     seed = int(os.environ.get("REALTIME_TEST_SEED") or secrets.randbits(32))
     print(f"REALTIME_TEST_SEED={seed}")
