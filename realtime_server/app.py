@@ -187,6 +187,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         ],
     )
     app.state.sockets = sockets
+    app.state.changes = changes
     app.state.has_failed = False
     return app
 

@@ -78,8 +78,9 @@ def run() -> None:
         target = _target(settings, url)
         app = make_app(settings, target=target, secret=secret, anon_key=anon_key)
 
-        def announce() -> None:
-            _announce(f"http://{settings.host}:{port}", shown_url, anon_key, service_key, target)
+        def announce(row_changes: str) -> None:
+            mode = f"row changes: {row_changes} · wake-up: {'poll' if target.is_pooled else 'notify'} · bus: in-process · workers: 1"
+            _announce(f"http://{settings.host}:{port}", shown_url, anon_key, service_key, mode)
 
         server.serve(app, settings, listener, announce)
 
@@ -481,7 +482,7 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _announce(url: str, database_url: str, anon_key: str | None, service_key: str | None, target: Target) -> None:
+def _announce(url: str, database_url: str, anon_key: str | None, service_key: str | None, mode: str) -> None:
     facts = {
         "page": f"{url}/",
         "client URL": url,
@@ -489,7 +490,7 @@ def _announce(url: str, database_url: str, anon_key: str | None, service_key: st
         "database": database_url,
         "anon key": anon_key or "not known here (set REALTIME_ANON_KEY to show it)",
         "service key": service_key or "not known here (set REALTIME_SERVICE_KEY to show it)",
-        "mode": f"wake-up: {'poll' if target.is_pooled else 'notify'} · bus: in-process · workers: 1",
+        "mode": mode,
     }
     width = max(map(len, facts))
     print(f"\nrealtime-server {__version__} is ready\n")

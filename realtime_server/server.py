@@ -22,6 +22,8 @@ from realtime_server.connection import ABORT, EXTENSION, GOODBYE_S
 # Time to send a whole request head, and then its body.
 HEAD_S: Final = 10.0
 BODY_S: Final = 60.0
+# So long the start may take to find out where row changes come from.
+LOOK_S: Final = 5.0
 # The parser puts a head together anew with every piece: what a stranger may make it hold must be short.
 MAX_HEAD_BYTES: Final = 65_536
 
@@ -154,9 +156,10 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Says goodbye to every socket before uvicorn closes it; `on_ready` is called once requests are served."""
+    """Says goodbye to every socket before uvicorn closes it; `on_ready` is called once requests are served, with where row changes come
+    from."""
 
-    def __init__(self, config: uvicorn.Config, app: Starlette, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: Starlette, on_ready: Callable[[str], None]) -> None:
         super().__init__(config)
         self._app = app
         self._on_ready = on_ready
@@ -164,7 +167,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_ready()
+            self._on_ready(await self._app.state.changes.chosen(LOOK_S))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
@@ -188,7 +191,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
     options: dict[str, Any] = {
         "http": HttpProtocol,

@@ -11,6 +11,7 @@ visible since.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -102,13 +103,20 @@ class Feed:
         self._quarantine: dict[tuple[int, Identity], float] = {}
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._source: Source | None = None
-        # Why there is none, for the operator.
-        self.problem: str | None = "starting"
+        self._is_chosen = asyncio.Event()
+        # Where changes come from and why, or why there are none: a few words for the operator.
+        self.situation = "looking for a source"
 
     @property
     def mode(self) -> str | None:
         """`wal` or `trigger` while changes flow."""
         return self._source.name if self._source is not None and self._source.is_ready else None
+
+    async def chosen(self, timeout_s: float) -> str:
+        """`situation`, once it was looked for a source or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_chosen.wait(), timeout_s)
+        return self.situation
 
     def __len__(self) -> int:
         """How many subscribers there are."""
@@ -236,10 +244,11 @@ class Feed:
             try:
                 source = await self._choose()
             except (DatabaseUnavailable, QueryCanceled) as error:
-                self.problem = "the database is away"
+                self.situation = "none while the database is away"
                 log.info("source of row changes was not chosen", error=str(error.__cause__))
                 await asyncio.sleep(REFRESH_S)
                 continue
+            self._is_chosen.set()
             if source is None:
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -268,15 +277,16 @@ class Feed:
             obstacle = await wal.obstacle()
             if obstacle is None:
                 await self._pool.fetch("select * from realtime.release_capture()")
-                self.problem = None
+                self.situation = "wal"
                 return wal
             if self._mode == "wal":
-                if self.problem != obstacle:
+                situation = f"none, the log cannot be read: {obstacle}"
+                if self.situation != situation:
                     log.error("no row changes: the log cannot be read", problem=obstacle)
-                self.problem = obstacle
+                self.situation = situation
                 return None
-        log.info("row changes come from triggers", source="trigger", why=obstacle or "the settings ask for it")
-        self.problem = None
+        self.situation = f"trigger ({obstacle or 'the settings ask for it'})"
+        log.info("row changes come from triggers", why=obstacle or "the settings ask for it")
         return TriggerSource(self._target, self._pool, timeout_s=self._timeout_s)
 
     async def _watch(self) -> None:

@@ -1,8 +1,11 @@
-"""Messages as Server-Sent Events: `GET /stream?topic=...`, for browsers' `EventSource` and for curl.
+"""Messages and row changes as Server-Sent Events: `GET /stream?topic=...`, `GET /stream?schema=&table=&filter=&event=`, for browsers'
+`EventSource` and for curl.
 
 A message is an unnamed event, so that `onmessage` sees it; its `id` is its cursor, so that a browser that reconnects resumes by itself
 (`Last-Event-ID`). Everything else is a named event: `ready` first, from which on nothing is missed; `gap` where messages are missing;
 `error` before the stream ends. Comments keep proxies from closing it. Source: WHATWG HTML, "Server-sent events".
+
+Row changes are not kept, so a stream of them that is resumed begins with a `gap`.
 
 A cursor moves on without messages too: after what was resumed, and with every comment, an `id` comes without an event.
 
@@ -27,6 +30,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from realtime_server.changes.feed import UNAVAILABLE
+from realtime_server.changes.subscriptions import Registration
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT, GOODBYE_S
@@ -35,6 +40,7 @@ from realtime_server.endpoints.websocket import Sockets, check_limits
 from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
+    InvalidBinding,
     InvalidTicket,
     MalformedCursor,
     QueryCanceled,
@@ -49,6 +55,8 @@ from realtime_server.errors import (
 from realtime_server.follower import Follower, Hold, Message, Shelf
 from realtime_server.history import Page
 from realtime_server.hub import Room
+from realtime_server.protocol import bindings
+from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.frames import Encoding, Frame, event_frame
 from realtime_server.protocol.messages import TOPIC_PREFIX, Format, dumps
 from realtime_server.services import Services
@@ -63,6 +71,7 @@ DRAIN_LOOK_S: Final = 0.01
 PIECE_BYTES: Final = 65_536
 # Event loops refuse delays of decades.
 LONGEST_TIMER_S: Final = 86_400.0
+NOT_KEPT: Final = "gap: row changes are not kept for who is away, load the present state"
 PASSING: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, TooManyUsers)
 
 log = structlog.get_logger()
@@ -94,6 +103,7 @@ class Wish:
     """What a request asks for. `events` empty: all."""
 
     rooms: tuple[Room, ...]
+    bindings: tuple[Binding, ...]
     events: frozenset[str]
     after: str | None
 
@@ -154,6 +164,7 @@ class EventStream:
         self._abort = abort
         shelf = Shelf(max_buffered_bytes // 2)
         self._followers = [_Topic(self, room, services, wish.events, shelf) for room in wish.rooms]
+        self._rows = RowReader(self) if wish.bindings else None
         self._hold: Hold | None = None
         self._is_following = False
         self._is_in_doubt = False
@@ -166,7 +177,7 @@ class EventStream:
     async def begin(self) -> None:
         """Take up the stream.
 
-        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled.
+        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, InvalidBinding, DatabaseUnavailable, QueryCanceled.
         """
         if self._sockets.is_draining:
             raise Restarting
@@ -176,18 +187,29 @@ class EventStream:
         self._sockets.add(self)
         self._services.users.add(self)
         await self._authorize()
-        if self._services.place() is None:
+        if self._rows is not None:
+            await self._subscribe_to_changes(self._rows)
+        place = self._services.place()
+        if place is None:
             raise DatabaseUnavailable
-        self._hold = Hold(*self._followers)
+        self._hold = Hold(*self._followers) if self._followers else None
         self._is_following = True
         for follower in self._followers:
             self._services.broadcasts.subscribe(follower.room, follower)
         topics = [follower.room.topic.removeprefix(TOPIC_PREFIX) for follower in self._followers]
         # With a cursor of its own, the client has one to come back with.
-        begin = self._hold.begin if self._wish.after is None else None
+        begin = None
+        if self._wish.after is None:
+            # Row changes alone have no places; with this one the client comes back and is told of what it missed.
+            begin = place.cursor if self._hold is None else self._hold.begin
         self._waiting += b"retry: %d\n\n" % RETRY_MS
         self.send(event_frame(dumps({"topics": topics}), event="ready", id=begin))
-        self._spawn(self._go_live(self._hold, self._wish.after))
+        if self._rows is not None:
+            if self._wish.after is not None:
+                self.send(event_frame(dumps({"message": NOT_KEPT, "cursor": None}), event="gap"))
+            self._rows.release()
+        if self._hold is not None:
+            self._spawn(self._go_live(self._hold, self._wish.after))
         self._watch_expiry()
 
     async def run(self) -> AsyncIterator[bytes]:
@@ -214,6 +236,8 @@ class EventStream:
         self._services.users.discard(self)
         for follower in self._followers:
             self._services.broadcasts.unsubscribe(follower.room, follower)
+        if self._rows is not None and self._rows.registration is not None:
+            self._services.changes.leave(self._rows.registration)
         if self._expiry is not None:
             self._expiry.cancel()
         for task in self._tasks:
@@ -246,7 +270,7 @@ class EventStream:
         )
         if is_meant:
             self._is_in_doubt = True
-            if self._is_following and self._hold is None:
+            if self._is_following and self._hold is None and self._followers:
                 self._hold = Hold(*self._followers)
                 self._spawn(self._go_live(self._hold, None))
 
@@ -256,6 +280,14 @@ class EventStream:
         place = self._services.place()
         id = begin or (place.cursor if place is not None else None)
         self.send(event_frame(dumps({"message": problem, "cursor": oldest}), event="gap", id=id))
+
+    async def _subscribe_to_changes(self, rows: RowReader) -> None:
+        """Raises: InvalidBinding, DatabaseUnavailable."""
+        changes = self._services.changes
+        rows.registration = Registration(rows, self._claims, enumerate(self._wish.bindings, start=1))
+        changes.register(rows.registration)
+        self._spawn(changes.enter(rows.registration))
+        await rows.first_word
 
     async def _authorize(self) -> None:
         """Ask policies until no word of lost rights came meanwhile.
@@ -277,7 +309,7 @@ class EventStream:
             while await self._is_ready() and hold.is_overfull and hold.begin is not None:
                 await hold.catch_up(hold.begin, self._read, self._is_ready)
         except RealtimeError as error:
-            self._fail(error)
+            self.fail(error)
         except Exception:
             log.exception("stream crashed")
             self.end()
@@ -317,11 +349,11 @@ class EventStream:
     def _watch_expiry(self) -> None:
         left_s = self._claims.expires_at - time.time()
         if left_s <= 0:
-            self._fail(TokenExpired(int(-left_s)))
+            self.fail(TokenExpired(int(-left_s)))
         else:
             self._expiry = asyncio.get_running_loop().call_later(min(left_s, LONGEST_TIMER_S), self._watch_expiry)
 
-    def _fail(self, error: RealtimeError) -> None:
+    def fail(self, error: RealtimeError) -> None:
         log.info("stream ended", code=error.code, reason=str(error))
         self.send(_error_frame(error))
         self.end()
@@ -344,6 +376,46 @@ class _Topic(Follower):
     def deliver(self, message: Message, frame: Frame) -> None:
         if not self._events or message.event in self._events:
             super().deliver(message, frame)
+
+
+class RowReader:
+    """The subscriber to the row changes of a stream. What comes before `release` waits for the `ready` event."""
+
+    topic = ""
+    encoding = Encoding(Format.SSE)
+
+    def __init__(self, stream: EventStream) -> None:
+        self.registration: Registration | None = None
+        # Done when the subscription works; raises InvalidBinding, DatabaseUnavailable.
+        self.first_word: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Looked at here too, for when the client is gone before it is waited for.
+        self.first_word.add_done_callback(lambda word: word.cancelled() or word.exception())
+        self._stream = stream
+        self._early: list[Frame] | None = []
+
+    def changed(self, frame: Frame) -> None:
+        if self._early is None:
+            self._stream.send(frame)
+        else:
+            self._early.append(frame)
+
+    def tell_changes(self, text: str, *, ok: bool) -> None:
+        error: RealtimeError = DatabaseUnavailable() if text == UNAVAILABLE else InvalidBinding(text)
+        if self.first_word.done():
+            if not ok:
+                self._stream.fail(error)
+        elif ok:
+            self.first_word.set_result(None)
+        else:
+            self.first_word.set_exception(error)
+
+    def tell_missing_changes(self, problem: str) -> None:
+        self.changed(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
+
+    def release(self) -> None:
+        early, self._early = self._early or [], None
+        for frame in early:
+            self._stream.send(frame)
 
 
 class _Answer(StreamingResponse):
@@ -372,16 +444,22 @@ class _Answer(StreamingResponse):
 
 
 def _read_wish(request: Request, max_topics: int) -> Wish:
-    """Raises: TopicNameRequired, TooManyChannels."""
+    """Raises: TopicNameRequired, TooManyChannels, InvalidBinding."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
-    if not rooms:
+    wanted: dict[str, Any] = {name: query[name] for name in ("schema", "table", "filter") if name in query}
+    if select := query.get("select"):
+        wanted["select"] = [name.strip() for name in select.split(",")]
+    events = frozenset(query.getlist("event")) - {"*"}
+    rows = tuple(bindings.parse({**wanted, "event": event}) for event in sorted(events or {"*"})) if wanted else ()
+    if not rooms and not rows:
         raise TopicNameRequired
     if len(rooms) > max_topics:
         raise TooManyChannels
     return Wish(
         rooms=rooms,
-        events=frozenset(query.getlist("event")),
+        bindings=rows,
+        events=events,
         # What the browser remembers is later than what the page asked for when it was loaded.
         after=request.headers.get("last-event-id") or query.get("after"),
     )

@@ -200,16 +200,3 @@ async def test_056_refresh_asks_again_for_the_right_to_write(shared_server: Serv
         assert (await socket.hear())[3:] == ["phx_reply", track]
     assert (await other.hear())[3:] == ["broadcast", {**MESSAGE, "n": 3}]
     assert await other.is_alive()
-
-
-async def test_057_refresh_with_bindings_keeps_the_channel(shared_server: Server, wire: WireFactory) -> None:
-    """What the new identity sees of row changes is asked where row changes are."""
-    socket = await wire(shared_server.websocket_url, shared_server.anon_key)
-    await socket.join("057", {"postgres_changes": [{"event": "*", "schema": "public"}]}, access_token=make_token())
-    answer = await socket.hear()
-    assert answer[3] == "system"
-    assert {**answer[4], "message": ""} == {**system("057", ""), "extension": "postgres_changes"}
-    assert answer[4]["message"] == "Row changes are not available on this server, subscribe to broadcasts"
-    await refresh(socket, "057", make_token(sub="other"))
-    await socket.say("realtime:057", "presence", {"event": "untrack"})
-    assert (await socket.hear())[3:] == ["phx_reply", OK]
