@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     )
     max_presence_calls: int = Field(100, ge=0, description="presence pushes of one channel in a window; 0: no limit")
     presence_window_s: float = Field(30.0, gt=0, description="length of that window")
-    max_sockets: int = Field(0, ge=0, description="connections of any kind, more are answered 503; 0: no limit")
+    max_sockets: int = Field(0, ge=0, description="sockets and event streams, more are refused (429); 0: no limit")
     max_users: int = Field(0, ge=0, description="sockets that have joined a channel; 0: no limit")
     no_channel_timeout_s: float = Field(
         600.0, gt=0, description="a socket without a channel for so long is closed (1000)"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import resource
 import socket
 import sys
 from asyncio.transports import BaseTransport
@@ -24,8 +27,14 @@ HEAD_S: Final = 10.0
 BODY_S: Final = 60.0
 # So long the start may take to find out where row changes come from.
 LOOK_S: Final = 5.0
+# Time to take some of an answer.
+STALL_S: Final = 60.0
 # The parser puts a head together anew with every piece: what a stranger may make it hold must be short.
 MAX_HEAD_BYTES: Final = 65_536
+# More than a listener's queue, which is taken in at once when everybody comes again after a restart.
+MOST_STRANGERS: Final = 5_000
+# For the database, the log and what the libraries open.
+SPARE_FILES: Final = 200
 
 
 class Protocol(WebSocketsSansIOProtocol):
@@ -109,13 +118,34 @@ class Protocol(WebSocketsSansIOProtocol):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Drops who does not say in time, or not shortly, what it wants: such a client has shown no key and would hold its socket for ever."""
+    """Drops who does not say in time, or not shortly, what it wants, or takes nothing of its answer: such a client has shown no key and
+    would hold its socket for ever.
+
+    `strangers` are all that have not said it yet, oldest first. Where they, or all connections, become too many, the oldest of them goes:
+    who comes in earnest says what it wants at once, however many come to say nothing.
+    """
+
+    def __init__(
+        self, *arguments: Any, strangers: dict[HttpProtocol, None], most_connections: int, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._strangers = strangers
+        self._most_connections = most_connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._patience = self.loop.call_later(HEAD_S, transport.abort)
+        self._patience = self._stalled = self.loop.call_later(HEAD_S, transport.abort)
         self._is_in_head = True
         self._head_bytes = 0
+        self._strangers[self] = None
+        if len(self._strangers) > MOST_STRANGERS or len(self.connections) > self._most_connections:
+            next(iter(self._strangers)).drop()
+
+    def drop(self) -> None:
+        self.transport.abort()
+        # Not only when the loop comes to it: others may come before.
+        self._strangers.pop(self, None)
+        self.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
@@ -140,7 +170,22 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._patience.cancel()
+        self._strangers.pop(self, None)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if not self.transport.is_closing():
+            # Kept open for a next request, of which nothing is known.
+            self._strangers[self] = None
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled.cancel()
 
     def _wait(self, limit_s: float) -> None:
         self._patience.cancel()
@@ -148,10 +193,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         self._patience.cancel()
+        self._strangers.pop(self, None)
         super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._patience.cancel()
+        self._stalled.cancel()
+        self._strangers.pop(self, None)
         super().connection_lost(exc)
 
 
@@ -191,12 +239,20 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _files() -> int:
+    """How many files this process may open at once: from now on as many as the system lets it, as each socket is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed
+
+
 def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
     options: dict[str, Any] = {
-        "http": HttpProtocol,
+        "http": functools.partial(HttpProtocol, strangers={}, most_connections=_files() - SPARE_FILES),
         "ws": Protocol,
-        "limit_concurrency": settings.max_sockets or None,
         "ws_max_size": settings.max_frame_bytes,
         # No compression: it costs more than it saves on small messages. No pings: clients send heartbeats.
         "ws_per_message_deflate": False,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
 from realtime_server.history import History, Stored
@@ -86,6 +87,7 @@ class Talk:
             history=cast(History, self.past),
             roster=cast(Roster, self.past),
             place=lambda: None,
+            changes=cast(Feed, self.past),
         )
         api_key = Claims("anon", None, time.time() + 3600, "{}")
         self.session = Session(self._outbox, self.services, api_key=api_key, headers={}, tasks=tasks)

@@ -181,7 +181,7 @@ class EventStream:
         """
         if self._sockets.is_draining:
             raise Restarting
-        check_limits(self._services)
+        check_limits(self._services, self._sockets)
         self._services.rates.joins.count(time.monotonic())
         # Before policies are asked, so that a word of lost rights finds the stream.
         self._sockets.add(self)

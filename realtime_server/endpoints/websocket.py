@@ -32,11 +32,16 @@ class Closable(Protocol):
 
 
 class Sockets:
-    """The sockets and event streams of this process, so that they can be closed before it ends."""
+    """The sockets and event streams of this process, `most` at once (0: any number), so that they can be closed before it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self._connections: set[Closable] = set()
+        self._most = most
         self.is_draining = False
+
+    @property
+    def is_full(self) -> bool:
+        return 0 < self._most <= len(self)
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -66,9 +71,7 @@ def websocket_endpoint(
             if sockets.is_draining:
                 raise Restarting
             api_key = await _identify(websocket, services.verify)
-            check_limits(services)
-            if settings.max_sockets and len(sockets) >= settings.max_sockets:
-                raise TooManyUsers
+            check_limits(services, sockets)
         except RealtimeError as error:
             log.info("handshake refused", code=error.code, reason=str(error))
             text = "Token has expired" if isinstance(error, TokenExpired) else str(error)
@@ -156,10 +159,10 @@ class _IdleTimer:
             self._timer = self._loop.call_later(min(idle_left_s, channels_left_s), self._look)
 
 
-def check_limits(services: Services) -> None:
+def check_limits(services: Services, sockets: Sockets) -> None:
     """Raises: TooManyUsers, TooManyJoins."""
     rates = services.rates
-    if rates.max_users and len(services.users) >= rates.max_users:
+    if sockets.is_full or (rates.max_users and len(services.users) >= rates.max_users):
         raise TooManyUsers
     if rates.joins.is_over(time.monotonic()):
         raise TooManyJoins

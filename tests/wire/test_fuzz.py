@@ -259,7 +259,9 @@ def pieces(content: bytes, *, of: int = 2, fin: bool = True) -> bytes:
     parts = [content[at : at + of] for at in range(0, len(content), of)]
     heads = [1, *[0] * (len(parts) - 1)]
     heads[-1] |= 0x80 if fin else 0
-    return b"".join(bytes([head, 0x80 | len(part)]) + b"\0\0\0\0" + part for head, part in zip(heads, parts, strict=True))
+    return b"".join(
+        bytes([head, 0x80 | len(part)]) + b"\0\0\0\0" + part for head, part in zip(heads, parts, strict=True)
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
