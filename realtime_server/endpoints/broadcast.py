@@ -44,6 +44,7 @@ from realtime_server.services import Authorize, Verify
 log = structlog.get_logger()
 
 MAX_NAME_BYTES: Final = 255
+MOST_BYTES_OF_STRANGERS: Final = 65_536
 BLANK: Final = "can't be blank"
 INVALID: Final = "is invalid"
 TOO_LARGE: Final = "Payload size exceeds tenant limit"
@@ -291,13 +292,20 @@ class BroadcastEndpoints:
             raise _Refused(500, "Unable to authorize broadcast") from None
 
     async def _body(self, request: Request) -> bytes:
-        """The body; refused as soon as it is over the limit."""
-        body = bytearray()
+        """The body; refused as soon as it is over the limit. More than a little is kept only of who has a valid token."""
+        too_large = _Refused(413, "Request body is too large")
+        body, is_known = bytearray(), False
         try:
+            # The parser has seen to it that this is a number.
+            if int(request.headers.get("content-length", 0)) > self._settings.max_body_bytes:
+                raise too_large
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > self._settings.max_body_bytes:
-                    raise _Refused(413, "Request body is too large")
+                    raise too_large
+                if len(body) > MOST_BYTES_OF_STRANGERS and not is_known:
+                    await self._identify(request)
+                    is_known = True
         except ClientDisconnect:
             raise _Refused(400, "Request body is incomplete") from None
         return bytes(body)
@@ -305,12 +313,14 @@ class BroadcastEndpoints:
     async def _caller(self, request: Request) -> Claims:
         if self._events.is_over(self._clock()):
             raise _Refused(429, "Too many requests")
+        return await self._identify(request)
+
+    async def _identify(self, request: Request) -> Claims:
         try:
-            claims = await self._verify(token_of(request))
+            return await self._verify(token_of(request))
         except AuthError as error:
             log.info("broadcast refused", code=error.code, reason=str(error))
             raise _Refused(401, "Unauthorized") from None
-        return claims
 
     def _check_rate(self, messages: int = 0) -> None:
         """Again: the rate may have risen while the token was verified. A batch must fit as a whole, a single message need not."""

@@ -46,6 +46,17 @@ async def test_head_without_end_is_cut_off_and_nobody_waits(shared_server: Serve
         await writer.wait_closed()
 
 
+async def test_large_body_without_a_token_is_refused_before_it_is_there(shared_server: Server) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", shared_server.port)
+    head = b"POST /realtime/v1/api/broadcast HTTP/1.1\r\nHost: x\r\nContent-Length: 7000000\r\n\r\n"
+    writer.write(head + b"{" * 500_000)
+    async with asyncio.timeout(5):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401")
+    writer.transport.abort()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
 @pytest.mark.parametrize("rest", [b"GET /he", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"])
 async def test_second_request_must_be_finished_too(rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "HEAD_S", 0.2)
