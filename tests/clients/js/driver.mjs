@@ -15,7 +15,7 @@ const PACKAGES = { newest: '@supabase/supabase-js', 2.39: 'supabase-js-2-39', 'r
 const OPEN_LIMIT_MS = 10_000
 
 const { lib } = parseArgs({ options: { lib: { type: 'string', default: 'newest' } } }).values
-const { createClient, RealtimeClient } = await import(PACKAGES[lib])
+const { createClient, RealtimeClient, postgresChangesFilter } = await import(PACKAGES[lib])
 
 let client = null
 let token = null
@@ -57,6 +57,14 @@ function payloadOf({ payload, base64 }) {
   return base64 === undefined ? payload : Uint8Array.from(Buffer.from(base64, 'base64')).buffer
 }
 
+// A list of calls, [["eq", "name", "a,b"], ...], stands for what the client's own builder makes of them.
+function filterOf({ filter, ...binding }) {
+  if (!Array.isArray(filter)) return filter === undefined ? binding : { ...binding, filter }
+  const builder = postgresChangesFilter()
+  for (const [method, ...given] of filter) builder[method](...given)
+  return { ...binding, filter: builder }
+}
+
 function listen(channel, name, { broadcast = [], presence = false, postgres_changes = [] }) {
   for (const event of broadcast) {
     channel.on('broadcast', { event }, (message) => write({ event: 'broadcast', channel: name, message }))
@@ -78,7 +86,7 @@ function listen(channel, name, { broadcast = [], presence = false, postgres_chan
     }
   }
   postgres_changes.forEach((filter, binding) =>
-    channel.on('postgres_changes', filter, (payload) =>
+    channel.on('postgres_changes', filterOf(filter), (payload) =>
       write({ event: 'postgres_changes', channel: name, binding, payload })
     )
   )
