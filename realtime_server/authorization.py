@@ -1,13 +1,15 @@
 """What a client may do on a private topic: asked of PostgreSQL, many questions in one round trip.
 
 The answer is row-level security's own (`realtime.authorize`); nothing here repeats a rule. Questions that arrive while others are being
-answered leave together as the next batch. Answers are not kept: they live as long as the channel that asked.
+answered leave together as the next batch, one of each caller in turn: who asks a thousand does not keep others waiting. Answers are not
+kept: they live as long as the channel that asked.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,17 +47,26 @@ class Question:
     claims: Claims
     headers: Mapping[str, str]
 
+    @property
+    def caller(self) -> Hashable:
+        """The user, or else the socket, which has headers of its own."""
+        return self.claims.subject or id(self.headers)
+
+
+Asked = tuple[Question, asyncio.Future[Policy]]
+
 
 class Authorization:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._waiting: list[tuple[Question, asyncio.Future[Policy]]] = []
+        self._waiting: OrderedDict[Hashable, deque[Asked]] = OrderedDict()
         self._wanted = asyncio.Event()
 
     async def authorize(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy:
         """Ask, and wait for the answer. A policy that raises allows nothing. Raises: DatabaseUnavailable, QueryCanceled."""
         answer: asyncio.Future[Policy] = asyncio.get_running_loop().create_future()
-        self._waiting.append((Question(topic, claims, headers), answer))
+        question = Question(topic, claims, headers)
+        self._waiting.setdefault(question.caller, deque()).append((question, answer))
         self._wanted.set()
         return await answer
 
@@ -68,20 +79,33 @@ class Authorization:
     async def _answer_batches(self) -> None:
         while True:
             await self._wanted.wait()
-            batch, self._waiting = self._waiting[:QUESTIONS_AT_ONCE], self._waiting[QUESTIONS_AT_ONCE:]
+            batch = self._next_batch()
             if not self._waiting:
                 self._wanted.clear()
             if batch:
                 await self._answer(batch)
 
-    async def _answer(self, batch: list[tuple[Question, asyncio.Future[Policy]]]) -> None:
+    def _next_batch(self) -> list[Asked]:
+        batch: list[Asked] = []
+        while self._waiting and len(batch) < QUESTIONS_AT_ONCE:
+            caller, questions = self._waiting.popitem(last=False)
+            question, answer = questions.popleft()
+            if questions:
+                self._waiting[caller] = questions
+            # Who asked may be gone.
+            if not answer.done():
+                batch.append((question, answer))
+        return batch
+
+    async def _answer(self, batch: list[Asked]) -> None:
         try:
             policies = await self._ask([question for question, _ in batch])
         except Exception as error:
             if len(batch) > 1 and not isinstance(error, DatabaseUnavailable):
                 # One slow policy, one topic that is no text to PostgreSQL: each is asked again by itself.
-                for single in batch:
-                    await self._answer([single])
+                for question, answer in batch:
+                    if not answer.done():
+                        await self._answer([(question, answer)])
                 return
             for question, answer in batch:
                 if answer.done():
