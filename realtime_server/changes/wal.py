@@ -23,7 +23,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable
-from datetime import datetime
+from decimal import Decimal
 from typing import Any, ClassVar, Final, LiteralString, NamedTuple
 
 import psycopg
@@ -77,7 +77,7 @@ class _Backend(NamedTuple):
     """A process of PostgreSQL. Process ids come again, so it is the time that makes it one."""
 
     pid: int
-    started: datetime
+    started: Decimal
 
 
 class WalSource:
@@ -330,12 +330,9 @@ class WalSource:
                 async with asyncio.timeout(self._timeout_s):
                     return await stream.readable()
             except TimeoutError as error:
-                if (
-                    await self._ask(
-                        db, "select pid from pg_stat_activity where (pid, backend_start) = (%s, %s)", *self._holder
-                    )
-                    is None
-                ):
+                pid, started = self._holder
+                (found,) = await self._ask(db, "select realtime.backend_started(%s)", pid)
+                if found != started:
                     raise DatabaseUnavailable from error
 
     async def _report(self, stream: _Stream) -> None:
@@ -350,7 +347,7 @@ class WalSource:
 
     async def _backend(self, db: Database, of: Database) -> _Backend:
         pid = of.info.backend_pid
-        (started,) = await self._ask(db, "select (select backend_start from pg_stat_activity where pid = %s)", pid)
+        (started,) = await self._ask(db, "select realtime.backend_started(%s)", pid)
         return _Backend(pid, started)
 
     async def _ask(self, db: Database, query: LiteralString, *arguments: object) -> Any:

@@ -109,19 +109,34 @@ comment on function realtime.wait_until_visible(bigint[], interval) is
     'Waits until transactions that are known to have committed are visible to other sessions, too; false when that took longer than the timeout. The ids may be of 32 bits.';
 revoke all on function realtime.wait_until_visible(bigint[], interval) from public;
 
-create or replace function realtime.end_walsender(backend integer, started timestamptz)
+create or replace function realtime.backend_started(backend integer)
+returns numeric
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select extract(epoch from backend_start) from pg_stat_activity where pid = backend_started.backend
+$$;
+comment on function realtime.backend_started(integer) is
+    'When the process with this id began, in seconds since 1970; null when there is none. It tells it from another one of the same id.';
+revoke all on function realtime.backend_started(integer) from public;
+
+create or replace function realtime.end_walsender(backend integer, started numeric)
 returns boolean
 language sql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(bool_and(pg_terminate_backend(pid, 5000)), true)
-    from pg_stat_activity
-    where pid = end_walsender.backend and backend_start = end_walsender.started
+    select
+        case
+            when realtime.backend_started(end_walsender.backend) = end_walsender.started
+                then pg_terminate_backend(end_walsender.backend, 5000)
+            else true
+        end
 $$;
-comment on function realtime.end_walsender(integer, timestamptz) is
-    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone. The time it started tells it from another one of the same process id.';
-revoke all on function realtime.end_walsender(integer, timestamptz) from public;
+comment on function realtime.end_walsender(integer, numeric) is
+    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
+revoke all on function realtime.end_walsender(integer, numeric) from public;
 
 create or replace function realtime.slot_status()
 returns table (

@@ -1,0 +1,1321 @@
+"""Row changes from the log, against an oracle: what PostgreSQL says was committed is what is taken, once each, in the order of the commits,
+whatever happens meanwhile.
+
+Each written row is put into a ledger in the same transaction, and a second slot that nobody disturbs says in which order they committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, LiteralString
+
+import msgspec
+import psycopg
+import pytest
+from psycopg import conninfo, sql
+
+from realtime_server.changes import pgoutput, wal
+from realtime_server.changes.change import Change, Image
+from realtime_server.changes.pgoutput import Begin, Insert
+from realtime_server.changes.wal import SourceLost, WalSource
+from realtime_server.database import Pool, Target
+from realtime_server.embedded import EmbeddedPostgres
+from tests.database.test_relay import until
+from tests.fix_database import OWNER, Cluster, TestDatabase
+from tests.fix_postgres import FAST
+from tests.fix_proxy import Proxy, ProxyFactory
+
+PUBLICATION = "supabase_realtime"
+READER = "realtime_wal_reader"
+TIMEOUT_S = 2
+LIMIT_S = 30
+WRITERS = 8
+TRANSACTIONS_EACH = 12
+
+CODE = (Path(__file__).parent.parent.parent / "sql" / "code" / "80_wal.sql").read_text()
+
+
+# -- a database to read from
+
+
+@dataclass(frozen=True)
+class WalDatabase(TestDatabase):
+    """`url` is of a role that owns what the owner owns, and may replicate."""
+
+    slot: str = ""
+    is_json: set[int] = field(default_factory=lambda: {114, 3802})
+
+    def administrate(self, query: LiteralString, *arguments: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.administrator_url, autocommit=True) as db:
+            cursor = db.execute(query, arguments)
+            return cursor.fetchall() if cursor.description else []
+
+    def publish(self, *tables: LiteralString) -> None:
+        for table in tables:
+            self.administrate(f"alter publication supabase_realtime add table {table}")
+
+    def oid(self, table: str) -> int:
+        ((oid,),) = self.execute("select %s::regclass::oid::bigint", table)
+        return int(oid)
+
+    def slot_state(self) -> tuple[Any, ...] | None:
+        """Whether somebody reads, and who."""
+        rows = self.execute("select active, active_pid from pg_replication_slots where slot_name = %s", self.slot)
+        return rows[0] if rows else None
+
+    def end_walsender(self) -> int:
+        """As an administrator does; how many."""
+        query = "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = %s and active"
+        return len(self.administrate(query, self.slot))
+
+
+def prepare(cluster: Cluster) -> WalDatabase:
+    database = cluster.create("heads")
+    with psycopg.connect(cluster.administrator_url, autocommit=True) as db:
+        if not db.execute("select 1 from pg_roles where rolname = %s", (READER,)).fetchone():
+            db.execute(
+                sql.SQL("create role {} login replication in role {}").format(
+                    sql.Identifier(READER), sql.Identifier(OWNER)
+                )
+            )
+        db.execute(sql.SQL("alter role {} password 'reader'").format(sql.Identifier(READER)))
+    with database.connect() as db:
+        db.execute(CODE.encode())
+        (slot,) = db.execute("select realtime.slot_name()").fetchone() or ("",)
+    url = conninfo.make_conninfo(database.url, user=READER, password="reader")
+    made = WalDatabase(url, database.administrator_url, slot)
+    if not made.execute("select 1 from pg_publication where pubname = %s", PUBLICATION):
+        made.administrate("create publication supabase_realtime")
+    return made
+
+
+def drop(cluster: Cluster, database: WalDatabase) -> None:
+    query = "select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = current_database()"
+    with suppress(psycopg.errors.ObjectInUse):
+        database.administrate(query)
+    cluster.drop(database)
+
+
+@pytest.fixture
+def source_database(any_cluster: Cluster) -> Iterator[WalDatabase]:
+    database = prepare(any_cluster)
+    yield database
+    drop(any_cluster, database)
+
+
+class OwnCluster:
+    """A cluster that may be stopped and set, because nobody else is on it."""
+
+    def __init__(self, postgres: EmbeddedPostgres) -> None:
+        self.postgres = postgres
+        self.cluster = Cluster(postgres.administrator_url)
+
+    @property
+    def port(self) -> int:
+        return int(str(conninfo.conninfo_to_dict(self.postgres.administrator_url)["port"]))
+
+    @property
+    def log(self) -> str:
+        return (self.postgres.location / "log").read_text() if (self.postgres.location / "log").is_file() else ""
+
+    def set(self, **settings: str) -> None:
+        """Until `reset`; what needs no restart takes effect at once."""
+        with psycopg.connect(self.postgres.administrator_url, autocommit=True) as db:
+            for name, value in settings.items():
+                db.execute(sql.SQL("alter system set {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+            db.execute("select pg_reload_conf()")
+
+    def reset(self) -> None:
+        with psycopg.connect(self.postgres.administrator_url, autocommit=True) as db:
+            db.execute("alter system reset all")
+            db.execute("select pg_reload_conf()")
+
+    async def restart(self, mode: Any = "immediate") -> None:
+        await asyncio.to_thread(self.postgres.stop, mode)
+        await asyncio.to_thread(self.postgres.start)
+
+
+@pytest.fixture(scope="module")
+def own_cluster() -> Iterator[OwnCluster]:
+    root = Path(tempfile.mkdtemp(prefix="realtime-test-"))
+    root.chmod(0o711)
+    settings = {**FAST, "max_prepared_transactions": "10", "max_wal_senders": "3", "max_replication_slots": "4"}
+    postgres = EmbeddedPostgres(root / "data", settings=settings)
+    try:
+        yield OwnCluster(postgres.start())
+    finally:
+        postgres.stop("immediate")
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def own(own_cluster: OwnCluster) -> Iterator[OwnCluster]:
+    yield own_cluster
+    own_cluster.reset()
+
+
+@pytest.fixture
+def own_database(own: OwnCluster) -> Iterator[WalDatabase]:
+    database = prepare(own.cluster)
+    yield database
+    drop(own.cluster, database)
+
+
+# -- somebody who takes changes
+
+
+class Received:
+    """What was taken. `gate` is open, or changes wait before it; every change must be visible by then."""
+
+    def __init__(self, database: WalDatabase) -> None:
+        self.database = database
+        self.changes: list[Change] = []
+        self.pieces: list[int] = []
+        self.gaps: list[str] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.is_waiting = False
+
+    async def take(self, changes: Sequence[Change]) -> None:
+        self.is_waiting = True
+        await self.gate.wait()
+        self.is_waiting = False
+        self.pieces.append(len(changes))
+        self.changes.extend(changes)
+
+    def gap(self, problem: str) -> None:
+        self.gaps.append(problem)
+
+    @property
+    def numbers(self) -> list[int]:
+        return [int(value(change.new, "number")) for change in self.changes if change.new and "number" in change.new]
+
+    async def until_there_are(self, count: int) -> list[Change]:
+        await until(lambda: len(self.changes) >= count, f"{count} changes, of which {len(self.changes)} came")
+        return self.changes
+
+    @property
+    def told(self) -> list[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]:
+        return [(change.action.value, plain(change.new), plain(change.old)) for change in self.changes]
+
+
+def plain(image: Image | None) -> dict[str, Any] | None:
+    return None if image is None else {name: json.loads(bytes(raw)) for name, raw in image.items()}
+
+
+def value(image: Image, name: str) -> Any:
+    return json.loads(bytes(image[name]))
+
+
+def source_of(
+    database: WalDatabase, *, url: str | None = None, is_pooled: bool = False, timeout_s: float = TIMEOUT_S
+) -> WalSource:
+    target = Target(url or database.url, is_pooled=is_pooled)
+    pool = Pool(target, name="pool", size=1, timeout_s=timeout_s, statement_timeout_s=timeout_s)
+    return WalSource(
+        target,
+        pool,
+        publication=PUBLICATION,
+        slot=database.slot,
+        is_json=database.is_json.__contains__,
+        timeout_s=timeout_s,
+    )
+
+
+@asynccontextmanager
+async def running(source: WalSource, received: Received) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(source.run(received))
+    try:
+        await until(lambda: source.is_ready or task.done(), "the source to be ready")
+        assert source.is_ready, task
+        yield task
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        # PostgreSQL has noticed that we are gone.
+        await until(lambda: not (received.database.slot_state() or [False])[0], "the slot to be free")
+
+
+@asynccontextmanager
+async def reading(database: WalDatabase) -> AsyncIterator[Received]:
+    received = Received(database)
+    async with running(source_of(database), received):
+        yield received
+    assert received.gaps == []
+
+
+async def obstacle_of(source: WalSource) -> str | None:
+    await source._pool.open()
+    try:
+        return await source.obstacle()
+    finally:
+        await source._pool.close()
+
+
+# -- what changes look like
+
+
+async def test_each_kind_of_change_under_the_default_identity(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number bigint primary key, body text, meta jsonb)")
+    source_database.publish("item")
+    async with reading(source_database) as received:
+        for query in (
+            "insert into item values (1, 'one', '{\"a\": [1, 2.50]}'), (2, null, null)",
+            "update item set body = 'uno' where number = 1",
+            "update item set number = 3 where number = 2",
+            "insert into item values (1, 'x') on conflict (number) do update set body = excluded.body",
+            "delete from item where number = 3",
+            "truncate item",
+            "insert into item values (9)",
+        ):
+            source_database.execute(query)
+        changes = await received.until_there_are(7)
+    meta = {"a": [1, 2.5]}
+    assert received.told == [
+        ("INSERT", {"number": "1", "body": "one", "meta": meta}, None),
+        ("INSERT", {"number": "2", "body": None, "meta": None}, None),
+        ("UPDATE", {"number": "1", "body": "uno", "meta": meta}, {"number": "1"}),
+        ("UPDATE", {"number": "3", "body": None, "meta": None}, {"number": "2"}),
+        ("UPDATE", {"number": "1", "body": "x", "meta": meta}, {"number": "1"}),
+        ("DELETE", None, {"number": "3"}),
+        ("INSERT", {"number": "9", "body": None, "meta": None}, None),
+    ]
+    assert changes[0].new is not None
+    # jsonb as PostgreSQL writes it, to the letter: a number is not a float here.
+    assert bytes(changes[0].new["meta"]) == b'{"a": [1, 2.50]}'
+    assert {change.table for change in changes} == {source_database.oid("item")}
+    assert not any(change.has_whole_old for change in changes)
+    ((now,),) = source_database.execute("select extract(epoch from now())::float")
+    times = [change.committed_at for change in changes]
+    assert times == sorted(times)
+    assert times[0] == times[1] < times[2]
+    assert now - 60 < times[-1] <= now
+
+
+async def test_old_rows_are_as_the_replica_identity_says(source_database: WalDatabase) -> None:
+    for name in ("whole", "by_index", "nothing"):
+        source_database.execute(f"create table {name} (number int primary key, code int not null unique, body text)")
+    source_database.execute("alter table whole replica identity full")
+    source_database.execute("alter table by_index replica identity using index by_index_code_key")
+    source_database.execute("alter table nothing replica identity nothing")
+    source_database.publish("whole", "by_index", "nothing")
+    async with reading(source_database) as received:
+        source_database.execute("insert into nothing values (2, 2)")
+        for table in ("whole", "by_index"):
+            for query in (
+                "insert into {} values (1, 10)",
+                "update {} set body = 'b'",
+                "update {} set code = 20",
+                "delete from {}",
+            ):
+                source_database.execute(query.format(table))
+        changes = await received.until_there_are(9)
+
+    def row(code: int, body: str | None) -> dict[str, Any]:
+        return {"number": "1", "code": str(code), "body": body}
+
+    assert received.told[0] == ("INSERT", {"number": "2", "code": "2", "body": None}, None)
+    assert received.told[1:5] == [
+        ("INSERT", row(10, None), None),
+        ("UPDATE", row(10, "b"), row(10, None)),
+        ("UPDATE", row(20, "b"), row(10, "b")),
+        ("DELETE", None, row(20, "b")),
+    ]
+    assert [change.has_whole_old for change in changes[1:5]] == [False, True, True, True]
+    assert received.told[5:] == [
+        ("INSERT", row(10, None), None),
+        ("UPDATE", row(10, "b"), {"code": "10"}),
+        ("UPDATE", row(20, "b"), {"code": "10"}),
+        ("DELETE", None, {"code": "20"}),
+    ]
+    assert not any(change.has_whole_old for change in changes[5:])
+
+
+async def test_large_values_that_an_update_does_not_touch(source_database: WalDatabase) -> None:
+    large = "".join(random.Random(1).choices("abcdefgh", k=20_000))
+    for name in ("item", "whole"):
+        source_database.execute(f"create table {name} (number int primary key, body text, meta jsonb, n int)")
+        source_database.publish(name)
+    source_database.execute("alter table whole replica identity full")
+    async with reading(source_database) as received:
+        for name in ("item", "whole"):
+            source_database.execute(f"insert into {name} values (1, %s, jsonb_build_array(%s::text), 0)", large, large)
+            source_database.execute(f"update {name} set n = 1")
+        changes = await received.until_there_are(4)
+    whole = {"number": "1", "body": large, "meta": [large]}
+    assert received.told[1] == ("UPDATE", {"number": "1", "n": "1"}, {"number": "1"})
+    assert received.told[3] == ("UPDATE", {**whole, "n": "1"}, {**whole, "n": "0"})
+    assert [change.size > 40_000 for change in changes] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("via_root", [False, True])
+async def test_partitions_are_told_by_their_own_name_or_the_roots(source_database: WalDatabase, via_root: bool) -> None:
+    source_database.execute(
+        "create table part (number int, body text, primary key (number)) partition by range (number)"
+    )
+    source_database.execute("create table part_low partition of part for values from (0) to (10)")
+    # Other columns in another order, one of them dropped.
+    source_database.execute("create table part_high (gone int, body text, number int not null, primary key (number))")
+    source_database.execute("alter table part_high drop column gone")
+    source_database.execute("alter table part attach partition part_high for values from (10) to (20)")
+    source_database.administrate(f"alter publication supabase_realtime set (publish_via_partition_root = {via_root})")
+    source_database.publish("part")
+    async with reading(source_database) as received:
+        source_database.execute("insert into part values (1, 'low'), (11, 'high')")
+        source_database.execute("update part set number = 12 where number = 1")
+        await received.until_there_are(4)
+    # To PostgreSQL, a row that moves is deleted here and inserted there.
+    assert received.told == [
+        ("INSERT", {"number": "1", "body": "low"}, None),
+        ("INSERT", {"number": "11", "body": "high"}, None),
+        ("DELETE", None, {"number": "1"}),
+        ("INSERT", {"number": "12", "body": "low"}, None),
+    ]
+    tables = ["part"] * 4 if via_root else ["part_low", "part_high", "part_low", "part_high"]
+    assert [change.table for change in received.changes] == [source_database.oid(table) for table in tables]
+
+
+VALUES: dict[str, list[str]] = {
+    "smallint": ["-32768"],
+    "integer": ["2147483647"],
+    "bigint": ["-9223372036854775808"],
+    "numeric": ["12345678901234567890.12345678901234567890", "NaN", "Infinity"],
+    "numeric(10,2)": ["1.50"],
+    "real": ["1.1", "-Infinity", "1e-30"],
+    "double precision": ["0.1", "NaN", "1.7976931348623157e308"],
+    "money": ["12.34"],
+    "boolean": ["true", "false"],
+    "text": ["", 'say "é" \\ \n\t\x01 \U0001f600', "null"],
+    "varchar(10)": ["x"],
+    "char(5)": ["ab"],
+    '"char"': ["c"],
+    "name": ["n"],
+    "bytea": ["\\x00ff27"],
+    "date": ["2026-11-21", "infinity", "0044-03-15 BC"],
+    "time": ["23:59:59.999999"],
+    "timetz": ["12:00:00+05:45"],
+    "timestamp": ["2026-11-21 01:02:03.000004"],
+    "timestamptz": ["2026-11-21 01:02:03.5+05:45", "-infinity"],
+    "interval": ["-1 year 2 mons -3 days 04:05:06.7"],
+    "uuid": ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"],
+    "json": ['{"b": 1,   "a": 1.00, "a": 2}', "null", "[\n1]"],
+    "jsonb": ['{"b": 1, "a": 1.00}', '"text"', "12345678901234567890.10", "null"],
+    "jsonpath": ['$."a"[*]'],
+    "inet": ["10.0.0.1/8"],
+    "cidr": ["10.0.0.0/8"],
+    "macaddr": ["08:00:2b:01:02:03"],
+    "macaddr8": ["08:00:2b:01:02:03:04:05"],
+    "bit(3)": ["101"],
+    "bit varying": ["10101"],
+    "point": ["(1.5,-2)"],
+    "line": ["{1,2,3}"],
+    "lseg": ["[(0,0),(1,1)]"],
+    "box": ["(1,1),(0,0)"],
+    "path": ["((0,0),(1,1))"],
+    "polygon": ["((0,0),(1,1),(1,0))"],
+    "circle": ["<(0,0),1.5>"],
+    "tsvector": ["'a':1 'b':2"],
+    "tsquery": ["'a' & 'b'"],
+    "xid8": ["12345678901"],
+    "pg_lsn": ["16/B374D848"],
+    "pg_snapshot": ["10:20:10,14"],
+    "txid_snapshot": ["10:20:10,14"],
+    "oid": ["4294967295"],
+    "regclass": ["pg_class", "public.plain"],
+    "regtype": ["integer", "public.mood"],
+    "regproc": ["now"],
+    "regnamespace": ["public"],
+    "xid": ["7"],
+    "cid": ["7"],
+    "tid": ["(1,2)"],
+    "int2vector": ["1 2"],
+    "oidvector": ["1 2"],
+    "int4range": ["[1,10)", "empty"],
+    "tstzrange": ['["2026-11-21 00:00:00+00",)'],
+    "datemultirange": ["{[2026-01-01,2026-02-01)}"],
+    "integer[]": ["{1,NULL,3}", "[0:1]={1,2}", "{}"],
+    "text[]": ['{"a b","c\\"d",NULL,"NULL"}', "{{a},{b}}"],
+    "jsonb[]": ['{"{\\"a\\": 1}"}'],
+    "timestamptz[]": ['{"2026-11-21 01:02:03+00"}'],
+    "mood": ["glad"],
+    "mood[]": ["{glad,calm}"],
+    "place": ['(1,"a ""b""",glad)'],
+    "place[]": ['{"(1,a,glad)"}'],
+    "positive": ["5"],
+    "document": ['{"a": 1}'],
+    "deep_document": ['{"a":   1}'],
+    "place_domain": ["(1,a,calm)"],
+}
+
+TYPES = """
+create table plain ();
+create type mood as enum ('calm', 'glad');
+create type place as (x int, name text, mood mood);
+create domain positive as int check (value > 0);
+create domain document as jsonb;
+create domain any_json as json;
+create domain deep_document as any_json not null;
+create domain place_domain as place;
+"""
+
+
+JSON_TYPES = {"json", "jsonb", "document", "deep_document"}
+# Of the database; PostgreSQL would write many values otherwise.
+ODD_SETTINGS = {
+    "datestyle": "German",
+    "intervalstyle": "iso_8601",
+    "timezone": "Asia/Kathmandu",
+    "bytea_output": "escape",
+    "extra_float_digits": "-3",
+}
+PLAIN = "-c search_path=public -c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c bytea_output=hex -c extra_float_digits=1"
+
+
+async def test_values_of_every_type_are_as_postgresql_writes_them_and_reads_them_back(
+    source_database: WalDatabase,
+) -> None:
+    """Under settings of the database that would write many of them otherwise."""
+    rows = max(map(len, VALUES.values()))
+    written = [[values[min(row, len(values) - 1)] for values in VALUES.values()] for row in range(rows)]
+    columns = [f"c{index}" for index in range(len(VALUES))]
+    with source_database.connect() as db:
+        db.execute(TYPES)
+        definitions = ", ".join(f"{name} {type_}" for name, type_ in zip(columns, VALUES, strict=True))
+        db.execute(f"create table every (number int primary key, {definitions})".encode())
+        for name, setting in ODD_SETTINGS.items():
+            db.execute(sql.SQL("alter database {} set {} = {}").format(
+                sql.Identifier(db.info.dbname), sql.Identifier(name), sql.Literal(setting)
+            ))  # fmt: skip
+        query = "select unnest(array['document', 'any_json', 'deep_document']::regtype[])::oid::bigint"
+        source_database.is_json.update(oid for (oid,) in db.execute(query))
+        missing = db.execute(
+            "select typname from pg_type where typnamespace = 'pg_catalog'::regnamespace and typtype = 'b' and typarray <> 0"
+            " and typname !~ '^(reg.*|xml|gtsvector|aclitem|refcursor|pg_dependencies|pg_ndistinct)$'"
+            " and oid <> all(select atttypid from pg_attribute where attrelid = 'every'::regclass)"
+        ).fetchall()
+    assert missing == [], "every type of PostgreSQL is here, but for those that stand for others"
+    source_database.publish("every")
+
+    # `format` writes a value as its type does; a cast to text does not always.
+    texts = ", ".join(f"case when {name} is not null then format('%%s', {name}) end" for name in columns)
+    is_json = [type_ in JSON_TYPES for type_ in VALUES]
+    # To an image, JSON null and SQL null are the same; jsonb forgets how json was spelled.
+    as_read = [
+        f"coalesce({{0}}.{name}::jsonb, 'null')" if json_ else f"{{0}}.{name}"
+        for name, json_ in zip(columns, is_json, strict=True)
+    ]
+    differences = ", ".join(
+        f"case when format('%%s', {it.format('read')}) <> format('%%s', {it.format('every')}) then '{type_}' end"
+        for it, type_ in zip(as_read, VALUES, strict=True)
+    )
+    async with reading(source_database) as received:
+        with (
+            psycopg.connect(source_database.url, autocommit=True, options=PLAIN) as plain_session,
+            psycopg.connect(
+                Target(source_database.url).parameters(name="pool", timeout_s=5), autocommit=True
+            ) as odd_session,
+        ):
+            for number, row in enumerate(written):
+                marks = ", ".join("%s" for _ in row)
+                plain_session.execute(f"insert into every values (%s, {marks})".encode(), [number, *row])
+            nulls = f"insert into every (number, c{list(VALUES).index('deep_document')}) values (%s, '{{}}')"
+            plain_session.execute(nulls.encode(), [rows])
+            changes = await received.until_there_are(rows + 1)
+            for number, change in enumerate(changes):
+                assert change.new is not None
+                stored = plain_session.execute(
+                    f"select {texts} from every where number = %s".encode(), [number]
+                ).fetchone()
+                for name, type_, json_, text in zip(columns, VALUES, is_json, stored or (), strict=True):
+                    raw = bytes(change.new[name]).decode()
+                    assert (raw if json_ or text is None else json.loads(raw)) == (
+                        text or ("null" if text is None else "")
+                    ), type_
+                ((unlike,),) = odd_session.execute(
+                    f"select array_remove(array[{differences}], null)"
+                    " from every, jsonb_populate_record(null::every, %s) as read where every.number = %s".encode(),
+                    [msgspec.json.encode(change.new).decode(), number],
+                ).fetchall()
+                assert unlike == []
+
+
+async def test_tables_may_change_and_publications_may_be_narrow(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number int primary key, body text, secret text)")
+    source_database.execute("create table other (number int primary key)")
+    source_database.administrate(
+        "alter publication supabase_realtime add table item (number, body) where (number < 100)"
+    )
+    async with reading(source_database) as received:
+        source_database.execute("insert into other values (1)")
+        source_database.execute("insert into item values (1, 'a', 's'), (100, 'b', 's')")
+        source_database.execute("alter table item rename column body to content")
+        source_database.execute("update item set content = 'c' where number = 1")
+        source_database.execute("update item set number = number + 100 where number = 1")
+        source_database.administrate("alter publication supabase_realtime set table item, other")
+        source_database.execute("insert into other values (2)")
+        source_database.execute("alter table item drop column content, add column more int default 7")
+        source_database.execute("insert into item values (5, 's')")
+        await received.until_there_are(5)
+    assert received.told == [
+        ("INSERT", {"number": "1", "body": "a"}, None),
+        ("UPDATE", {"number": "1", "content": "c"}, {"number": "1"}),
+        # It left the filter.
+        ("DELETE", None, {"number": "1"}),
+        ("INSERT", {"number": "2"}, None),
+        ("INSERT", {"number": "5", "secret": "s", "more": "7"}, None),
+    ]
+
+
+# -- large transactions
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_memory_is_bounded_in_a_transaction_of_a_hundred_thousand_rows(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number int primary key, body text)")
+    source_database.publish("item")
+
+    class Counting(Received):
+        count = 0
+        most_bytes = 0
+
+        async def take(self, changes: Sequence[Change]) -> None:
+            for change in changes:
+                assert int(value(change.new or {}, "number")) == self.count
+                self.count += 1
+            self.pieces.append(len(changes))
+            self.most_bytes = max(self.most_bytes, resident_bytes())
+            await asyncio.sleep(0)
+
+    received = Counting(source_database)
+    async with running(source_of(source_database), received):
+        before = resident_bytes()
+        source_database.execute("insert into item select n, repeat('x', 1000) from generate_series(0, 99999) as n")
+        await until(lambda: received.count == 100_000, "all rows")
+    assert max(received.pieces) <= wal.PIECE_CHANGES
+    assert received.most_bytes - before < 30_000_000, "the rows are 100 MB"
+
+
+async def test_pieces_of_large_rows_are_bounded_in_bytes(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number int primary key, body text)")
+    source_database.publish("item")
+    row_bytes = 1_500_000
+
+    class Weighing(Received):
+        async def take(self, changes: Sequence[Change]) -> None:
+            self.changes.extend(change._replace(new=None) for change in changes)
+            self.pieces.append(sum(change.size for change in changes))
+
+    received = Weighing(source_database)
+    async with running(source_of(source_database), received):
+        source_database.execute(
+            "insert into item select n, repeat('x', %s) from generate_series(1, 20) as n", row_bytes
+        )
+        await received.until_there_are(20)
+    assert sum(received.pieces) > 20 * row_bytes
+    assert max(received.pieces) <= wal.PIECE_BYTES + row_bytes + 100
+
+
+# -- every committed change, once each, in the order of the commits
+
+
+LEDGER = """
+create table ledger (number bigint generated always as identity);
+create table item (number bigint primary key);
+create function write_item() returns bigint language plpgsql as $$
+declare
+    v_number bigint;
+begin
+    insert into ledger default values returning number into v_number;
+    insert into item values (v_number);
+    return v_number;
+end
+$$;
+"""
+
+
+class Oracle:
+    """Writers, and what PostgreSQL says of what they wrote."""
+
+    def __init__(self, database: WalDatabase) -> None:
+        self.database = database
+        with database.connect() as db:
+            db.execute(LEDGER)
+        database.publish("item")
+        self._slot = f"{database.slot}_oracle"
+        database.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", self._slot)
+        self.seed = int(os.environ.get("REALTIME_TEST_SEED", random.randrange(10**6)))
+        print(f"seed {self.seed}")
+
+    async def write(self, writers: int = WRITERS, *, prepares: bool = False) -> None:
+        seeds = range(self.seed, self.seed + writers)
+        self.seed += writers
+        await asyncio.gather(*(self._write(random.Random(seed), prepares) for seed in seeds))
+
+    async def _write(self, chance: random.Random, prepares: bool) -> None:
+        """Pauses before and between rows and before the end, savepoints, rollbacks, two phases, large transactions."""
+        done = 0
+        while done < TRANSACTIONS_EACH:
+            with suppress(psycopg.OperationalError):
+                async with await psycopg.AsyncConnection.connect(self.database.administrator_url) as db:
+                    while done < TRANSACTIONS_EACH:
+                        done += 1
+                        await self._transaction(db, chance, prepares)
+            # The server was away: come again.
+            await asyncio.sleep(0.05)
+
+    async def _transaction(self, db: psycopg.AsyncConnection[Any], chance: random.Random, prepares: bool) -> None:
+        await asyncio.sleep(chance.choice([0, 0, 0.002, 0.01, 0.05]))
+        for _ in range(chance.choice([1, 1, 1, 2, 5, 20])):
+            if chance.random() < 0.15:
+                await db.execute("savepoint here")
+                await db.execute("select write_item()")
+                await db.execute("rollback to here" if chance.random() < 0.5 else "release here")
+            elif chance.random() < 0.02:
+                await db.execute("select write_item() from generate_series(1, 1500)")
+            else:
+                await db.execute("select write_item()")
+            await asyncio.sleep(chance.choice([0, 0, 0, 0.001, 0.02]))
+        if chance.random() < 0.25:
+            await db.rollback()
+        elif prepares and chance.random() < 0.3:
+            name = f"two_phase_{chance.random()}"
+            await db.execute(sql.SQL("prepare transaction {}").format(sql.Literal(name)))
+            await db.commit()
+            await asyncio.sleep(chance.choice([0, 0.01, 0.05]))
+            await db.set_autocommit(True)
+            end = "rollback prepared {}" if chance.random() < 0.3 else "commit prepared {}"
+            await db.execute(sql.SQL(end).format(sql.Literal(name)))
+            await db.set_autocommit(False)
+        else:
+            await db.commit()
+
+    def committed(self) -> list[int]:
+        """What was written, in the order of the commits."""
+        messages = self.database.administrate(
+            "select data from pg_logical_slot_peek_binary_changes(%s, null, null,"
+            " 'proto_version', '1', 'publication_names', 'supabase_realtime')",
+            self._slot,
+        )
+        decoded = [pgoutput.decode(bytes(data)) for (data,) in messages]
+        numbers = [
+            int(message.new[0])
+            for message in decoded
+            if isinstance(message, Insert) and isinstance(message.new[0], bytes)
+        ]
+        ledger = [number for (number,) in self.database.administrate("select number from ledger order by number")]
+        assert sorted(numbers) == ledger
+        transactions = sum(isinstance(message, Begin) for message in decoded)
+        assert numbers != ledger or transactions < 20, "transactions overlapped"
+        return numbers
+
+    async def agrees_with(self, received: Received) -> None:
+        expected = self.committed()
+        await until(lambda: len(received.changes) >= len(expected), "the last changes")
+        # What comes behind everything else comes behind what is doubled, too.
+        self.database.administrate("select write_item()")
+        await until(lambda: received.numbers[-1] not in expected, "the end")
+        assert received.numbers[:-1] == expected, f"seed {self.seed}"
+
+
+Fault = Callable[[], Awaitable[None]]
+
+
+async def under(fault: Fault, received: Received, at: Sequence[int], writing: Awaitable[None]) -> None:
+    """Let something happen each time so many changes were taken, while writers write."""
+
+    async def happen() -> None:
+        for count in at:
+            await until(lambda count=count: len(received.changes) >= count, f"{count} changes")  # type: ignore[misc]
+            await fault()
+
+    happening = asyncio.create_task(happen())
+    await writing
+    await happening
+
+
+async def test_every_committed_change_is_taken_once_while_the_walsender_is_ended(source_database: WalDatabase) -> None:
+    oracle, received = Oracle(source_database), Received(source_database)
+    ended = 0
+
+    async def end_walsender() -> None:
+        nonlocal ended
+        await until(lambda: source_database.end_walsender() == 1, "a walsender to end")
+        ended += 1
+
+    source = source_of(source_database)
+    async with running(source, received):
+        await under(end_walsender, received, (50, 150, 250, 350), oracle.write(16))
+        await oracle.agrees_with(received)
+    assert (ended, received.gaps) == (4, [])
+
+
+async def through_proxy(database: WalDatabase, proxy_to: ProxyFactory) -> tuple[Proxy, WalSource]:
+    proxy = await proxy_to(int(str(conninfo.conninfo_to_dict(database.url)["port"])))
+    url = conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port, sslmode="disable")
+    return proxy, source_of(database, url=url, timeout_s=1)
+
+
+async def test_every_committed_change_is_taken_once_while_the_link_is_cut(
+    source_database: WalDatabase, proxy_to: ProxyFactory
+) -> None:
+    oracle, received = Oracle(source_database), Received(source_database)
+    proxy, source = await through_proxy(source_database, proxy_to)
+    chance = random.Random(oracle.seed)
+
+    async def cut() -> None:
+        await until(lambda: source.is_ready, "the source to be there")
+        # As a rule, in the middle of a message.
+        proxy.limit(chance.randrange(1, 5000))
+
+    async with running(source, received):
+        await under(cut, received, (1, 80, 160, 240, 320), oracle.write())
+        await oracle.agrees_with(received)
+        assert proxy.accepted >= 2 + 2 * 4
+    assert received.gaps == []
+
+
+async def test_every_committed_change_is_taken_once_though_the_link_freezes(
+    source_database: WalDatabase, proxy_to: ProxyFactory
+) -> None:
+    """To both sides the other one looks alive. PostgreSQL goes on to believe so: the slot is still held when we come again."""
+    oracle, received = Oracle(source_database), Received(source_database)
+    proxy, source = await through_proxy(source_database, proxy_to)
+
+    async def freeze() -> None:
+        await until(lambda: source.is_ready, "the source to be there")
+        proxy.freeze()
+        await until(lambda: not source.is_ready, "the source to notice")
+        state = source_database.slot_state()
+        assert state is not None
+        assert state[0], "the walsender believes in us"
+        # New connections get through, the old ones stay as they are.
+        proxy.is_frozen = False
+
+    async with running(source, received):
+        await under(freeze, received, (100,), oracle.write())
+        await oracle.agrees_with(received)
+    assert received.gaps == []
+
+
+async def test_every_committed_change_is_taken_once_while_postgresql_is_killed_and_restarted(
+    own: OwnCluster, own_database: WalDatabase
+) -> None:
+    oracle, received = Oracle(own_database), Received(own_database)
+    source = source_of(own_database)
+    async with running(source, received):
+        await under(own.restart, received, (60, 200), oracle.write(prepares=True))
+        # A walsender holds up an orderly end until we have confirmed all of the log.
+        await under(lambda: own.restart("fast"), received, (len(received.changes) + 60,), oracle.write(prepares=True))
+        await oracle.agrees_with(received)
+    assert received.gaps == []
+
+
+async def test_changes_that_are_being_taken_when_the_connection_breaks_are_taken_once(
+    source_database: WalDatabase,
+) -> None:
+    """In the middle of a transaction of many pieces, and with another one behind it."""
+    oracle, received = Oracle(source_database), Received(source_database)
+    source = source_of(source_database)
+    async with running(source, received):
+        source_database.execute("select write_item() from generate_series(1, 1200)")
+        for count in (500, 1000):
+            received.gate.clear()
+            await until(lambda: received.is_waiting, "a piece to be taken")
+            assert len(received.changes) == count - 500
+            source_database.execute("select write_item()")
+            assert source_database.end_walsender() == 1
+            await until(lambda: source_database.slot_state() == (False, None), "the walsender to end")
+            received.gate.set()
+            await received.until_there_are(count)
+        await oracle.agrees_with(received)
+    assert max(received.pieces) == 500
+
+
+async def test_the_next_server_goes_on_where_the_last_one_left(source_database: WalDatabase) -> None:
+    """Also in the midst of a stream: to leave is to confirm what was taken."""
+    oracle, received = Oracle(source_database), Received(source_database)
+    writing = asyncio.create_task(oracle.write(16))
+    while not writing.done():
+        before = len(received.changes)
+        async with running(source_of(source_database), received):
+            await until(lambda before=before: len(received.changes) >= before + 30 or writing.done(), "some changes")  # type: ignore[misc]
+    await writing
+    async with running(source_of(source_database), received):
+        await oracle.agrees_with(received)
+
+
+async def test_changes_made_while_no_server_was_there_are_taken(source_database: WalDatabase) -> None:
+    oracle, received = Oracle(source_database), Received(source_database)
+    async with running(source_of(source_database), received):
+        pass
+    await oracle.write(4)
+    assert received.changes == []
+    async with running(source_of(source_database), received):
+        await oracle.agrees_with(received)
+    assert received.gaps == []
+
+
+# -- the slot
+
+
+async def test_slot_that_is_dropped_is_made_anew_and_the_gap_is_told(source_database: WalDatabase) -> None:
+    Oracle(source_database)
+    received = Received(source_database)
+    async with running(source_of(source_database), received):
+        source_database.execute("select write_item()")
+        await received.until_there_are(1)
+        await until(lambda: _is_dropped(source_database), "the slot to be dropped")
+        await until(lambda: received.gaps != [], "the gap")
+        source_database.execute("select write_item()")
+        await received.until_there_are(2)
+    assert received.numbers == [1, 2]
+    assert received.gaps == ["the replication slot was dropped, and with it changes that had not been read"]
+
+
+def _is_dropped(database: WalDatabase) -> bool:
+    """Between two connections of the source."""
+    database.end_walsender()
+    with suppress(psycopg.errors.ObjectInUse):
+        database.administrate("select pg_drop_replication_slot(%s)", database.slot)
+        return True
+    return False
+
+
+async def test_slot_that_is_lost_is_made_anew_and_the_gap_is_told(own: OwnCluster, own_database: WalDatabase) -> None:
+    Oracle(own_database)
+    # The other slot would be lost as well.
+    own_database.administrate("select pg_drop_replication_slot(%s)", f"{own_database.slot}_oracle")
+    received = Received(own_database)
+    async with running(source_of(own_database), received):
+        own_database.execute("select write_item()")
+        await received.until_there_are(1)
+        own.set(max_slot_wal_keep_size="1MB")
+        received.gate.clear()
+        own_database.execute("select write_item()")
+        await until(lambda: received.is_waiting, "a piece to be taken")
+
+        def is_lost() -> bool:
+            own_database.administrate("select pg_switch_wal()")
+            own_database.execute("insert into ledger default values")
+            own_database.administrate("checkpoint")
+            return own_database.execute(
+                "select wal_status from pg_replication_slots where slot_name = %s", own_database.slot
+            ) == [("lost",)]
+
+        await until(is_lost, "the slot to be lost")
+        ((slot, active, *_, wal_status, _, problem),) = own_database.execute("select * from realtime.slot_status()")
+        assert (slot, active, wal_status) == (own_database.slot, False, "lost")
+        assert problem.startswith("changes are lost, because nobody read them in time")
+        received.gate.set()
+        await until(lambda: received.gaps != [], "the gap")
+        own_database.execute("select write_item()")
+        await received.until_there_are(3)
+    assert received.gaps == ["the database removed its log before all changes had been read"]
+    own.reset()
+
+
+async def test_place_that_cannot_be_decoded_is_given_up_and_the_gap_is_told(source_database: WalDatabase) -> None:
+    """Here: a row filter that fails. It fails again each time, however often it is read."""
+    source_database.execute("create table item (number int primary key)")
+    source_database.administrate("alter publication supabase_realtime add table item where (1 / number > -5)")
+    received = Received(source_database)
+    async with running(source_of(source_database), received):
+        source_database.execute("insert into item values (1)")
+        source_database.execute("insert into item values (0)")
+        await until(lambda: received.gaps != [], "the gap")
+        source_database.execute("insert into item values (2)")
+        await received.until_there_are(2)
+    assert received.numbers == [1, 2]
+    assert received.gaps == ["a part of the database's log cannot be read"]
+
+
+async def test_publication_that_was_dropped_and_made_again_is_read_again(source_database: WalDatabase) -> None:
+    """Older versions do not get past rows of the time between."""
+    Oracle(source_database)
+    received = Received(source_database)
+    async with running(source_of(source_database), received):
+        source_database.administrate("select write_item()")
+        await received.until_there_are(1)
+        source_database.administrate("drop publication supabase_realtime")
+        source_database.administrate("select write_item()")
+        source_database.administrate("create publication supabase_realtime for table item")
+
+        def is_read() -> bool:
+            source_database.administrate("select write_item()")
+            return len(received.changes) > 1
+
+        await until(is_read, "changes to come again")
+        newest = source_database.administrate("select max(number) from ledger")[0][0]
+        await until(lambda: received.numbers[-1] == newest, "the newest")
+    assert 2 not in received.numbers
+    assert received.gaps in ([], ["a part of the database's log cannot be read"])
+    # What is told as lost is all that is.
+    if not received.gaps:
+        assert received.numbers == [1, *range(3, newest + 1)]
+    else:
+        assert received.numbers == [1, *range(received.numbers[1], newest + 1)]
+
+
+async def test_slot_is_made_once_the_writers_of_that_moment_have_ended(source_database: WalDatabase) -> None:
+    Oracle(source_database)
+    source_database.administrate("select pg_drop_replication_slot(%s)", f"{source_database.slot}_oracle")
+    received, source = Received(source_database), source_of(source_database)
+    with psycopg.connect(source_database.administrator_url) as db:
+        db.execute("select write_item()")
+        task = asyncio.create_task(source.run(received))
+        waits = "select count(*) from pg_stat_activity where query ~ '^select pg_create_logical' and wait_event = 'transactionid'"
+        await until(lambda: source_database.administrate(waits) == [(1,)], "the slot to be waited for")
+        assert not source.is_ready
+        db.commit()
+        await until(lambda: source.is_ready, "the source to be ready")
+    source_database.execute("select write_item()")
+    await received.until_there_are(1)
+    assert received.numbers == [2]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert received.gaps == []
+
+
+async def test_cancelling_leaves_no_half_made_slot(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number int)")
+    received = Received(source_database)
+    with psycopg.connect(source_database.administrator_url) as db:
+        db.execute("insert into item values (1)")
+        task = asyncio.create_task(source_of(source_database).run(received))
+        await until(lambda: source_database.slot_state() is not None, "the slot to be begun")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: source_database.slot_state() is None, "the slot to be gone")
+
+
+async def test_slot_moves_on_while_only_other_tables_are_written(source_database: WalDatabase) -> None:
+    source_database.execute("create table other (number int)")
+    async with reading(source_database) as received:
+        source_database.execute("insert into other select generate_series(1, 1000)")
+        ((place,),) = source_database.administrate("select pg_current_wal_insert_lsn()::text")
+        query = "select confirmed_flush_lsn >= %s::pg_lsn from pg_replication_slots where slot_name = %s"
+        await until(
+            lambda: source_database.administrate(query, place, source_database.slot) == [(True,)], "the slot to move on"
+        )
+    assert received.changes == []
+
+
+async def test_place_is_confirmed_only_when_changes_are_taken(source_database: WalDatabase) -> None:
+    Oracle(source_database)
+    received, source = Received(source_database), source_of(source_database)
+    confirmed = "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = %s"
+    async with running(source, received):
+        source_database.execute("select write_item()")
+        await received.until_there_are(1)
+        received.gate.clear()
+        ((before,),) = source_database.administrate("select pg_current_wal_insert_lsn()::text")
+        source_database.execute("select write_item()")
+        await until(lambda: received.is_waiting, "a piece to be taken")
+        ((replies,),) = source_database.administrate("select max(reply_time) from pg_stat_replication")
+
+        def has_reported_twice() -> bool:
+            query = "select max(reply_time) > %s + interval '1.5 s' from pg_stat_replication"
+            return source_database.administrate(query, replies) == [(True,)]
+
+        await until(has_reported_twice, "two reports")
+        ((place,),) = source_database.administrate(confirmed, source_database.slot)
+        assert pgoutput.parse_lsn(place) <= pgoutput.parse_lsn(before)
+        assert source.lag_bytes >= 0
+        received.gate.set()
+        await received.until_there_are(2)
+
+        def is_confirmed() -> bool:
+            ((place,),) = source_database.administrate(confirmed, source_database.slot)
+            return pgoutput.parse_lsn(place) > pgoutput.parse_lsn(before)
+
+        await until(is_confirmed, "the confirmation")
+
+
+async def test_walsender_lives_though_taking_lasts_longer_than_its_patience(
+    source_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "SESSION", f"{wal.SESSION} -c wal_sender_timeout=2s")
+    Oracle(source_database)
+    received, source = Received(source_database), source_of(source_database)
+    async with running(source, received):
+        before = source_database.slot_state()
+        received.gate.clear()
+        source_database.execute("select write_item() from generate_series(1, 20000)")
+        await until(lambda: received.is_waiting, "a piece to be taken")
+        await asyncio.sleep(3)
+        received.gate.set()
+        await received.until_there_are(20000)
+        assert source_database.slot_state() == before
+    assert received.numbers == list(range(1, 20001))
+
+
+# -- what stands in the way
+
+
+async def test_second_server_is_told_that_the_slot_is_in_use(
+    source_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
+    Oracle(source_database)
+    async with reading(source_database) as received:
+        problem = f"replication slot {source_database.slot} is in use by another server"
+        second = source_of(source_database)
+        assert await obstacle_of(second) == problem
+        with pytest.raises(SourceLost, match=problem):
+            await second.run(Received(source_database))
+        source_database.execute("select write_item()")
+        await received.until_there_are(1)
+
+
+async def test_server_waits_a_moment_for_the_slot_of_one_that_stops(source_database: WalDatabase) -> None:
+    oracle = Oracle(source_database)
+    received = Received(source_database)
+    second = source_of(source_database)
+    async with running(source_of(source_database), received):
+        await oracle.write(2)
+        await received.until_there_are(5)
+        waiting = asyncio.create_task(second.run(received))
+        await oracle.write(2)
+    await until(lambda: second.is_ready, "the second one to have it")
+    await oracle.agrees_with(received)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_obstacles_are_named(source_database: WalDatabase, cluster: Cluster) -> None:
+    source = source_of(source_database)
+    assert await obstacle_of(source) is None
+    assert await obstacle_of(source_of(source_database, is_pooled=True)) == wal.POOLED
+
+    without = conninfo.make_conninfo(source_database.url, **_login_without_replication(source_database))
+    assert await obstacle_of(source_of(source_database, url=without)) == (
+        'role realtime_wal_stranger may not replicate: an administrator runs "alter role realtime_wal_stranger replication"'
+    )
+
+    source_database.administrate("drop publication supabase_realtime")
+    assert await obstacle_of(source) == "there is no publication supabase_realtime"
+    source_database.administrate("create publication supabase_realtime")
+
+    source_database.administrate("select pg_create_physical_replication_slot(%s)", source_database.slot)
+    assert await obstacle_of(source) == f"replication slot {source_database.slot} is of another kind or database"
+    source_database.administrate("select pg_drop_replication_slot(%s)", source_database.slot)
+
+
+def _login_without_replication(database: WalDatabase) -> dict[str, str]:
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        if not db.execute("select 1 from pg_roles where rolname = 'realtime_wal_stranger'").fetchone():
+            db.execute(sql.SQL("create role realtime_wal_stranger login in role {}").format(sql.Identifier(OWNER)))
+        db.execute("alter role realtime_wal_stranger password 'stranger'")
+    return {"user": "realtime_wal_stranger", "password": "stranger"}
+
+
+async def test_walsenders_and_slots_that_are_all_taken_are_obstacles(
+    own: OwnCluster, own_database: WalDatabase
+) -> None:
+    source = source_of(own_database)
+    url = conninfo.make_conninfo(own_database.administrator_url, replication="database")
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(psycopg.connect(url, autocommit=True))
+        problem = await obstacle_of(source)
+        assert problem is not None
+        assert problem.startswith("PostgreSQL refuses a replication connection: ")
+        assert "max_wal_senders" in problem
+    for number in range(4):
+        own_database.administrate("select pg_create_physical_replication_slot(%s)", f"filler_{number}")
+    assert await obstacle_of(source) == "all of max_replication_slots (4) are taken"
+    own_database.administrate("select pg_drop_replication_slot(slot_name) from pg_replication_slots")
+    assert await obstacle_of(source) is None
+
+
+async def test_source_is_lost_with_the_right_to_replicate(
+    own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
+    Oracle(own_database)
+    received = Received(own_database)
+    task = asyncio.create_task(source_of(own_database).run(received))
+    own_database.execute("select write_item()")
+    await until(lambda: own_database.slot_state() is not None and own_database.slot_state()[0], "the source")  # type: ignore[index]
+    own_database.administrate("alter role realtime_wal_reader noreplication")
+    own_database.end_walsender()
+    with pytest.raises(SourceLost, match="may not replicate"):
+        await task
+    own_database.administrate("alter role realtime_wal_reader replication")
+
+
+async def test_lower_wal_level_is_an_obstacle(own: OwnCluster, own_database: WalDatabase) -> None:
+    own.set(wal_level="replica")
+    await own.restart("fast")
+    # PostgreSQL 19 raises it by itself.
+    expected = (
+        None
+        if own.cluster.server_version >= 190000
+        else "wal_level is replica: set it to logical and restart PostgreSQL"
+    )
+    assert await obstacle_of(source_of(own_database)) == expected
+    own.reset()
+    await own.restart("fast")
+    assert await obstacle_of(source_of(own_database)) is None
+
+
+async def test_source_waits_for_a_standby_to_be_promoted_and_goes_on(
+    own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The places of the new history mean something else: what was taken before may come again, and nothing is missing."""
+    monkeypatch.setattr(wal, "PATIENCE_S", LIMIT_S)
+    Oracle(own_database)
+    received, source = Received(own_database), source_of(own_database)
+    async with running(source, received):
+        own_database.execute("select write_item()")
+        await received.until_there_are(1)
+        await asyncio.to_thread(own.postgres.stop, "immediate")
+        signal_file = own.postgres.location / "standby.signal"
+        signal_file.touch()
+        owner = (own.postgres.location / "PG_VERSION").stat()
+        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        await asyncio.to_thread(own.postgres.start)
+        assert (
+            await obstacle_of(source_of(own_database))
+            == "PostgreSQL is a standby here, and its changes are read from the primary"
+        )
+        assert not source.is_ready
+        own_database.administrate("select pg_promote()")
+        own_database.execute("select write_item()")
+        await until(lambda: 2 in received.numbers, "the change of the new primary")
+    assert own_database.administrate("select timeline_id from pg_control_checkpoint()") == [(2,)]
+    assert set(received.numbers) == {1, 2}
+    assert received.gaps == []
+
+
+# -- visible to others
+
+
+async def test_change_is_not_taken_before_others_can_see_it(own: OwnCluster, own_database: WalDatabase) -> None:
+    """A commit that waits for a synchronous standby is in the log, and to nobody's eyes."""
+    Oracle(own_database)
+
+    class Looking(Received):
+        async def take(self, changes: Sequence[Change]) -> None:
+            seen = {number for (number,) in own_database.execute("select number from item")}
+            await super().take(changes)
+            assert set(self.numbers) <= seen
+
+    received = Looking(own_database)
+    async with running(source_of(own_database), received):
+        own_database.execute("select write_item()")
+        await received.until_there_are(1)
+        own.set(synchronous_standby_names="nobody")
+        hidden = asyncio.create_task(asyncio.to_thread(own_database.execute, "select write_item()"))
+        asked = "select count(*) from pg_stat_activity where query ~ 'wait_until_visible' and state = 'active' and pid <> pg_backend_pid()"
+        await until(lambda: own_database.administrate(asked) == [(1,)], "the source to ask")
+        # Commits that are not to wait for the standby go by it, and are not held back for ever.
+        assert own_database.execute("select number from item") == [(1,)]
+        assert received.numbers == [1]
+        own.set(synchronous_standby_names="")
+        await hidden
+        await received.until_there_are(2)
+    assert received.numbers == [1, 2]
+
+
+def test_visible_means_to_every_other_session(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number int)")
+    ask = "select realtime.wait_until_visible(%s, '0 s')"
+    with source_database.connect() as db:
+        db.execute("begin")
+        ((full,),) = db.execute("select pg_current_xact_id()::text::bigint").fetchall()
+        xid = full % 2**32
+        assert source_database.execute(ask, [xid]) == [(False,)]
+        assert source_database.execute(ask, [xid + 1]) == [(False,)], "not begun yet"
+        assert source_database.execute(ask, [xid - 1]) == [(True,)]
+        assert source_database.execute(ask, [xid - 1, xid]) == [(False,)]
+        db.execute("commit")
+    assert source_database.execute(ask, [xid, xid - 1]) == [(True,)]
+
+
+async def test_visible_is_waited_for(source_database: WalDatabase) -> None:
+    async with await psycopg.AsyncConnection.connect(source_database.url) as db:
+        cursor = await db.execute("select pg_current_xact_id()::text::bigint")
+        (xid,) = await cursor.fetchone() or (0,)
+        waiting = asyncio.create_task(
+            asyncio.to_thread(source_database.execute, "select realtime.wait_until_visible(%s, '20 s')", [xid])
+        )
+        sleeping = "select count(*) from pg_stat_activity where query ~ 'wait_until_visible' and wait_event = 'PgSleep'"
+        await until(lambda: source_database.administrate(sleeping) == [(1,)], "the question")
+        await db.commit()
+        assert await waiting == [(True,)]
+
+
+@pytest.mark.parametrize(
+    ("xid", "near", "full"),
+    [
+        (5, 7, 5),
+        (9, 7, 9),
+        (5, 2**32 + 7, 2**32 + 5),
+        (2**32 - 1, 2**32 + 7, 2**32 - 1),
+        (3, 2**32 - 2, 2**32 + 3),
+        (2**32 + 5, 2**32 + 7, 2**32 + 5),
+        (0, 2**31, 0),
+        (2**31 + 1, 9 * 2**32, 8 * 2**32 + 2**31 + 1),
+        (2**31 - 1, 9 * 2**32, 9 * 2**32 + 2**31 - 1),
+    ],
+)
+def test_lower_bits_of_a_transaction_id_are_made_whole(database: TestDatabase, xid: int, near: int, full: int) -> None:
+    with database.connect() as db:
+        db.execute(CODE.encode())
+    assert database.execute("select realtime.full_xid(%s, %s)", xid, near) == [(full,)]
+
+
+# -- for a DBA
+
+
+async def test_dba_sees_the_slot_and_gives_it_up(source_database: WalDatabase) -> None:
+    assert source_database.execute("select * from realtime.slot_status()") == []
+    assert source_database.execute("select realtime.drop_slot()") == [(False,)]
+    received = Received(source_database)
+    async with running(source_of(source_database), received):
+        ((slot, active, retained, unconfirmed, status, safe, problem),) = source_database.execute(
+            "select * from realtime.slot_status()"
+        )
+        assert (slot, active, status, problem) == (source_database.slot, True, "reserved", None)
+        assert retained >= unconfirmed >= 0
+        assert safe > 0
+        with pytest.raises(psycopg.errors.ObjectInUse):
+            source_database.execute("select realtime.drop_slot()")
+    ((_, active, *_, problem),) = source_database.execute("select * from realtime.slot_status()")
+    assert (active, problem[:13]) == (False, "nobody reads,")
+    assert source_database.execute("select realtime.drop_slot()") == [(True,)]
+    assert source_database.execute("select * from realtime.slot_status()") == []
+
+
+async def test_dba_is_warned_of_a_log_without_bounds(own: OwnCluster, own_database: WalDatabase) -> None:
+    own.set(max_slot_wal_keep_size="-1")
+    async with reading(own_database):
+        ((*_, problem),) = own_database.execute("select * from realtime.slot_status()")
+        assert problem.startswith("max_slot_wal_keep_size is not set")
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated", "service_role"])
+def test_functions_are_the_servers_only(source_database: WalDatabase, role: str) -> None:
+    allowed = source_database.execute(
+        "select oid::regprocedure::text from pg_proc where pronamespace = 'realtime'::regnamespace"
+        " and proname in ('slot_name', 'wal_obstacle', 'full_xid', 'wait_until_visible', 'end_walsender', 'slot_status', 'drop_slot')"
+        " and has_function_privilege(%s, oid, 'execute')",
+        role,
+    )
+    assert allowed == []
