@@ -256,7 +256,7 @@ class Session:
             work = self._guarded(topic, action)
             if work is not None:
                 self._busy[topic] = deque()
-                self._tasks.create_task(self._finish(topic, work))
+                self._spawn(self._finish(topic, work), work)
         elif (
             len(waiting) < self._limits.max_pending_messages
             and self._pending_bytes + size <= self._limits.max_pending_bytes
@@ -287,6 +287,10 @@ class Session:
             del self._busy[topic]
             if not self.has_channels:
                 self.services.users.discard(self)
+
+    def _spawn(self, task: Work, work: Work) -> None:
+        """Start a task that is to wait for some work, which it may not live to begin: the socket may go away first."""
+        self._tasks.create_task(task).add_done_callback(lambda _: work.close())
 
     def _guarded(self, topic: str, action: Action) -> Work | None:
         try:
@@ -451,7 +455,8 @@ class Session:
             return
         channel.registration = Registration(reader, channel.claims, wanted)
         self.services.changes.register(channel.registration)
-        self._tasks.create_task(self._watched(channel, self.services.changes.enter(channel.registration)))
+        entry = self.services.changes.enter(channel.registration)
+        self._spawn(self._watched(channel, entry), entry)
 
     async def _watched(self, channel: Channel, work: Work) -> None:
         try:
@@ -487,10 +492,7 @@ class Session:
                 await hold.catch_up(hold.begin, self.services.history.after, lambda: self._is_ready(channel))
         except RealtimeError as error:
             # Not caught up and not to be taken for it: the client joins again, with the same cursor.
-            log.warning("channel could not be resumed", topic=channel.room.topic, code=error.code)
-            if self._is_open(channel):
-                self._forget(channel)
-                self.connection.push(messages.crashed(channel.room.topic, channel.literal_join_ref))
+            self._break_off(channel, error)
             return
         except Exception:
             self._crash(channel.room.topic)
@@ -557,7 +559,7 @@ class Session:
         self._watch_expiry()
         if channel.registration is not None:
             change = self.services.changes.change_claims(channel.registration, claims)
-            self._tasks.create_task(self._watched(channel, change))
+            self._spawn(self._watched(channel, change), change)
 
     async def _authorize_again(self, channel: Channel, claims: Claims) -> bool:
         """Put the rights of `claims` in place of the channel's; False when the channel had to be shut down."""
@@ -566,7 +568,8 @@ class Session:
         try:
             new = await self.services.authorize(topic, claims, self._headers)
         except RealtimeError as error:
-            self._shut_down_if_open(channel, str(error))
+            # No answer is no refusal.
+            self._break_off(channel, error)
             return False
         lost_broadcast = old.can_read_broadcast and not new.can_read_broadcast
         lost_presence = channel.watches and old.can_read_presence and not new.can_read_presence
@@ -589,6 +592,13 @@ class Session:
         # While the database was asked, a timer or a limit may have closed it.
         if self._is_open(channel):
             self.shut_down(channel, reason)
+
+    def _break_off(self, channel: Channel, error: RealtimeError) -> None:
+        """End a channel for what may be over soon: clients join again by themselves."""
+        log.warning("channel broken off", topic=channel.room.topic, code=error.code)
+        if self._is_open(channel):
+            self._forget(channel)
+            self.connection.push(messages.crashed(channel.room.topic, channel.literal_join_ref))
 
     def _revalidate(self, topic: str, subject: str | None) -> Work | None:
         channel = self._channels.get(topic)
@@ -613,14 +623,9 @@ class Session:
             self._expiry.cancel()
             self._expiry = None
         if self._channels:
-            now = time.time()
-            first = min(self._next_look(channel, now) for channel in self._channels.values())
-            delay = min(max(0.0, first - now + EXPIRY_MARGIN_S), LONGEST_TIMER_S)
+            first = min(map(_next_look, self._channels.values()))
+            delay = min(max(0.0, first - time.time() + EXPIRY_MARGIN_S), LONGEST_TIMER_S)
             self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
-
-    def _next_look(self, channel: Channel, now: float) -> float:
-        warn_at = channel.claims.expires_at - WARNING_S
-        return channel.claims.expires_at if channel.warned or warn_at <= now else warn_at
 
     def _expire(self) -> None:
         now = time.time()
@@ -751,6 +756,11 @@ def _refusal(join: Message, others: int, limits: Limits, too_many: bool) -> Real
         return TooManyChannels()
     # The channel keeps what it was joined with.
     return PayloadTooLarge() if len(join.payload) > LARGEST_JOIN_BYTES else None
+
+
+def _next_look(channel: Channel) -> float:
+    """When the channel's token expires or is to be warned of; that may be over."""
+    return channel.claims.expires_at - (0.0 if channel.warned else WARNING_S)
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -89,7 +89,7 @@ async def test_questions_of_one_caller_are_asked_in_their_order(stage: Stage) ->
     for _ in range(3):
         stage.pool.go()
         await stage.settle()
-    assert sum(stage.pool.asked, []) == [f"{number}" for number in range(120)]
+    assert [topic for topics in stage.pool.asked for topic in topics] == [f"{number}" for number in range(120)]
     assert all(task.result() == READ_ONLY for task in asked)
 
 

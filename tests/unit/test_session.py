@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
+from contextlib import suppress
 from uuid import uuid4
 
+import pytest
+
 from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 from realtime_server.history import Stored
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast
-from tests.fix_session import Talk
+from tests.fix_session import LIMITS, Talk
 
 
 def stored(number: int) -> Stored:
@@ -37,3 +42,54 @@ async def test_what_was_held_for_a_channel_that_is_gone_makes_room_for_others(ta
     talk.session.close()
     assert talk.session.shelf.used_bytes == 0
     answer.set_result(EVERYTHING)
+
+
+@pytest.mark.parametrize("error", [DatabaseUnavailable, QueryCanceled])
+@pytest.mark.parametrize("asked_by", ["sql", "new token"])
+async def test_rights_that_cannot_be_found_out_end_the_channel_so_that_clients_join_again(
+    talk: Talk, error: type[RealtimeError], asked_by: str
+) -> None:
+    async def fail() -> Policy:
+        raise error
+
+    await talk.join("room", private=True)
+    room = Room("realtime:room", True)
+    assert room in talk.services.broadcasts
+    talk.policy = fail
+    if asked_by == "sql":
+        talk.session.revalidate("room", None)
+    else:
+        talk.say("room", "access_token", {"access_token": "other"})
+    assert await talk.hear() == ["1", "1", "realtime:room", "phx_error", {"reason": "channel_crash"}]
+    assert talk.said == []
+    # Nothing is sent to whom nobody could answer for.
+    assert room not in talk.services.broadcasts
+
+
+async def test_warning_is_not_skipped_when_another_channel_is_joined_in_its_moment(talk: Talk) -> None:
+    talk.expires_at = time.time() + 60.02
+    await talk.join("first")
+    # The timer is set a little later than the moment itself.
+    await asyncio.sleep(0.03)
+    talk.expires_at += 3600
+    await talk.join("second")
+    topic, event, payload = (await talk.hear())[2:]
+    assert (topic, event, payload["message"]) == ("realtime:first", "system", "Token expires in 60 seconds")
+
+
+async def test_joins_that_had_no_time_to_begin_leave_nothing_behind() -> None:
+    """A coroutine that is never awaited warns, and warnings are errors."""
+
+    class Gone(Exception):
+        pass
+
+    with suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as tasks:
+            talk = Talk(tasks)
+            for number in range(2 * LIMITS.max_channels):
+                talk.say(f"room {number}", "phx_join", {"config": {}})
+            talk.session.close()
+            raise Gone
+    gc.collect()
+    assert not talk.services.users
+    assert len(talk.services.broadcasts) == 0
