@@ -25,6 +25,8 @@ FLUSH_S: Final = 0.25
 HEARTBEAT_S: Final = 10.0
 # PostgreSQL's jsonb holds 256 MB, a client may track 3 MB under each of many channels.
 MOST_BYTES: Final = 4_000_000
+# How many entries that are no more are remembered while the database is away.
+MOST_GONE: Final = 10_000
 
 log = structlog.get_logger()
 
@@ -77,6 +79,9 @@ class Roster:
             # Once more next time; what is gone by then is not added.
             self._added |= added & self._entries.keys()
             self._gone |= gone
+            if len(self._gone) > MOST_GONE:
+                # Under another name this server is new to the database, and writes everything; the old name dies with its entries.
+                self._node, self._gone = uuid.uuid4(), set()
             raise
 
     async def _send(self, added: set[str], gone: set[str]) -> bool:

@@ -1,0 +1,92 @@
+"""What the roster remembers while the database is away is bounded, and the table is true again afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any, LiteralString
+
+import pytest
+
+from realtime_server import roster as module
+from realtime_server.database import Pool, Target
+from realtime_server.errors import DatabaseUnavailable
+from realtime_server.hub import Room
+from realtime_server.presence import Diff, Meta
+from realtime_server.roster import Roster
+from tests.fix_database import TestDatabase
+
+ROOM = Room("realtime:room", False)
+LIMIT_S = 10.0
+
+
+class Link(Pool):
+    """A pool that can be cut off; `gone` is how many entries it was last asked to take away."""
+
+    is_cut = False
+    gone = 0
+    asked = 0
+
+    async def fetch(self, query: LiteralString, arguments: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        self.asked += 1
+        self.gone = len(arguments[2])
+        if self.is_cut:
+            raise DatabaseUnavailable
+        return await super().fetch(query, arguments)
+
+
+@pytest.fixture
+async def link(database: TestDatabase) -> AsyncIterator[Link]:
+    link = Link(Target(database.url), name="roster", size=1, timeout_s=10, statement_timeout_s=10)
+    await link.open()
+    yield link
+    await link.close()
+
+
+def come(roster: Roster, ref: str) -> None:
+    roster.record(ROOM, Diff(joined=Meta(ref, ref, {})))
+
+
+def go(roster: Roster, ref: str) -> None:
+    roster.record(ROOM, Diff(left=Meta(ref, ref, {})))
+
+
+async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
+    database: TestDatabase, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FLUSH_S", 0.01)
+    monkeypatch.setattr(module, "MOST_GONE", 10)
+    roster = Roster(link)
+
+    def shown() -> list[str]:
+        return [key for (key,) in database.execute("select key from realtime.presence order by key")]
+
+    async def until(expected: list[str]) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while shown() != expected:
+                await asyncio.sleep(0.02)
+
+    running = asyncio.create_task(roster.run())
+    names = [f"{number:03}" for number in range(30)]
+    for name in names:
+        come(roster, name)
+    await until(names)
+
+    link.is_cut = True
+    for name in names[:25]:
+        go(roster, name)
+        asked = link.asked
+        while link.asked == asked:
+            await asyncio.sleep(0.005)
+        assert link.gone <= 11
+    come(roster, "new")
+    # So long it takes the database to find a server dead.
+    database.execute("update realtime.nodes set last_seen_at = now() - interval '31 seconds'")
+    link.is_cut = False
+    await until([*names[25:], "new"])
+    # The entries of the old name are gone from the table as well.
+    assert database.execute("select count(*), count(distinct node) from realtime.presence_entries") == [(6, 1)]
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
