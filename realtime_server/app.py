@@ -153,6 +153,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     metrics.watch("realtime_row_change_subscribers", "Channels and streams of row changes.", lambda: len(changes))
     metrics.watch("realtime_row_changes_flow", "1 while row changes are read.", lambda: changes.mode is not None)
     metrics_secret = settings.metrics_jwt_secret.get_secret_value() if settings.metrics_jwt_secret else None
+    read_metrics = metrics_endpoint(metrics, services.verify, metrics_secret)
 
     websocket = websocket_endpoint(services, sockets, settings)
     tickets = Tickets()
@@ -169,7 +170,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             Route("/realtime/v1/stream", stream),
             Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"]),
             Route("/realtime/v1/messages", messages_endpoint(services)),
-            Route("/metrics", metrics_endpoint(metrics, services.verify, metrics_secret)),
+            Route("/metrics", read_metrics),
+            Route("/metrics/{region}", read_metrics),
             Route("/healthz", alive),
             Route("/readyz", ready_endpoint(lambda: {"relay": relay.is_ready, "serving": not sockets.is_draining})),
             Route("/start.json", start_facts),

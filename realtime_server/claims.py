@@ -138,6 +138,22 @@ class Verifier:
 
 def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:
     """Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, MissingClaims."""
+    payload, json = _open(token, keys)
+    _check_time(payload, now)
+    return _check(payload, json, rules)
+
+
+def verify_signature(token: str, keys: Keys, now: float) -> None:
+    """For tokens of operators, which stand for no role.
+
+    Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired.
+    """
+    payload, _ = _open(token, keys)
+    _check_time(payload, now)
+
+
+def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
+    """What was signed, and its text."""
     token = clean(token)
     try:
         # PyJWT takes the token apart and no more. Its own check would choose by the token's header which algorithm to run, prepare the
@@ -154,15 +170,18 @@ def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:
     algorithm, key = keys.find(header.get("alg"), kid)
     if not algorithm.verify(token.rpartition(".")[0].encode(), key, parts["signature"]):
         raise InvalidSignature
-    return _check(payload, parts["payload"].decode(), rules, now)
+    return payload, parts["payload"].decode()
 
 
-def _check(payload: dict[str, Any], json: str, rules: Rules, now: float) -> Claims:
+def _check_time(payload: dict[str, Any], now: float) -> None:
     expires_at = _seconds(payload.get("exp", inf))
     if expires_at is None or _seconds(payload.get("iat", 0)) is None:
         raise InvalidClaims("`exp` and `iat` must be numbers")
     if expires_at <= now:
         raise TokenExpired(int(now - expires_at))
+
+
+def _check(payload: dict[str, Any], json: str, rules: Rules) -> Claims:
     if "role" not in payload or "exp" not in payload:
         raise MissingClaims
     for name, value in rules.required.items():
@@ -174,25 +193,10 @@ def _check(payload: dict[str, Any], json: str, rules: Rules, now: float) -> Clai
     return Claims(
         role=role,
         subject=subject if isinstance(subject, str) else None,
-        expires_at=expires_at,
+        expires_at=float(payload["exp"]),
         # The text that was signed: encoding it again would round long decimals.
         json=json,
     )
-
-
-def verify_signature(token: str, secret: str, now: float) -> None:
-    """For tokens of operators, which stand for no role. Raises: MalformedToken, InvalidSignature, TokenExpired."""
-    try:
-        payload = jwt.decode(clean(token), secret, algorithms=[*_SECRET_ALGORITHMS], options={"verify_exp": False})
-    except jwt.InvalidSignatureError:
-        raise InvalidSignature from None
-    except jwt.InvalidTokenError:
-        raise MalformedToken from None
-    expires_at = _seconds(payload.get("exp", inf))
-    if expires_at is None:
-        raise MalformedToken
-    if expires_at <= now:
-        raise TokenExpired(int(now - expires_at))
 
 
 def clean(token: str) -> str:

@@ -1,6 +1,6 @@
-"""`GET /metrics` for Prometheus, behind a bearer token of its own. Every refusal is a bare 403.
+"""`GET /metrics` for Prometheus, behind a bearer token of its own. Every refusal is a bare 403. There is one region, whatever its name.
 
-With REALTIME_METRICS_JWT_SECRET: any token signed with that secret; only its signature and, where present, its end are looked at.
+With REALTIME_METRICS_JWT_SECRET: any token signed with that secret; only its signature and, where present, `exp` and `iat` are looked at.
 Without: a token or key of role service_role. Source: Supabase Realtime `RealtimeWeb.MetricsController`.
 """
 
@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from realtime_server.claims import verify_signature
+from realtime_server.claims import Keys, verify_signature
 from realtime_server.endpoints.caller import token_of
 from realtime_server.errors import RealtimeError
 from realtime_server.metrics import Metrics
@@ -24,11 +24,13 @@ OPERATOR: Final = "service_role"
 
 
 def metrics_endpoint(metrics: Metrics, verify: Verify, secret: str | None) -> Callable[[Request], Awaitable[Response]]:
+    keys = None if secret is None else Keys.load(secret)
+
     async def endpoint(request: Request) -> Response:
         try:
             token = token_of(request)
-            if secret is not None:
-                verify_signature(token, secret, time.time())
+            if keys is not None:
+                verify_signature(token, keys, time.time())
             elif (await verify(token)).role != OPERATOR:
                 return Response(status_code=403)
         except RealtimeError:

@@ -27,6 +27,8 @@ async def test_document_is_valid_and_names_every_operation(shared_server: Server
     assert {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods} == set(
         OPERATIONS
     )
+    # It is for who stands behind a gateway, as upstream's is.
+    assert (await http.get(f"{shared_server.url}/realtime/v1/api/openapi")).status_code == 404
 
 
 async def test_fuzzer_finds_nothing_wrong_with_ping(shared_server: Server, http: httpx2.AsyncClient) -> None:
