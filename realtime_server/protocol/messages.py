@@ -116,8 +116,6 @@ def decode_text(frame: str, format: Format) -> Message:
     decoder = _object_frame if format is Format.V1 else _array_frame
     try:
         fields = decoder.decode(frame)
-        # Lone surrogates pass as escapes but can never be sent on.
-        (fields.topic + fields.event).encode()
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise MalformedFrame(str(error)) from None
     return Message(fields.join_ref, fields.ref, fields.topic, fields.event, bytes(fields.payload))

@@ -96,6 +96,25 @@ def test_payload_of_a_frame_that_was_damaged_is_json_or_the_frame_is_malformed(
     json.loads(decoded.payload)
 
 
+HALVES = [r"\ud800", r"\udfff", r"a\ud83d", r"\ude00b", r"\ude00\ud83d", "\ud800"]
+
+
+@pytest.mark.parametrize("field", range(4))
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("format", [Format.V1, Format.V2])
+def test_half_of_a_surrogate_pair_in_a_name_is_malformed(format: Format, half: str, field: int) -> None:
+    """It could never be sent on."""
+    texts = ['"1"', '"2"', '"realtime:t"', '"e"']
+    texts[field] = f'"{half}"'
+    named = zip(["join_ref", "ref", "topic", "event"], texts, strict=True)
+    frame = {
+        Format.V1: "{" + "".join(f'"{name}":{text},' for name, text in named) + '"payload":{}}',
+        Format.V2: f"[{','.join(texts)},{{}}]",
+    }[format]
+    with pytest.raises(MalformedFrame):
+        messages.decode_text(frame, format)
+
+
 @given(st.text())
 def test_sub_topic_is_what_follows_the_prefix(text: str) -> None:
     if text:
