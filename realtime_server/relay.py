@@ -74,6 +74,7 @@ class ChangeRow(NamedTuple):
     changed_at: float
     record: str | None
     old_record: str | None
+    xid: int
 
 
 R = TypeVar("R", Row, ChangeRow)

@@ -196,4 +196,6 @@ class Assembly:
                 old, old_size = table.old_image(message.old, has_whole_old)
         size = new_size + old_size
         self.bytes_waiting += size
-        self._changes.append(Change(message.relation, action, begin.committed_at, new, old, has_whole_old, size))
+        self._changes.append(
+            Change(message.relation, action, begin.committed_at, new, old, has_whole_old, size, begin.xid)
+        )

@@ -39,7 +39,8 @@ NOTHING = Access(frozenset(), True)
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, so that clients are told old rows, not only their keys."""
+    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, so that clients are told old rows, not only their keys.
+    `is_captured`: it has a trigger that writes its changes to the outbox."""
 
     relation: int
     schema: str
@@ -47,6 +48,7 @@ class Table:
     has_row_security: bool
     has_whole_old: bool
     row_filter: str | None
+    is_captured: bool
     events: tuple[str, ...]
     columns: tuple[Column, ...]
     access: Mapping[str, Access]
@@ -106,7 +108,7 @@ class Catalog:
 
 
 def _table(row: tuple[Any, ...]) -> Table:
-    relation, schema, name, has_row_security, has_whole_old, row_filter, events, columns, access = row
+    relation, schema, name, has_row_security, has_whole_old, row_filter, is_captured, events, columns, access = row
     return Table(
         relation=relation,
         schema=schema,
@@ -114,6 +116,7 @@ def _table(row: tuple[Any, ...]) -> Table:
         has_row_security=has_row_security,
         has_whole_old=has_whole_old,
         row_filter=row_filter,
+        is_captured=is_captured,
         events=tuple(events),
         columns=msgspec.convert(columns, tuple[Column, ...]),
         access=msgspec.convert(access, dict[str, Access]),

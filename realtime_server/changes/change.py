@@ -22,6 +22,8 @@ class Action(StrEnum):
 class Change(NamedTuple):
     """`table` is the oid of the table as the publication names it; `committed_at` seconds since 1970; `size` bytes of both images.
 
+    `xid` is the id of the transaction, of which the log tells the lower 32 bits only.
+
     `new` is None for DELETE. `old` is what is known of the row before: None for INSERT and where nothing is known; `has_whole_old` tells
     that it is the whole row, not only the columns of the replica identity.
     """
@@ -33,6 +35,7 @@ class Change(NamedTuple):
     old: Image | None
     has_whole_old: bool
     size: int
+    xid: int
 
 
 class Receiver(Protocol):

@@ -29,6 +29,7 @@ from realtime_server.changes.subscriptions import Entry, Registration, Subscript
 from realtime_server.changes.trigger import TriggerSource
 from realtime_server.changes.wal import SourceLost, WalSource
 from realtime_server.claims import Claims
+from realtime_server.cursor import Snapshot
 from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, InvalidBinding, QueryCanceled
 from realtime_server.metrics import Metrics
@@ -104,6 +105,8 @@ class Feed:
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._source: Source | None = None
         self._is_chosen = asyncio.Event()
+        self._looking = asyncio.Lock()
+        self._looks = 0
         # Where changes come from and why, or why there are none: a few words for the operator.
         self.situation = "looking for a source"
 
@@ -150,6 +153,7 @@ class Feed:
             try:
                 if self._is_flowing:
                     entries, text = await self._resolve(registration), SUBSCRIBED
+                    since = registration.since or await self._present()
                 else:
                     # It may be that a server starts, or that its database does.
                     await asyncio.sleep(LOOK_S)
@@ -157,7 +161,7 @@ class Feed:
                         self._say(registration, UNAVAILABLE, ok=False)
                     continue
             except InvalidBinding as error:
-                entries, text = [], str(error)
+                entries, text, since = [], str(error), None
             except (DatabaseUnavailable, QueryCanceled):
                 self._say(registration, TIMEOUTS, ok=False)
                 await asyncio.sleep(RETRY_S)
@@ -169,9 +173,15 @@ class Feed:
                     (entry.id, entry.relation) for entry in registration.entries
                 ]:
                     registration.said = None
+                registration.since = registration.since or since
                 self._put(registration, entries)
                 self._say(registration, text, ok=text is SUBSCRIBED)
             return
+
+    async def _present(self) -> Snapshot:
+        """Raises: DatabaseUnavailable, QueryCanceled."""
+        ((snapshot,),) = await self._pool.fetch("select pg_current_snapshot()::text")
+        return Snapshot.parse(snapshot)
 
     def _say(self, registration: Registration, text: str, *, ok: bool) -> None:
         if registration.is_open and registration.said != text:
@@ -186,8 +196,8 @@ class Feed:
         """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
         entries = []
         for id, binding in registration.bindings:
-            if not self._tables_of(binding):
-                # Perhaps it was added a moment ago.
+            if None in (binding.schema, binding.table) or not self._tables_of(binding):
+                # Perhaps one was added a moment ago.
                 await self._refresh()
             tables = self._tables_of(binding)
             if not tables:
@@ -198,13 +208,13 @@ class Feed:
         return entries
 
     def _tables_of(self, binding: Binding) -> list[Table]:
-        problems = self._source.problems if isinstance(self._source, TriggerSource) else {}
+        needs_trigger = isinstance(self._source, TriggerSource)
         return [
             table
             for table in self._catalog.tables.values()
             if binding.schema in (None, table.schema)
             and binding.table in (None, table.name)
-            and table.relation not in problems
+            and (table.is_captured or not needs_trigger)
         ]
 
     async def _check(self, table: Table, role: str, binding: Binding) -> Sequence[frozenset[str] | None]:
@@ -299,10 +309,17 @@ class Feed:
                 log.info("publication was not looked at", error=str(error.__cause__))
 
     async def _refresh(self) -> None:
-        """Raises: DatabaseUnavailable, QueryCanceled."""
-        if await self._catalog.refresh():
-            for registration in list(self._registrations):
-                self._again.put_nowait(registration)
+        """Look at the publication, or wait for a look that begins from now on. Raises: DatabaseUnavailable, QueryCanceled."""
+        looks = self._looks
+        async with self._looking:
+            if self._looks > looks:
+                return
+            self._looks += 1
+            if isinstance(self._source, TriggerSource):
+                await self._source.capture()
+            if await self._catalog.refresh():
+                for registration in list(self._registrations):
+                    self._again.put_nowait(registration)
 
     async def _enter_again(self) -> None:
         while True:

@@ -84,9 +84,13 @@ class Round:
         verdicts = [self._verdict(change) for change in changes]
         if self._is_captured and self._table.row_filter is not None:
             verdicts = await self._filter_rows(verdicts)
+        if self._table.generated:
+            # Filters may read them.
+            await self._complete(verdicts)
         wishes = [wish for verdict in verdicts for wish in self._wishes(verdict)]
         if wishes:
-            await self._complete(verdicts)
+            if not self._table.generated:
+                await self._complete(verdicts)
             await self._see(await self._match(wishes))
         if not self._is_captured:
             await self._render([verdict for verdict in verdicts if verdict.told])
@@ -126,6 +130,12 @@ class Round:
     # -- who may want it
 
     def _wishes(self, verdict: Verdict) -> Iterator[_Wish]:
+        """Those who wanted it when it was committed."""
+        for wish in self._candidates(verdict):
+            if not wish.entry.registration.is_past(verdict.change.xid):
+                yield wish
+
+    def _candidates(self, verdict: Verdict) -> Iterator[_Wish]:
         """Those whom the index names. Who is told of an error is told whatever the filter says."""
         table, action = self._table, verdict.action
         if verdict.new is None:

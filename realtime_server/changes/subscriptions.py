@@ -9,6 +9,7 @@ import msgspec
 
 from realtime_server.changes.change import Image
 from realtime_server.claims import Claims
+from realtime_server.cursor import Snapshot
 from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.filters import Condition
 from realtime_server.protocol.frames import Encoding, Frame
@@ -41,11 +42,21 @@ class Registration:
         self.claims = claims
         self.bindings = tuple(bindings)
         self.entries: tuple[Entry, ...] = ()
+        # What this sees was there before: only what was committed later is told.
+        self.since: Snapshot | None = None
         self.is_open = True
         # What the subscriber was told last.
         self.said: str | None = None
         # Counts how often it was to be entered, so that what is late does not undo what is newer.
         self.turn = 0
+
+    def is_past(self, xid: int) -> bool:
+        """Whether the transaction had committed before. Of its id the lower 32 bits will do."""
+        if self.since is None:
+            return False
+        # The nearest one to the snapshot that ends in these bits.
+        ahead = (xid - self.since.xmax + 2**31) % 2**32 - 2**31
+        return self.since.sees(self.since.xmax + ahead)
 
 
 class Entry:

@@ -14,8 +14,6 @@ from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.relay import CHANGES, ChangeRow, Relay
 
-# Triggers follow the publication within this time.
-SYNC_S: Final = 1.0
 CLEANING_S: Final = 300.0
 
 log = structlog.get_logger()
@@ -29,36 +27,30 @@ class TriggerSource:
     def __init__(self, target: Target, pool: Pool, *, timeout_s: float) -> None:
         self._pool = pool
         self._relay = Relay(target, CHANGES, name="changes", timeout_s=timeout_s)
-        self._is_capturing = False
         # Tables that cannot be captured now, by oid, and why.
-        self.problems: dict[int, str] = {}
+        self._problems: dict[int, str] = {}
 
     @property
     def is_ready(self) -> bool:
-        return self._is_capturing and self._relay.is_ready
+        return self._relay.is_ready
 
     async def run(self, receiver: Receiver) -> None:
         """Hand on changes until cancelled, through any loss of the database."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._capture())
             tasks.create_task(self._clean())
             await self._relay.run(_Pieces(receiver))
 
-    async def _capture(self) -> None:
-        """Keep the triggers in step with the publication."""
-        while True:
-            try:
-                for relation, name, action, problem in await self._pool.fetch("select * from realtime.sync_capture()"):
-                    if problem is None:
-                        log.info(f"table {action}", table=name)
-                        self.problems.pop(relation, None)
-                    elif self.problems.get(relation) != problem:
-                        log.warning("table cannot be captured", table=name, problem=problem)
-                        self.problems[relation] = problem
-                self._is_capturing = True
-            except (DatabaseUnavailable, QueryCanceled) as error:
-                log.info("publication was not looked at", error=str(error.__cause__))
-            await asyncio.sleep(SYNC_S)
+    async def capture(self) -> None:
+        """Put the triggers in step with the publication. Raises: DatabaseUnavailable, QueryCanceled."""
+        problems = {}
+        for relation, name, action, problem in await self._pool.fetch("select * from realtime.sync_capture()"):
+            if problem is None:
+                log.info(f"table {action}", table=name)
+            else:
+                problems[relation] = problem
+                if self._problems.get(relation) != problem:
+                    log.warning("table cannot be captured", table=name, problem=problem)
+        self._problems = problems
 
     async def _clean(self) -> None:
         while True:
@@ -86,6 +78,7 @@ class _Pieces:
                 old=_image(row.old_record),
                 has_whole_old=row.old_record is not None,
                 size=len(row.record or "") + len(row.old_record or ""),
+                xid=row.xid,
             )
         )
 

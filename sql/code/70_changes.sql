@@ -40,6 +40,7 @@ returns table (
     has_row_security boolean,
     has_whole_old boolean,
     row_filter text,
+    is_captured boolean,
     events text[],
     columns jsonb,
     access jsonb
@@ -104,6 +105,14 @@ as $$
         published.relrowsecurity,
         published.relreplident = 'f',
         published.rowfilter,
+        exists (
+            select
+            from pg_trigger as t
+            where t.tgrelid = published.oid
+                and t.tgfoid = to_regprocedure('realtime.capture_change()')
+                and not t.tgisinternal
+                and t.tgenabled <> 'D'
+        ),
         array_remove(array[
             case when publication.pubinsert then 'INSERT' end,
             case when publication.pubupdate then 'UPDATE' end,
@@ -677,6 +686,7 @@ returns table (
     changed_at double precision,
     record text,
     old_record text,
+    xid bigint,
     snapshot text
 )
 language sql
@@ -695,10 +705,10 @@ as $$
         from realtime.changes as c
         where c.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
     )
-    select null, null, null, null, null, null, current.snapshot::text
+    select null, null, null, null, null, null, null, current.snapshot::text
     from current
     union all
-    select c.seq, c.relation, c.action, extract(epoch from c.changed_at)::double precision, c.record::text, c.old_record::text, null
+    select c.seq, c.relation, c.action, extract(epoch from c.changed_at)::double precision, c.record::text, c.old_record::text, c.xid::text::bigint, null
     from committed as c
     order by 1 asc nulls first
 $$;
@@ -759,9 +769,7 @@ declare
     c_delete constant integer := 8;
     c_update constant integer := 16;
 begin
-    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
-        return;
-    end if;
+    perform pg_advisory_xact_lock(realtime.doorbell_key() + 3);
     for v_table in
         with wanted as (
             select

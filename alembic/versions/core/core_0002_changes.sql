@@ -1143,6 +1143,7 @@ returns table (
     has_row_security boolean,
     has_whole_old boolean,
     row_filter text,
+    is_captured boolean,
     events text[],
     columns jsonb,
     access jsonb
@@ -1207,6 +1208,14 @@ as $$
         published.relrowsecurity,
         published.relreplident = 'f',
         published.rowfilter,
+        exists (
+            select
+            from pg_trigger as t
+            where t.tgrelid = published.oid
+                and t.tgfoid = to_regprocedure('realtime.capture_change()')
+                and not t.tgisinternal
+                and t.tgenabled <> 'D'
+        ),
         array_remove(array[
             case when publication.pubinsert then 'INSERT' end,
             case when publication.pubupdate then 'UPDATE' end,
@@ -1780,6 +1789,7 @@ returns table (
     changed_at double precision,
     record text,
     old_record text,
+    xid bigint,
     snapshot text
 )
 language sql
@@ -1798,10 +1808,10 @@ as $$
         from realtime.changes as c
         where c.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
     )
-    select null, null, null, null, null, null, current.snapshot::text
+    select null, null, null, null, null, null, null, current.snapshot::text
     from current
     union all
-    select c.seq, c.relation, c.action, extract(epoch from c.changed_at)::double precision, c.record::text, c.old_record::text, null
+    select c.seq, c.relation, c.action, extract(epoch from c.changed_at)::double precision, c.record::text, c.old_record::text, c.xid::text::bigint, null
     from committed as c
     order by 1 asc nulls first
 $$;
@@ -1862,9 +1872,7 @@ declare
     c_delete constant integer := 8;
     c_update constant integer := 16;
 begin
-    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
-        return;
-    end if;
+    perform pg_advisory_xact_lock(realtime.doorbell_key() + 3);
     for v_table in
         with wanted as (
             select
@@ -2051,19 +2059,34 @@ comment on function realtime.wait_until_visible(bigint[], interval) is
     'Waits until transactions that are known to have committed are visible to other sessions, too; false when that took longer than the timeout. The ids may be of 32 bits.';
 revoke all on function realtime.wait_until_visible(bigint[], interval) from public;
 
-create or replace function realtime.end_walsender(backend integer, started timestamptz)
+create or replace function realtime.backend_started(backend integer)
+returns numeric
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select extract(epoch from backend_start) from pg_stat_activity where pid = backend_started.backend
+$$;
+comment on function realtime.backend_started(integer) is
+    'When the process with this id began, in seconds since 1970; null when there is none. It tells it from another one of the same id.';
+revoke all on function realtime.backend_started(integer) from public;
+
+create or replace function realtime.end_walsender(backend integer, started numeric)
 returns boolean
 language sql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(bool_and(pg_terminate_backend(pid, 5000)), true)
-    from pg_stat_activity
-    where pid = end_walsender.backend and backend_start = end_walsender.started
+    select
+        case
+            when realtime.backend_started(end_walsender.backend) = end_walsender.started
+                then pg_terminate_backend(end_walsender.backend, 5000)
+            else true
+        end
 $$;
-comment on function realtime.end_walsender(integer, timestamptz) is
-    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone. The time it started tells it from another one of the same process id.';
-revoke all on function realtime.end_walsender(integer, timestamptz) from public;
+comment on function realtime.end_walsender(integer, numeric) is
+    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
+revoke all on function realtime.end_walsender(integer, numeric) from public;
 
 create or replace function realtime.slot_status()
 returns table (
