@@ -25,9 +25,10 @@ def errors_page() -> str:
         [
             "# Errors that clients see",
             "",
-            "A refused join carries `<code>: <sentence>` as its `reason`. REST and refused handshakes carry the sentence and the HTTP",
-            "status; REST endpoints of this server's own (`/stream`, `/messages`) carry the code as well. The code is stable, the",
-            "sentence may change. Several errors share a code where Supabase Realtime has but one.",
+            "The reply to a refused join carries `<code>: <sentence>` as its `reason`, and so does that to any other push, where there is",
+            "more to say than the code. REST and refused handshakes carry the sentence and the HTTP status; REST endpoints of this",
+            "server's own (`/stream`, `/messages`) carry the code as well. The code is stable, the sentence may change. Several errors",
+            "share a code where Supabase Realtime has but one.",
             "",
             "| code | HTTP | when, and what to do |",
             "| --- | --- | --- |",

@@ -1,9 +1,10 @@
 """Everything that can go wrong by somebody else's doing, in one tree.
 
     RealtimeError
-    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding
+    ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding  InvalidBroadcast
+    │                       UnknownPresenceEvent  InvalidTrack
     ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
-    │                       InvalidClaims  Unauthorized
+    │                       InvalidClaims  Unauthorized  SendDenied  TrackDenied
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled
@@ -12,9 +13,9 @@
     ├── SettingsError
     └── EmbeddedError
 
-`code` is the stable name that clients see in join replies (`<code>: <sentence>`); the sentence may change. `status` is the HTTP status
-of the same error on REST and at the handshake. Where a code or sentence is Supabase Realtime's own, it is kept to the letter, because
-clients compare it.
+`code` is the stable name that clients see in replies (`<code>: <sentence>`, or the code alone); the sentence may change. `status` is the
+HTTP status of the same error on REST and at the handshake. Where a code or sentence is Supabase Realtime's own, it is kept to the letter,
+because clients compare it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ class RealtimeError(Exception):
 
     @property
     def reason(self) -> str:
-        """The error as a join reply carries it."""
-        return f"{self.code}: {self}"
+        """The error as a reply carries it."""
+        return f"{self.code}: {self}" if str(self) else self.code
+
+    @property
+    def response(self) -> dict[str, str]:
+        """The response of a reply with this error."""
+        return {"reason": self.reason}
 
 
 class ProtocolError(RealtimeError):
@@ -56,10 +62,6 @@ class UnmatchedTopic(ProtocolError):
 
     code = "unmatched topic"
 
-    @property
-    def reason(self) -> str:
-        return "unmatched topic"
-
 
 class PrivateOnly(ProtocolError):
     """A public topic was joined on a server that is set to private topics only."""
@@ -77,6 +79,28 @@ class InvalidBinding(ProtocolError):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
+
+
+class InvalidBroadcast(ProtocolError):
+    """A broadcast in a text frame is no object. It is dropped; clients that asked for `ack` are told."""
+
+    code = "payload must be an object"
+
+
+class UnknownPresenceEvent(ProtocolError):
+    """A presence push is no object, or its event is neither `track` nor `untrack`. The response is `{}`, without the code."""
+
+    code = "UnknownPresenceEvent"
+
+    @property
+    def response(self) -> dict[str, str]:
+        return {}
+
+
+class InvalidTrack(ProtocolError):
+    """What a client tracks is no object."""
+
+    code = "Presence track payload must be a map"
 
 
 class AuthError(RealtimeError):
@@ -179,6 +203,25 @@ class Unauthorized(AuthError):
         return f"You do not have permissions to read from this Channel topic: {self.topic}"
 
 
+class SendDenied(AuthError):
+    """No policy on realtime.messages lets this role and these claims send on this private topic. Clients that asked for `ack` are told."""
+
+    code = "unauthorized"
+    status = 403
+
+
+class TrackDenied(AuthError):
+    """No policy on realtime.messages lets this role and these claims track on this private topic. The response is `{}`, without the
+    code."""
+
+    code = "UnableToTrackPresence"
+    status = 403
+
+    @property
+    def response(self) -> dict[str, str]:
+        return {}
+
+
 class LimitError(RealtimeError):
     status = 429
 
@@ -215,10 +258,6 @@ class PayloadTooLarge(LimitError):
 
     code = "payload_size_exceeded"
     status = 413
-
-    @property
-    def reason(self) -> str:
-        return self.code
 
 
 class Restarting(RealtimeError):

@@ -28,17 +28,22 @@ from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
     InvalidBinding,
+    InvalidBroadcast,
+    InvalidTrack,
     MalformedCursor,
     MalformedFrame,
     PayloadTooLarge,
     PrivateOnly,
     RealtimeError,
+    SendDenied,
     TokenExpired,
     TooManyChannels,
     TooManyJoins,
     TooManyUsers,
+    TrackDenied,
     UnableToReplay,
     Unauthorized,
+    UnknownPresenceEvent,
     UnmatchedTopic,
 )
 from realtime_server.follower import Follower, Hold, Shelf
@@ -643,7 +648,7 @@ class Session:
     def _broadcast(self, message: Message | BroadcastPush, channel: Channel) -> None:
         if not channel.policy.can_write_broadcast:
             if channel.config.ack:
-                self._reply(message, channel.join_ref, {"reason": "unauthorized"}, ok=False)
+                self._refuse(message, channel.join_ref, SendDenied())
             return
         if len(message.payload) > self._limits.max_payload_bytes:
             if channel.config.ack:
@@ -655,9 +660,8 @@ class Session:
         elif message.payload.startswith(b"{"):
             broadcast = ForwardedBroadcast(message.topic, message.payload)
         else:
-            log.info("broadcast dropped, its payload is not an object", topic=message.topic)
             if channel.config.ack:
-                self._reply(message, channel.join_ref, {"reason": "payload must be an object"}, ok=False)
+                self._refuse(message, channel.join_ref, InvalidBroadcast())
             return
         self.services.publish(channel.room, broadcast, exclude=None if channel.config.receive_own else channel)
         if channel.config.ack:
@@ -683,7 +687,7 @@ class Session:
         push = messages.loads_object(message.payload)
         event = None if push is None else push.get("event")
         if push is None or not (event is None or isinstance(event, str)):
-            self._reply(message, channel.join_ref, {}, ok=False)
+            self._refuse(message, channel.join_ref, UnknownPresenceEvent())
             return
         match (event or "").lower():
             case "":
@@ -694,17 +698,16 @@ class Session:
                 self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
                 self._reply(message, channel.join_ref, {})
             case _:
-                log.info("unknown presence event", code="UnknownPresenceEvent", topic=message.topic)
-                self._reply(message, channel.join_ref, {}, ok=False)
+                self._refuse(message, channel.join_ref, UnknownPresenceEvent())
 
     def _track(self, message: Message, channel: Channel, payload: object) -> None:
         if payload is None:
             payload = {}
         if not isinstance(payload, dict):
-            self._reply(message, channel.join_ref, {"reason": "Presence track payload must be a map"}, ok=False)
+            self._refuse(message, channel.join_ref, InvalidTrack())
             return
         if not channel.policy.can_write_presence:
-            self._reply(message, channel.join_ref, {}, ok=False)
+            self._refuse(message, channel.join_ref, TrackDenied())
             return
         self._reply(message, channel.join_ref, {})
         if not channel.watches:
@@ -741,7 +744,7 @@ class Session:
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
         self.services.metrics.count_error(error.code)
         log.info("refused", code=error.code, topic=push.topic, reason=str(error))
-        self._reply(push, join_ref, {"reason": error.reason}, ok=False)
+        self._reply(push, join_ref, error.response, ok=False)
 
 
 def _is_meant(channel: Channel, subject: str | None) -> bool:

@@ -6,6 +6,9 @@ import asyncio
 import gc
 import time
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -16,6 +19,8 @@ from realtime_server.history import Stored
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast
 from tests.fix_session import LIMITS, Talk
+
+ERRORS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
 def stored(number: int) -> Stored:
@@ -93,3 +98,41 @@ async def test_joins_that_had_no_time_to_begin_leave_nothing_behind() -> None:
     gc.collect()
     assert not talk.services.users
     assert len(talk.services.broadcasts) == 0
+
+
+@pytest.mark.parametrize(
+    ("event", "payload", "may", "response", "code"),
+    [
+        ("broadcast", {}, False, {"reason": "unauthorized"}, "unauthorized"),
+        ("broadcast", [], True, {"reason": "payload must be an object"}, "payload must be an object"),
+        ("broadcast", {"x": "y" * 10_000}, True, {"reason": "payload_size_exceeded"}, "payload_size_exceeded"),
+        ("presence", {"event": "track"}, False, {}, "UnableToTrackPresence"),
+        ("presence", {"event": "dance"}, True, {}, "UnknownPresenceEvent"),
+        ("presence", {"event": 5}, True, {}, "UnknownPresenceEvent"),
+        ("presence", [], True, {}, "UnknownPresenceEvent"),
+        (
+            "presence",
+            {"event": "track", "payload": 5},
+            True,
+            {"reason": "Presence track payload must be a map"},
+            "Presence track payload must be a map",
+        ),
+    ],
+)
+async def test_push_that_is_refused_is_answered_with_an_error_of_the_table(
+    talk: Talk, event: str, payload: Any, may: bool, response: dict[str, str], code: str
+) -> None:
+    async def policy() -> Policy:
+        return replace(EVERYTHING, can_write_broadcast=may, can_write_presence=may)
+
+    talk.policy = policy
+    await talk.join("room", private=True, broadcast={"ack": True})
+    talk.say("room", event, payload)
+    assert await talk.hear() == [
+        "1",
+        "9",
+        "realtime:room",
+        "phx_reply",
+        {"status": "error", "response": response},
+    ]
+    assert f"\n| `{code}` |" in ERRORS_PAGE.read_text()
