@@ -117,7 +117,7 @@ class MissingKey(AuthError):
 
 
 class InvalidTicket(AuthError):
-    """Tickets for event streams are good once and for half a minute: ask for a new one."""
+    """Tickets for event streams are good once, for half a minute, and at the server that gave them: ask for a new one."""
 
     code = "InvalidTicket"
 

@@ -78,7 +78,7 @@ log = structlog.get_logger()
 
 
 class Tickets:
-    """What tickets stand for. Each is taken once, within half a minute."""
+    """What tickets stand for. Each is taken once, within half a minute, and is known to this process alone."""
 
     def __init__(self) -> None:
         self._claims: OrderedDict[str, tuple[Claims, float]] = OrderedDict()
