@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, ClassVar, Final, LiteralString, NamedTuple
 
@@ -251,17 +253,14 @@ class WalSource:
         system, timeline, end_lsn, _ = await self._ask(walsender, "IDENTIFY_SYSTEM")
         self._meet(system, timeline, pgoutput.parse_lsn(end_lsn))
         self._holder = await self._backend(db, walsender)
+        start = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})").format(
+            sql.Identifier(self._slot), sql.Literal(sql.Identifier(self._publication).as_string())
+        )
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await walsender.execute(
-                    sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})").format(
-                        sql.Identifier(self._slot), sql.Literal(sql.Identifier(self._publication).as_string())
-                    )
-                )
+            with _hanging_up(walsender, self._timeout_s):
+                await walsender.execute(start)
         except psycopg.errors.ObjectInUse as error:
             raise SourceLost(f"replication slot {self._slot} is in use by another server") from error
-        except TimeoutError as error:
-            raise DatabaseUnavailable from error
         # Another server may have brought the slot further: it must not be moved back.
         (confirmed_lsn,) = await self._ask(
             db, "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = %s", self._slot
@@ -336,11 +335,9 @@ class WalSource:
                     raise DatabaseUnavailable from error
 
     async def _report(self, stream: _Stream) -> None:
-        # What is wrong with the connection, its reader finds out.
-        with contextlib.suppress(psycopg.Error):
-            while True:
-                await asyncio.sleep(STATUS_S)
-                stream.send(self._status(wants_reply=True))
+        while True:
+            await asyncio.sleep(STATUS_S)
+            stream.send(self._status(wants_reply=True))
 
     def _status(self, *, wants_reply: bool = False) -> bytes:
         return pgoutput.encode_status(self._taken.confirmed_lsn, now=time.time(), wants_reply=wants_reply)
@@ -351,13 +348,24 @@ class WalSource:
         return _Backend(pid, started)
 
     async def _ask(self, db: Database, query: LiteralString, *arguments: object) -> Any:
-        """One row, or None. Raises: DatabaseUnavailable, QueryCanceled."""
-        try:
-            with database.errors():
-                async with asyncio.timeout(self._timeout_s + VISIBLE_S):
-                    return await (await db.execute(query, arguments or None)).fetchone()
-        except TimeoutError as error:
-            raise DatabaseUnavailable from error
+        """One row. Raises: DatabaseUnavailable, QueryCanceled."""
+        with database.errors(), _hanging_up(db, self._timeout_s + VISIBLE_S):
+            return await (await db.execute(query, arguments or None)).fetchone()
+
+
+@contextlib.contextmanager
+def _hanging_up(db: Database, timeout_s: float) -> Iterator[None]:
+    """End the connection when this takes longer. To cancel would be to ask the server first, which takes long if it is away."""
+
+    def hang_up() -> None:
+        with socket.socket(fileno=os.dup(db.pgconn.socket)) as line:
+            line.shutdown(socket.SHUT_RDWR)
+
+    timer = asyncio.get_running_loop().call_later(timeout_s, hang_up)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Stream:
@@ -365,57 +373,71 @@ class _Stream:
 
     def __init__(self, connection: pq.abc.PGconn) -> None:
         self._connection = connection
-        self._error: Exception | None = None
+        self._socket = connection.socket
+        self._woken: asyncio.Future[None] | None = None
+        # What is wrong is raised by `receive`, once all that came before has been handed out. The server's own words count most.
+        self._error: psycopg.Error | None = None
+        self._reason: psycopg.Error | None = None
+        self._is_over = False
         # Whether the last `receive` stopped at its bounds.
         self.is_full = False
 
     def receive(self, most: int, most_bytes: int) -> list[memoryview]:
         """What is here by now, in CopyData messages. Raises: psycopg.Error, also when the walsender has ended the stream."""
-        if self._error is not None:
-            raise self._error
         received: list[memoryview] = []
         size = 0
-        self.is_full = False
         # Twice in vain: what is decrypted already does not make the socket readable, and one read does not always bring all of it.
         vain = 0
+        self.is_full = False
         try:
-            while vain < 2:
+            while vain < 2 and not self.is_full:
                 self._connection.consume_input()
                 vain += 1
-                while True:
+                while not self._is_over:
                     self.is_full = len(received) >= most or size >= most_bytes
                     if self.is_full:
-                        return received
-                    length, data = self._connection.get_copy_data(1)
-                    if length == 0:
                         break
-                    if length < 0:
-                        raise self._ending()
+                    length, data = self._connection.get_copy_data(1)
+                    if length <= 0:
+                        self._is_over = length < 0
+                        break
                     received.append(data)
                     size += length
                     vain = 0
         except psycopg.Error as error:
-            if not received:
-                raise
-            # What came before counts.
             self._error = error
+        # The reason comes behind the end, and to ask for it before it is here would block the loop.
+        if self._is_over and self._reason is None and not self._connection.is_busy():
+            self._reason = _reason_of(self._connection.get_result())
+        problem = self._reason or self._error
+        if problem is not None and not received and not self.is_full:
+            raise problem
         return received
 
     async def readable(self) -> None:
         """Wait until something comes."""
         loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-        # The wake-up may come twice before the loop gets to us.
-        loop.add_reader(self._connection.socket, lambda: None if woken.done() else woken.set_result(None))
+        self._woken = loop.create_future()
+        loop.add_reader(self._socket, self._wake)
         try:
-            await woken
+            await self._woken
         finally:
-            loop.remove_reader(self._connection.socket)
+            self._woken = None
+            loop.remove_reader(self._socket)
+
+    def _wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
     def send(self, status: bytes) -> None:
-        """Does not wait: what the network does not take now goes with the next one. Raises: psycopg.Error."""
-        self._connection.put_copy_data(status)
-        self._connection.flush()
+        """Does not wait: what the network does not take now goes with the next one. A failure shows where it is read."""
+        try:
+            self._connection.put_copy_data(status)
+            self._connection.flush()
+        except psycopg.Error as error:
+            self._error = self._error or error
+            # libpq may have closed the socket.
+            self._wake()
 
     async def end(self, status: bytes) -> None:
         """Leave in peace, so that the walsender reads the last status: a closed socket with unread bytes would take it away."""
@@ -424,17 +446,17 @@ class _Stream:
                 self.send(status)
                 self._connection.put_copy_end()
                 self._connection.flush()
-                while True:
+                while not self._is_over:
                     if self.receive(PIECE_CHANGES, PIECE_BYTES):
                         await asyncio.sleep(0)
                     else:
                         await self.readable()
 
-    def _ending(self) -> Exception:
-        result = self._connection.get_result()
-        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
-            return psycopg.errors.error_from_result(result)
-        return psycopg.OperationalError("the walsender has ended the stream")
+
+def _reason_of(result: pq.abc.PGresult | None) -> psycopg.Error:
+    if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+        return psycopg.errors.error_from_result(result)
+    return psycopg.OperationalError("the walsender has ended the stream")
 
 
 def _is_passing(error: Exception) -> bool:
