@@ -51,9 +51,10 @@ class Target:
             "client_encoding": "UTF8",
         }
         if not self.is_pooled:
+            # The session's own schema last: what users' functions leave there must not be found instead of what is meant.
             own = conninfo.conninfo_to_dict(self.url).get("options") or ""
             options = (
-                f"{own} -c search_path=public,extensions -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
+                f"{own} -c search_path=public,extensions,pg_temp -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
             )
             # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
             options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
@@ -142,6 +143,15 @@ def describe(error: psycopg.Error) -> str:
     """`ERROR 22P02 (invalid_text_representation) message`, as clients are told of what they asked for themselves."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(error).__name__).lower()
     return f"ERROR {error.sqlstate} ({name}) {error.diag.message_primary}"
+
+
+@contextlib.contextmanager
+def changing() -> Iterator[None]:
+    """For questions about tables that may be dropped or changed by others meanwhile: ask again later. Raises: DatabaseUnavailable."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise DatabaseUnavailable from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from realtime_server import database
 from realtime_server.database import Pool
 
 
@@ -88,7 +89,8 @@ class Catalog:
 
     async def refresh(self) -> bool:
         """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
-        rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
+        with database.changing():
+            rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
         old, new = self._rows or {}, {row[0]: row for row in rows}
         if new == self._rows:
             return False

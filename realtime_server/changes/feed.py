@@ -286,7 +286,8 @@ class Feed:
             )
             obstacle = await wal.obstacle()
             if obstacle is None:
-                await self._pool.fetch("select * from realtime.release_capture()")
+                with database.changing():
+                    await self._pool.fetch("select * from realtime.release_capture()")
                 self.situation = "wal"
                 return wal
             if self._mode == "wal":
@@ -348,7 +349,6 @@ class Feed:
 
     async def _deliver(self, changes: Sequence[Change]) -> None:
         """Raises: DatabaseUnavailable, QueryCanceled."""
-        self._metrics.changes.inc(len(changes))
         by_table: dict[int, list[Change]] = defaultdict(list)
         for change in changes:
             if change.table in self._subscriptions:
@@ -357,6 +357,7 @@ class Feed:
         for relation, its in by_table.items():
             for table, verdict in await self._decide(relation, its):
                 verdicts[id(verdict.change)] = (table, verdict)
+        self._metrics.changes.inc(len(changes))
         for change in changes:
             if id(change) in verdicts:
                 self._tell(*verdicts[id(change)])

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from realtime_server import database
 from realtime_server.changes.change import Action, Change, Image, Receiver
 from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
@@ -43,7 +44,9 @@ class TriggerSource:
     async def capture(self) -> None:
         """Put the triggers in step with the publication. Raises: DatabaseUnavailable, QueryCanceled."""
         problems = {}
-        for relation, name, action, problem in await self._pool.fetch("select * from realtime.sync_capture()"):
+        with database.changing():
+            rows = await self._pool.fetch("select * from realtime.sync_capture()")
+        for relation, name, action, problem in rows:
             if problem is None:
                 log.info(f"table {action}", table=name)
             else:
