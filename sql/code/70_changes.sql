@@ -32,6 +32,56 @@ as $$
 $$;
 comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
 
+create or replace function realtime.declared_type(relation oid, attnum smallint)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+    select pg_catalog.format_type(a.atttypid, a.atttypmod)
+        || coalesce((
+            select pg_catalog.format(' collate %I.%I', n.nspname, c.collname)
+            from pg_catalog.pg_collation as c
+            join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
+            where c.oid = a.attcollation and c.oid <> t.typcollation
+        ), '')
+    from pg_catalog.pg_attribute as a
+    join pg_catalog.pg_type as t on t.oid = a.atttypid
+    where a.attrelid = declared_type.relation and a.attnum = declared_type.attnum
+$$;
+comment on function realtime.declared_type(oid, smallint) is 'The type of a column, as in a list of column definitions.';
+revoke all on function realtime.declared_type(oid, smallint) from public;
+
+-- A row of which only some columns are known is none of its table, where a domain among the others does not allow null.
+create or replace function realtime.populated(relation oid, image text)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+    select case
+        when pg_catalog.bool_or(t.typtype = 'd') then pg_catalog.format(
+            'pg_catalog.jsonb_to_record(%s) as row (%s)',
+            populated.image,
+            pg_catalog.string_agg(
+                pg_catalog.format(
+                    '%I %s',
+                    a.attname,
+                    case when t.typtype = 'd' then pg_catalog.format_type(realtime.base_type(t.oid), -1)
+                    else realtime.declared_type(a.attrelid, a.attnum) end
+                ),
+                ', ' order by a.attnum
+            )
+        )
+        else pg_catalog.format('pg_catalog.jsonb_populate_record(null::%s, %s) as row', realtime.table_name(populated.relation), populated.image)
+    end
+    from pg_catalog.pg_attribute as a
+    join pg_catalog.pg_type as t on t.oid = a.atttypid
+    where a.attrelid = populated.relation and a.attnum > 0 and not a.attisdropped
+$$;
+comment on function realtime.populated(oid, text) is 'An item for FROM: "row", of a table''s columns, from an expression that is an image. Columns that are absent become null.';
+revoke all on function realtime.populated(oid, text) from public;
+
 create or replace function realtime.published_tables(roles text[])
 returns table (
     relation oid,
@@ -65,7 +115,8 @@ as $$
         from pg_publication_tables as p
         join pg_namespace as n on n.nspname = p.schemaname
         join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
-        where p.pubname = 'supabase_realtime'
+        -- In a publication for all tables there are ours, too.
+        where p.pubname = 'supabase_realtime' and n.nspname <> 'realtime'
     ),
     attribute as (
         select
@@ -342,8 +393,11 @@ as $$
 declare
     v_group record;
     v_type text;
-    v_table text := realtime.table_name(match_changes.relation);
+    v_declared jsonb;
 begin
+    select pg_catalog.jsonb_object_agg(a.attname, realtime.declared_type(a.attrelid, a.attnum)) into v_declared
+    from pg_catalog.pg_attribute as a
+    where a.attrelid = match_changes.relation and a.attnum > 0 and not a.attisdropped;
     perform realtime.take_identity(match_changes.role, '{}');
     for v_group in
         select
@@ -367,9 +421,9 @@ begin
                     from rows from (pg_catalog.unnest($2), pg_catalog.unnest($3)) as w (value, number)
                 ),
                 found as materialized (
-                    select i.n::integer - 1 as n, row.%3$I as x
+                    select i.n::integer - 1 as n, row.x
                     from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-                    cross join lateral pg_catalog.jsonb_populate_record(null::%4$s, i.image) as row
+                    cross join lateral pg_catalog.jsonb_to_record(pg_catalog.jsonb_build_object('x', i.image -> %3$L)) as row (x %4$s)
                     where i.image ? %3$L
                 )
                 select found.n, wanted.number from found cross join wanted where %5$s
@@ -377,7 +431,7 @@ begin
             case when v_group.operator = 'is' then 'text' else v_type end,
             case when v_group.operator = 'in' then '[]' else '' end,
             v_group.column_name,
-            v_table,
+            v_declared ->> v_group.column_name,
             realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword)
         ) using images, v_group.vals, v_group.numbers;
     end loop;
@@ -389,25 +443,24 @@ revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from publ
 
 -- -- row-level security
 
--- The condition that PostgreSQL itself puts behind a SELECT of this role: one permissive policy must say yes and no restrictive one may
--- say otherwise. All names in it are qualified, because the path is empty where it is written out.
+-- The condition that PostgreSQL itself puts behind a SELECT of this role: no restrictive policy may say otherwise, and one permissive policy
+-- must say yes. In that order, so that what would raise for a row is not asked where PostgreSQL would not ask.
 create or replace function realtime.policy_condition(relation oid, role text)
 returns text
 language sql
 stable
-set search_path = ''
 as $$
-    select pg_catalog.concat(
-        '(',
-        coalesce(
-            pg_catalog.string_agg('(' || quals.qual || ')', ' or ') filter (where quals.polpermissive),
-            'false'
-        ),
-        ')',
-        pg_catalog.string_agg(' and (' || quals.qual || ')', '') filter (where not quals.polpermissive)
-    )
+    select case
+        when pg_catalog.count(*) filter (where quals.polpermissive) = 0 then 'false'
+        else pg_catalog.concat(
+            pg_catalog.string_agg('(' || quals.qual || ') and ', '' order by quals.polname) filter (where not quals.polpermissive),
+            '(',
+            pg_catalog.string_agg('(' || quals.qual || ')', ' or ' order by quals.polname desc) filter (where quals.polpermissive),
+            ')'
+        )
+    end
     from (
-        select p.polpermissive, pg_catalog.pg_get_expr(p.polqual, p.polrelid) as qual
+        select p.polname, p.polpermissive, pg_catalog.pg_get_expr(p.polqual, p.polrelid) as qual
         from pg_catalog.pg_policy as p
         where p.polrelid = policy_condition.relation
             and p.polcmd in ('r', '*')
@@ -417,11 +470,55 @@ as $$
                 from pg_catalog.unnest(p.polroles) as member (oid)
                 where member.oid = 0 or pg_catalog.pg_has_role(policy_condition.role, member.oid, 'usage')
             )
-        order by p.polname
     ) as quals
 $$;
-comment on function realtime.policy_condition(oid, text) is 'The policies for SELECT of a table, as they apply to a role, as one condition.';
+comment on function realtime.policy_condition(oid, text) is
+    'The policies for SELECT of a table, as they apply to a role, as one condition. Names are written out as far as the search path asks for it.';
 revoke all on function realtime.policy_condition(oid, text) from public;
+
+-- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog, because
+-- the path is empty where they are written. Where these would be taken for something else on the caller's path, or where the role may not
+-- use a schema that the policy reaches into (as is advised for definer functions), the condition becomes the body of a function, which is
+-- read here and now, by us. It never outlives the transaction, so it keeps nobody from dropping what it mentions.
+create or replace function realtime.policy_query(relation oid, role text, path text, is_function boolean)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+    v_query text;
+    v_is_ambiguous boolean;
+begin
+    perform pg_catalog.set_config('search_path', policy_query.path, true);
+    v_is_ambiguous := pg_catalog.strpos(realtime.policy_condition(policy_query.relation, policy_query.role), 'pg_catalog.') > 0;
+    perform pg_catalog.set_config('search_path', '', true);
+    select pg_catalog.format(
+        $q$
+            select coalesce(pg_catalog.array_agg(asked.n), '{}')
+            from pg_catalog.unnest($2) as asked (n)
+            where (select %s from pg_catalog.jsonb_populate_record(null::%s, $1 -> asked.n) as %I)
+        $q$,
+        realtime.policy_condition(policy_query.relation, policy_query.role),
+        realtime.table_name(policy_query.relation),
+        c.relname
+    )
+    into v_query
+    from pg_catalog.pg_class as c
+    where c.oid = policy_query.relation;
+    if not (policy_query.is_function or v_is_ambiguous) then
+        return v_query;
+    end if;
+    execute pg_catalog.format(
+        'create or replace function pg_temp.realtime_visible(jsonb, integer[]) returns integer[] begin atomic %s; end', v_query
+    );
+    grant execute on function pg_temp.realtime_visible(jsonb, integer[]) to public;
+    return 'select pg_temp.realtime_visible($1, $2)';
+end
+$$;
+comment on function realtime.policy_query(oid, text, text, boolean) is
+    'Statement that tells which of the images $1, whose numbers are $2, a role may see by the policies for SELECT. May make the function pg_temp.realtime_visible, which is to be dropped in the same transaction.';
+revoke all on function realtime.policy_query(oid, text, text, boolean) from public;
 
 -- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
 -- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
@@ -433,14 +530,13 @@ volatile
 as $$
 #variable_conflict use_column
 declare
-    v_table text := realtime.table_name(visible_changes.relation);
-    v_name text;
+    c_path constant text := pg_catalog.current_setting('search_path');
     v_asked record;
     v_role text;
     v_query text;
+    v_is_function boolean;
     v_is_done boolean;
 begin
-    select c.relname into v_name from pg_catalog.pg_class as c where c.oid = visible_changes.relation;
     for v_asked in
         select
             c.role,
@@ -450,38 +546,50 @@ begin
         from rows from (
             pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
         ) with ordinality as c (role, claims, wanted, number)
+        order by c.role
     loop
         question := v_asked.number;
-        visible := '{}';
-        problem := null;
-        v_is_done := false;
-        begin
-            if v_role is distinct from v_asked.role then
-                v_query := pg_catalog.format(
-                    $q$
-                        select coalesce(pg_catalog.array_agg(asked.n), '{}')
-                        from pg_catalog.unnest($2) as asked (n)
-                        where (select %3$s from pg_catalog.jsonb_populate_record(null::%1$s, $1 -> asked.n) as %2$I)
-                    $q$,
-                    v_table,
-                    v_name,
-                    realtime.policy_condition(visible_changes.relation, v_asked.role)
-                );
-                v_role := v_asked.role;
-            end if;
-            perform realtime.take_identity(v_role, v_asked.claims);
-            execute v_query into visible using images, v_asked.wanted;
-            -- Takes role and settings back.
-            v_is_done := true;
-            raise exception using errcode = 'RT000';
-        exception when others then
-            if not v_is_done then
-                visible := '{}';
+        if v_role is distinct from v_asked.role then
+            v_role := v_asked.role;
+            v_query := null;
+            v_is_function := false;
+        end if;
+        -- Twice for the first one of a role, where it turns out that it has to be a function.
+        for attempt in 1 .. 2 loop
+            visible := '{}';
+            problem := null;
+            v_is_done := false;
+            begin
+                if v_query is null then
+                    v_query := realtime.policy_query(visible_changes.relation, v_role, c_path, v_is_function);
+                end if;
+                v_is_done := true;
+            exception when others then
                 problem := sqlstate || ': ' || sqlerrm;
-            end if;
-        end;
+            end;
+            exit when not v_is_done;
+            v_is_done := false;
+            begin
+                perform realtime.take_identity(v_role, v_asked.claims);
+                execute v_query into visible using images, v_asked.wanted;
+                -- Takes role and settings back.
+                v_is_done := true;
+                raise exception using errcode = 'RT000';
+            exception when others then
+                if not v_is_done then
+                    visible := '{}';
+                    problem := sqlstate || ': ' || sqlerrm;
+                end if;
+            end;
+            exit when v_is_function or problem is null or problem not like '42501: %';
+            v_is_function := true;
+            v_query := null;
+        end loop;
         return next;
     end loop;
+    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(jsonb, integer[])') is not null then
+        drop function pg_temp.realtime_visible(jsonb, integer[]);
+    end if;
 end
 $$;
 comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
@@ -496,12 +604,12 @@ as $$
 begin
     return query execute pg_catalog.format(
         $q$
-            select pg_catalog.to_jsonb(row)::text
+            select pg_catalog.to_jsonb(row.*)::text
             from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-            cross join lateral pg_catalog.jsonb_populate_record(null::%s, i.image) as row
+            cross join lateral %s
             order by i.n
         $q$,
-        realtime.table_name(render_changes.relation)
+        realtime.populated(render_changes.relation, 'i.image')
     ) using images;
 end
 $$;
@@ -515,13 +623,11 @@ language plpgsql
 volatile
 as $$
 declare
-    v_name text;
     v_generated text;
     v_key text;
     v_complete jsonb;
 begin
     select
-        c.relname,
         (
             select pg_catalog.string_agg(
                 pg_catalog.format('%L, (%s)', a.attname, pg_catalog.pg_get_expr(d.adbin, d.adrelid)), ', ' order by a.attnum
@@ -536,7 +642,7 @@ begin
             join pg_catalog.pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::int2[])
             where i.indrelid = c.oid and i.indisprimary
         )
-    into v_name, v_generated, v_key
+    into v_generated, v_key
     from pg_catalog.pg_class as c
     where c.oid = complete_changes.relation;
     execute pg_catalog.format(
@@ -544,20 +650,21 @@ begin
             select pg_catalog.jsonb_agg(coalesce(stored.image, '{}') || i.image || coalesce(generated.image, '{}') order by i.n)
             from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
             left join lateral (
-                select pg_catalog.to_jsonb(stored) as image
+                select pg_catalog.to_jsonb(stored.*) as image
                 from %1$s as stored
-                cross join pg_catalog.jsonb_populate_record(null::%1$s, i.image) as row
-                where %4$s
+                cross join %2$s
+                where %3$s
             ) as stored on true
             left join lateral (
-                select pg_catalog.jsonb_build_object(%3$s) as image
-                from pg_catalog.jsonb_populate_record(null::%1$s, coalesce(stored.image, '{}') || i.image) as %2$I
+                select pg_catalog.jsonb_build_object(%4$s) as image
+                from %5$s
             ) as generated on true
         $q$,
         realtime.table_name(complete_changes.relation),
-        v_name,
+        realtime.populated(complete_changes.relation, 'i.image'),
+        coalesce(v_key, 'false'),
         v_generated,
-        coalesce(v_key, 'false')
+        realtime.populated(complete_changes.relation, 'coalesce(stored.image, ''{}'') || i.image')
     ) into v_complete using images;
     return v_complete;
 end
@@ -628,18 +735,25 @@ set intervalstyle = 'postgres'
 set bytea_output = 'hex'
 set extra_float_digits = 1
 as $$
+declare
+    v_record jsonb;
+    v_old_record jsonb;
 begin
+    begin
+        v_record := case when tg_op <> 'DELETE' then to_jsonb(new) end;
+        v_old_record := case when tg_op <> 'INSERT' then to_jsonb(old) end;
+    exception when others then
+        -- The writer is not to suffer for it. jsonb has no form for \u0000 in a json value, for numbers beyond numeric, for 256 MB.
+        v_record := null;
+        v_old_record := null;
+    end;
     insert into realtime.changes (relation, action, record, old_record)
-    values (
-        tg_argv[0]::oid,
-        tg_op,
-        case when tg_op <> 'DELETE' then to_jsonb(new) end,
-        case when tg_op <> 'INSERT' then to_jsonb(old) end
-    );
+    values (tg_argv[0]::oid, tg_op, v_record, v_old_record);
     return null;
 end
 $$;
-comment on function realtime.capture_change() is 'Writes the row change to realtime.changes. On tables of the publication; the argument is the oid of the table as the publication names it.';
+comment on function realtime.capture_change() is
+    'Writes the row change to realtime.changes; without its rows, where jsonb cannot hold them. On tables of the publication; the argument is the oid of the table as the publication names it.';
 revoke all on function realtime.capture_change() from public;
 
 create or replace function realtime.change_doorbell_key()
@@ -781,7 +895,7 @@ begin
             join pg_publication_tables as pt on pt.pubname = p.pubname
             join pg_namespace as n on n.nspname = pt.schemaname
             join pg_class as c on c.relnamespace = n.oid and c.relname = pt.tablename
-            where p.pubname = 'supabase_realtime' and is_wanted
+            where p.pubname = 'supabase_realtime' and n.nspname <> 'realtime' and is_wanted
         ),
         present as (
             select

@@ -30,7 +30,7 @@ comment on column realtime.changes.xid is 'Transaction that wrote the row: the s
 comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
 comment on column realtime.changes.action is 'INSERT, UPDATE or DELETE.';
 comment on column realtime.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
-comment on column realtime.changes.record is 'The new row; null for DELETE.';
+comment on column realtime.changes.record is 'The new row; null for DELETE. Both are null where jsonb cannot hold them.';
 comment on column realtime.changes.old_record is 'The old row; null for INSERT.';
 
 create index changes_xid_idx on realtime.changes (xid);
