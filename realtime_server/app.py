@@ -45,12 +45,12 @@ from realtime_server.presence import Presence
 from realtime_server.relay import MESSAGES, Relay
 from realtime_server.roster import Roster
 from realtime_server.services import Authorize, Limits, Rates, Services, Verify
+from realtime_server.tasks import end
 from realtime_server.tokens import Tokens
 
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
 MAINTENANCE_S: Final = 3600.0
-CANCEL_S: Final = 2.0
 # Reading from an old place, or many at once, may take a while.
 HISTORY_TIMEOUT_S: Final = 30.0
 
@@ -115,9 +115,9 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await pool.open()
-        await history_pool.open()
-        await changes_pool.open()
+        pools = (pool, history_pool, changes_pool)
+        for one in pools:
+            await one.open()
         parts = [
             asyncio.create_task(_supervise(app, name, part))
             for name, part in (
@@ -132,15 +132,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         try:
             yield
         finally:
-            running = set(parts)
-            while running:
-                # Again, where one waits for a database that does not answer, to let go of its lock.
-                for part in running:
-                    part.cancel()
-                _, running = await asyncio.wait(running, timeout=CANCEL_S)
-            await pool.close()
-            await history_pool.close()
-            await changes_pool.close()
+            await end(parts)
+            await asyncio.gather(*(one.close() for one in pools))
 
     async def start_facts(request: Request) -> Response:
         return JSONResponse({"anon_key": anon_key})

@@ -20,6 +20,7 @@ from realtime_server import database
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable
+from realtime_server.tasks import together
 
 QUESTIONS_AT_ONCE: Final = 50
 
@@ -72,9 +73,7 @@ class Authorization:
 
     async def run(self) -> None:
         """Answer questions until cancelled, on as many connections as the pool has."""
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._pool.size):
-                tasks.create_task(self._answer_batches())
+        await together(*(self._answer_batches() for _ in range(self._pool.size)))
 
     async def _answer_batches(self) -> None:
         while True:

@@ -37,6 +37,7 @@ from realtime_server.protocol import bindings
 from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.filters import Condition
 from realtime_server.protocol.frames import Encoding, Frame, RowChange
+from realtime_server.tasks import together
 
 PUBLICATION: Final = "supabase_realtime"
 
@@ -243,10 +244,7 @@ class Feed:
 
     async def run(self) -> None:
         """Deliver changes until cancelled, through any loss of the database."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch())
-            tasks.create_task(self._enter_again())
-            await self._flow()
+        await together(self._flow(), self._watch(), self._enter_again())
 
     async def _flow(self) -> None:
         """Read from the best source there is, and from the next when it is lost."""

@@ -14,6 +14,7 @@ from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.relay import CHANGES, ChangeRow, Relay
+from realtime_server.tasks import together
 
 CLEANING_S: Final = 300.0
 
@@ -37,9 +38,7 @@ class TriggerSource:
 
     async def run(self, receiver: Receiver) -> None:
         """Hand on changes until cancelled, through any loss of the database."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._clean())
-            await self._relay.run(_Pieces(receiver))
+        await together(self._relay.run(_Pieces(receiver)), self._clean())
 
     async def capture(self) -> None:
         """Put the triggers in step with the publication. Raises: DatabaseUnavailable, QueryCanceled."""

@@ -189,8 +189,10 @@ async def test_042_reply_comes_before_everything_else(shared_server: Server, wir
             config = {"presence": {"enabled": True}, "postgres_changes": [{"event": "*", "table": "t"}]}
             # `join` demands that the reply comes first.
             assert (await socket.join("042", config))["status"] == "ok"
-            events = [(await socket.hear())[3] for _ in range(3)]
-            assert {"system", "presence_state"} <= {*events, *[(await socket.hear())[3] for _ in range(5)]}
+            # Others talk all the time, and the tables are asked for in the database.
+            missing = {"system", "presence_state"}
+            while missing:
+                missing.discard((await socket.hear())[3])
             await socket.socket.close()
     finally:
         stop.set()
