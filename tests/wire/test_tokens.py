@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
+import hmac
 import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
+import httpx2
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt.utils import base64url_decode, base64url_encode
 from structlog.testing import capture_logs
 from websockets.exceptions import InvalidStatus
 
@@ -28,7 +33,7 @@ from realtime_server.errors import (
 )
 from realtime_server.tokens import MAX_LIFETIME_S, MIN_LIFETIME_S, PAUSE_S, STALE_LIMIT_S, Tokens
 from tests.fix_server import SECRET as SERVER_SECRET
-from tests.fix_server import ServerFactory
+from tests.fix_server import Server, ServerFactory, make_token
 from tests.fix_wire import WireFactory
 
 NOW = 1_700_000_000.0
@@ -543,3 +548,167 @@ async def test_012_keys_of_the_issuer_open_a_socket_and_a_private_channel(
     payload = {"role": "anon", "exp": later}
     by_secret = jwt.encode(payload, SERVER_SECRET, "HS256", headers={"kid": "unknown"})
     assert await (await wire(server.websocket_url, by_secret)).is_alive()
+
+
+def with_header(token: str, header: dict[str, Any], secret: bytes) -> str:
+    """The payload of a token under another header, signed as HMAC."""
+    head = base64url_encode(json.dumps(header).encode()).decode()
+    content = f"{head}.{token.split('.')[1]}"
+    signature = hmac.new(secret, content.encode(), hashlib.sha256).digest()
+    return f"{content}.{base64url_encode(signature).decode()}"
+
+
+def forgeries() -> dict[str, str]:
+    """Tokens that promise the highest rights, and what is wrong with them."""
+    soon = time.time() + 3600
+    rights = {"role": "service_role", "exp": soon}
+    own = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    own_jwk = RSAAlgorithm.to_jwk(own.public_key(), as_dict=True)
+    public_pem = PRIVATE_KEYS["RS256"].public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    modulus = base64url_decode(jwk("RS256")["n"])
+    good = jwt.encode(rights, SERVER_SECRET, "HS256")
+    signature = good.rpartition(".")[2]
+    return {
+        "none": jwt.encode(rights, "", "none"),
+        "none of a known key": jwt.encode(rights, "", "none", headers={"kid": "RS256"}),
+        "None": with_header(good, {"alg": "None"}, b""),
+        "none, with the signature of another": jwt.encode(rights, "", "none") + signature,
+        "without its signature": good.rpartition(".")[0] + ".",
+        "critical extension": jwt.encode(rights, SERVER_SECRET, "HS256", headers={"crit": ["exp"], "exp": 1}),
+        "empty secret": with_header(good, {"alg": "HS256"}, b""),
+        "public key as secret": with_header(good, {"alg": "HS256"}, public_pem),
+        "public key as secret, by its name": with_header(good, {"alg": "HS256", "kid": "RS256"}, public_pem),
+        "public modulus as secret": with_header(good, {"alg": "HS256", "kid": "RS256"}, modulus),
+        "HMAC that says RS256": with_header(good, {"alg": "RS256", "kid": "RS256"}, SERVER_SECRET.encode()),
+        "key of another algorithm": jwt.encode(rights, PRIVATE_KEYS["ES256"], "ES256", headers={"kid": "RS256"}),
+        "name of another key": jwt.encode(rights, own, "RS256", headers={"kid": "RS256"}),
+        "key that it brings along": jwt.encode(rights, own, "RS256", headers={"kid": "RS256", "jwk": own_jwk}),
+        "PS256": jwt.encode(rights, PRIVATE_KEYS["RS256"], "PS256", headers={"kid": "RS256"}),
+        "unknown kid": jwt.encode(rights, PRIVATE_KEYS["RS256"], "RS256", headers={"kid": "unknown"}),
+        "no kid": jwt.encode(rights, PRIVATE_KEYS["RS256"], "RS256"),
+        "kid that is no text": with_header(good, {"alg": "HS256", "kid": ["RS256"]}, SERVER_SECRET.encode()),
+        "expired this second": jwt.encode({**rights, "exp": time.time()}, SERVER_SECRET, "HS256"),
+        "exp is text": jwt.encode({**rights, "exp": str(soon)}, SERVER_SECRET, "HS256"),
+        "exp is true": jwt.encode({**rights, "exp": True}, SERVER_SECRET, "HS256"),
+        "role of the superuser": jwt.encode({**rights, "role": "postgres"}, SERVER_SECRET, "HS256"),
+        "list of roles": jwt.encode({**rights, "role": ["service_role"]}, SERVER_SECRET, "HS256"),
+    }
+
+
+class Doors:
+    """Everywhere a token is taken; each says whether it lets the token in."""
+
+    def __init__(self, server: Server, wire: WireFactory, http: httpx2.AsyncClient) -> None:
+        self._server, self._wire, self._http = server, wire, http
+
+    async def handshake(self, token: str) -> bool:
+        return await self._connects(token)
+
+    async def handshake_by_header(self, token: str) -> bool:
+        return await self._connects(self._server.anon_key, additional_headers={"x-api-key": token})
+
+    async def join(self, token: str) -> bool:
+        return await self._joins(access_token=token)
+
+    async def join_by_the_old_name(self, token: str) -> bool:
+        return await self._joins(access_token=self._server.anon_key, user_token=token)
+
+    async def refresh(self, token: str) -> bool:
+        socket = await self._wire(self._server.websocket_url, self._server.anon_key)
+        await socket.join("t")
+        await socket.say("realtime:t", "access_token", {"access_token": token})
+        # A channel does one thing after the other.
+        ref = await socket.say("realtime:t", "presence", {})
+        events = []
+        while (message := await socket.hear())[1] != ref:
+            events.append(message[3])
+        assert events in ([], ["system", "phx_close"])
+        return not events
+
+    async def rest(self, token: str) -> bool:
+        body = {"messages": [{"topic": "t", "event": "e", "payload": {}}]}
+        return await self._answers("POST", "/realtime/v1/api/broadcast", token, json=body)
+
+    async def rest_of_one(self, token: str) -> bool:
+        return await self._answers("POST", "/api/broadcast/t/events/e", token, json={})
+
+    async def messages(self, token: str) -> bool:
+        return await self._answers("GET", "/realtime/v1/messages?topic=t", token)
+
+    async def ticket(self, token: str) -> bool:
+        return await self._answers("POST", "/realtime/v1/stream/ticket", token)
+
+    async def _connects(self, key: str, **options: Any) -> bool:
+        try:
+            await self._wire(self._server.websocket_url, key, **options)
+        except InvalidStatus as refused:
+            return refused.response.status_code != 401
+        return True
+
+    async def _joins(self, **payload: Any) -> bool:
+        socket = await self._wire(self._server.websocket_url, self._server.anon_key)
+        answer = await socket.join("t", **payload)
+        return bool(answer["status"] == "ok")
+
+    async def _answers(self, method: str, path: str, token: str, **body: Any) -> bool:
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = await self._http.request(method, self._server.url + path, headers=headers, **body)
+        assert answer.status_code in (200, 202, 401)
+        return answer.status_code != 401
+
+
+DOORS = [
+    Doors.handshake,
+    Doors.handshake_by_header,
+    Doors.join,
+    Doors.join_by_the_old_name,
+    Doors.refresh,
+    Doors.rest,
+    Doors.rest_of_one,
+    Doors.messages,
+    Doors.ticket,
+]
+
+
+async def test_no_door_opens_for_a_forged_token_and_each_for_an_odd_one(
+    issuer: Issuer, start_server: ServerFactory, wire: WireFactory, http: httpx2.AsyncClient
+) -> None:
+    server = await start_server(jwks_url=issuer.url)
+    doors = Doors(server, wire, http)
+    # As upstream has it: neither nbf nor aud nor iss are looked at, and iat must only be a number.
+    soon = time.time() + 3600
+    odd: dict[str, dict[str, Any]] = {
+        "not before tomorrow": {"nbf": soon + 86_400},
+        "for others": {"aud": ["others", "more"], "iss": "somebody", "jti": 5, "sub": None},
+        "made tomorrow": {"iat": time.time() + 86_400.5},
+        "with decimals": {"exp": soon + 0.25},
+    }
+    for door in DOORS:
+        for name, more in odd.items():
+            for token in (
+                jwt.encode({"role": "anon", "exp": soon, **more}, SERVER_SECRET, "HS256", headers={"x5u": "y"}),
+                signed("ES256", expires_at=soon, **{key: value for key, value in more.items() if key != "exp"}),
+            ):
+                assert await door(doors, token), f"{door.__name__} refuses a token {name}"
+        for name, token in forgeries().items():
+            assert not await door(doors, token), f"{door.__name__} opens for: {name}"
+
+
+async def test_key_that_ends_leaves_its_socket_open_and_opens_nothing_more(
+    start_server: ServerFactory, wire: WireFactory
+) -> None:
+    server = await start_server()
+    expires_at = time.time() + 1
+    socket = await wire(server.websocket_url, claims.sign({"role": "anon", "exp": expires_at}, SERVER_SECRET))
+    await socket.join("by the key")
+    *_, topic, event, payload = await socket.hear()
+    assert (topic, event, payload["status"]) == ("realtime:by the key", "system", "error")
+    assert -0.1 < time.time() - expires_at < 1
+    assert (await socket.hear())[3] == "phx_close"
+    answer = await socket.join("later")
+    assert answer["response"]["reason"].startswith("InvalidJWTToken: Token has expired ")
+    # With a token of its own a channel needs no key.
+    assert (await socket.join("later", access_token=make_token()))["status"] == "ok"
+    with pytest.raises(InvalidStatus) as refused:
+        await wire(server.websocket_url, claims.sign({"role": "anon", "exp": expires_at}, SERVER_SECRET))
+    assert json.loads(refused.value.response.body) == {"error": "Token has expired"}
