@@ -51,6 +51,7 @@ SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
 # Who cannot be judged is left out for so long.
 QUARANTINE_S: Final = 30.0
+MOST_LEFT_OUT: Final = 10_000
 MOST_CHECKS_KEPT: Final = 20_000
 
 SUBSCRIBED: Final = "Subscribed to PostgreSQL"
@@ -158,7 +159,7 @@ class Feed:
                 else:
                     # It may be that a server starts, or that its database does.
                     await asyncio.sleep(LOOK_S)
-                    if time.monotonic() - waiting_since > PATIENCE_S:
+                    if not registration.entries and time.monotonic() - waiting_since > PATIENCE_S:
                         self._say(registration, UNAVAILABLE, ok=False)
                     continue
             except InvalidBinding as error:
@@ -267,6 +268,10 @@ class Feed:
                 log.warning("row changes: source lost", source=source.name, problem=str(error))
                 self._source = None
                 self.gap("gap: row changes have to be read in another way from here on")
+                for registration in self._registrations:
+                    # Told again when they are.
+                    registration.said = None
+                    self._again.put_nowait(registration)
 
     async def _choose(self) -> Source | None:
         """The source that the settings ask for, if it can be had. Raises: DatabaseUnavailable, QueryCanceled."""
@@ -315,16 +320,16 @@ class Feed:
                 return
             self._looks += 1
             if isinstance(self._source, TriggerSource):
-                await self._source.capture()
+                for relation in await self._source.capture():
+                    # Subscribed to, it had a trigger: somebody took it away.
+                    self._miss(relation, "gap: for a moment, changes of the table were not captured")
             if await self._catalog.refresh():
                 for registration in list(self._registrations):
                     self._again.put_nowait(registration)
 
     async def _enter_again(self) -> None:
         while True:
-            registration = await self._again.get()
-            if self._is_flowing:
-                await self.enter(registration)
+            await self.enter(await self._again.get())
 
     # -- delivering
 
@@ -388,9 +393,12 @@ class Feed:
                 self._note(table, round)
                 return [(table, verdict) for verdict in verdicts]
         log.warning("changes of a table could not be judged", table=str(table), problem=problem)
-        for entry in list(self._subscriptions.of_table(relation)):
-            entry.registration.subscriber.tell_missing_changes(f"gap: changes of {table} could not be read")
+        self._miss(relation, f"gap: changes of {table} could not be read")
         return []
+
+    def _miss(self, relation: int, problem: str) -> None:
+        for registration in {entry.registration for entry in self._subscriptions.of_table(relation)}:
+            registration.subscriber.tell_missing_changes(problem)
 
     def _note(self, table: Table, round: Round) -> None:
         """Leave out who cannot be judged, for a while, and tell them; also when it is over."""
@@ -401,6 +409,9 @@ class Feed:
             was_left_out = self._quarantine.pop(key, None) is not None
             if problem is not None:
                 self._quarantine[key] = now + QUARANTINE_S
+                # Of those who never came back; the rest has its place by age.
+                while len(self._quarantine) > MOST_LEFT_OUT:
+                    self._quarantine.pop(next(iter(self._quarantine)))
             if was_left_out == (problem is not None):
                 continue
             if problem is not None:

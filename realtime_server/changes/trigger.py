@@ -40,8 +40,8 @@ class TriggerSource:
         """Hand on changes until cancelled, through any loss of the database."""
         await together(self._relay.run(_Pieces(receiver)), self._clean())
 
-    async def capture(self) -> None:
-        """Put the triggers in step with the publication. Raises: DatabaseUnavailable, QueryCanceled."""
+    async def capture(self) -> list[int]:
+        """Put the triggers in step with the publication; the tables that got one. Raises: DatabaseUnavailable, QueryCanceled."""
         problems = {}
         with database.changing():
             rows = await self._pool.fetch("select * from realtime.sync_capture()")
@@ -53,6 +53,7 @@ class TriggerSource:
                 if self._problems.get(relation) != problem:
                     log.warning("table cannot be captured", table=name, problem=problem)
         self._problems = problems
+        return [relation for relation, _, action, _ in rows if action == "captured"]
 
     async def _clean(self) -> None:
         while True:

@@ -71,7 +71,7 @@ async def test_filter_event_and_selection(server: Server, tables: Tables, events
 
 
 async def test_token_decides_which_rows(server: Server, tables: Tables, events: EventsFactory) -> None:
-    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security", OWN_ROWS)
+    tables.create("notes", "id int primary key, owner uuid", *OWN_ROWS)
     streams = {
         user: await events(server.url, make_token(sub=user), schema=tables.schema, table="notes")
         for user in (ALICE, BOB)
