@@ -49,6 +49,8 @@ RETRY_S: Final = 5.0
 PATIENCE_S: Final = 10.0
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
+# The slot is free when the server that had it has ended.
+SLOT_PATIENCE_S: Final = 5.0
 # Who cannot be judged is left out for so long.
 QUARANTINE_S: Final = 30.0
 MOST_LEFT_OUT: Final = 10_000
@@ -106,6 +108,8 @@ class Feed:
         self._quarantine: dict[tuple[int, Identity], float] = {}
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._source: Source | None = None
+        # Why the log is not tried again.
+        self._lost: str | None = None
         self._is_chosen = asyncio.Event()
         self._looking = asyncio.Lock()
         self._looks = 0
@@ -267,6 +271,8 @@ class Feed:
             except SourceLost as error:
                 log.warning("row changes: source lost", source=source.name, problem=str(error))
                 self._source = None
+                if self._mode == "auto":
+                    self._lost = str(error)
                 self.gap("gap: row changes have to be read in another way from here on")
                 for registration in self._registrations:
                     # Told again when they are.
@@ -287,7 +293,12 @@ class Feed:
                 is_json=self._catalog.is_json,
                 timeout_s=self._timeout_s,
             )
-            obstacle = await wal.obstacle()
+            obstacle = self._lost or await wal.obstacle()
+            patience_ends_at = time.monotonic() + SLOT_PATIENCE_S
+            while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_active(slot):
+                # Perhaps of a server that is ending.
+                await asyncio.sleep(LOOK_S)
+                obstacle = await wal.obstacle()
             if obstacle is None:
                 with database.changing():
                     await self._pool.fetch("select * from realtime.release_capture()")
@@ -302,6 +313,12 @@ class Feed:
         self.situation = f"trigger ({obstacle or 'the settings ask for it'})"
         log.info("row changes come from triggers", why=obstacle or "the settings ask for it")
         return TriggerSource(self._target, self._pool, timeout_s=self._timeout_s)
+
+    async def _is_active(self, slot: str) -> bool:
+        ((is_active,),) = await self._pool.fetch(
+            "select exists (select from pg_replication_slots where slot_name = %s and active)", (slot,)
+        )
+        return bool(is_active)
 
     async def _watch(self) -> None:
         """Follow what is done to the publication, to its tables and to rights on them."""
@@ -348,7 +365,8 @@ class Feed:
 
     def gap(self, problem: str) -> None:
         for registration in list(self._registrations):
-            registration.subscriber.tell_missing_changes(problem)
+            if registration.entries:
+                registration.subscriber.tell_missing_changes(problem)
 
     async def _deliver(self, changes: Sequence[Change]) -> None:
         """Raises: DatabaseUnavailable, QueryCanceled."""
