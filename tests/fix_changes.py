@@ -16,8 +16,12 @@ from tests.fix_wire import Wire
 Source = Literal["wal", "trigger"]
 
 SOURCES: list[Source] = ["wal", "trigger"]
-# Of tokens by their claim `sub`.
-OWN_ROWS = "create policy own_rows on {table} for select to authenticated using (owner = (select auth.uid()))"
+# Statements for `Tables.create`: rows of the one whose id the claim `sub` is, and whole old rows.
+OWN_ROWS = (
+    "alter table {table} enable row level security",
+    "create policy own_rows on {table} for select to authenticated using (owner = (select auth.uid()))",
+)
+FULL = "alter table {table} replica identity full"
 
 # Every operator, lists and quotes, each with PostgreSQL's own words for it. On the table of `create_things`, which THINGS fills.
 FILTERS = {

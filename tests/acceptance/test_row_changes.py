@@ -12,6 +12,7 @@ import pytest
 
 from tests.fix_changes import (
     FILTERS,
+    FULL,
     OWN_ROWS,
     SOURCES,
     THINGS,
@@ -128,7 +129,7 @@ async def test_insert_update_and_delete(tables: Tables, server: Server, client: 
 
 
 async def test_whole_old_rows_with_replica_identity_full(tables: Tables, server: Server, client: ClientFactory) -> None:
-    tables.create("todos", "id int primary key, title text", "alter table {table} replica identity full")
+    tables.create("todos", "id int primary key, title text", FULL)
     users = await start_all(client, server, KINDS)
     await asyncio.gather(
         *(listen(user, tables.binding(), tables.binding("todos", "DELETE", filter="title=eq.b")) for user in users)
@@ -226,7 +227,7 @@ async def test_selections_wildcards_and_several_bindings(tables: Tables, server:
 
 
 async def test_two_users_see_their_own_rows(tables: Tables, server: Server, client: ClientFactory) -> None:
-    tables.create("notes", "id int primary key, owner uuid, title text", *OWN)
+    tables.create("notes", "id int primary key, owner uuid, title text", *OWN_ROWS)
     alices, bobs = await asyncio.gather(
         start_all(client, server, KINDS, make_token(sub=ALICE)),
         start_all(client, server, ["js", "py-realtime"], make_token(sub=BOB)),
@@ -257,12 +258,9 @@ async def test_two_users_see_their_own_rows(tables: Tables, server: Server, clie
         assert not [event for event in user.seen if event["event"] == "postgres_changes" and event["payload"]["new"]]
 
 
-OWN = ("alter table {table} enable row level security", OWN_ROWS)
-
-
 @pytest.mark.parametrize("kind", JAVASCRIPT)
 async def test_new_token_of_another_user(tables: Tables, server: Server, client: ClientFactory, kind: Kind) -> None:
-    tables.create("notes", "id int primary key, owner uuid", *OWN)
+    tables.create("notes", "id int primary key, owner uuid", *OWN_ROWS)
     user = await client(kind, server.url, server.anon_key, make_token(sub=ALICE))
     await listen(user, tables.binding("notes"))
     tables.execute("insert into notes values (1, %s), (2, %s)", ALICE, BOB)

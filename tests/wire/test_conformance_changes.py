@@ -18,6 +18,7 @@ import psycopg
 import pytest
 
 from tests.fix_changes import (
+    FULL,
     OWN_ROWS,
     SOURCES,
     Tables,
@@ -64,7 +65,7 @@ def token_of(user: str) -> str:
 
 
 async def test_057_refresh_is_confirmed_and_changes_follow_the_new_identity(tables: Tables, socket: Wire) -> None:
-    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security", OWN_ROWS)
+    tables.create("notes", "id int primary key, owner uuid", *OWN_ROWS)
     await subscribe(socket, "057", tables.binding("notes"), access_token=token_of(ALICE))
     tables.execute("insert into notes values (1, %s), (2, %s)", BOB, ALICE)
     assert await hear_row(socket, "057") == ("INSERT", {"id": 2, "owner": ALICE})
@@ -110,8 +111,8 @@ async def test_095_insert_update_and_delete(tables: Tables, server: Server, wire
 
 
 async def test_095_columns_are_those_of_the_table_as_it_is(tables: Tables, socket: Wire) -> None:
-    tables.create("things", "a int, gone int, id int primary key, tags text[]")
-    tables.execute("alter table things drop column gone")
+    columns = "a int, gone int, id int primary key, tags text[]"
+    tables.create("things", columns, "alter table {table} drop column gone")
     await subscribe(socket, "095-c", tables.binding("things"))
     tables.execute("insert into things values (1, 2, '{x}')")
     data = (await hear_change(socket, "095-c"))["data"]
@@ -272,7 +273,7 @@ async def test_099_table_that_is_published_later(tables: Tables, socket: Wire) -
 
 
 async def test_100_row_level_security(tables: Tables, server: Server, wire: WireFactory) -> None:
-    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security", OWN_ROWS)
+    tables.create("notes", "id int primary key, owner uuid", *OWN_ROWS)
     alice, bob, anon, service = [await wire(server.websocket_url, server.anon_key) for _ in range(4)]
     await subscribe(alice, "100", tables.binding("notes"), access_token=token_of(ALICE))
     await subscribe(bob, "100", tables.binding("notes"), access_token=token_of(BOB))
@@ -310,9 +311,8 @@ async def test_100_row_becomes_visible_by_other_claims(tables: Tables, socket: W
 
 @pytest.mark.parametrize("identity", ["default", "full"])
 async def test_100_delete_tells_the_key_alone(tables: Tables, server: Server, wire: WireFactory, identity: str) -> None:
-    security = ("alter table {table} enable row level security", OWN_ROWS)
-    tables.create("notes", "id int primary key, owner uuid, title text", *security)
-    tables.execute(f"alter table notes replica identity {identity}")
+    columns = "id int primary key, owner uuid, title text"
+    tables.create("notes", columns, *OWN_ROWS, f"alter table {{table}} replica identity {identity}")
     alice, service = [await wire(server.websocket_url, server.anon_key) for _ in range(2)]
     await subscribe(alice, "100-d", tables.binding("notes"), access_token=token_of(ALICE))
     await subscribe(service, "100-d", tables.binding("notes"), access_token=server.service_key)
@@ -325,8 +325,7 @@ async def test_100_delete_tells_the_key_alone(tables: Tables, server: Server, wi
 
 async def test_100_delete_of_a_row_that_is_known_to_be_hidden_is_not_told(tables: Tables, socket: Wire) -> None:
     """Where the whole old row is known: nobody who could not see it learns even its key."""
-    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security", OWN_ROWS)
-    tables.execute("alter table notes replica identity full")
+    tables.create("notes", "id int primary key, owner uuid", *OWN_ROWS, FULL)
     tables.execute("insert into notes values (1, %s), (2, %s)", ALICE, BOB)
     await subscribe(socket, "100-h", tables.binding("notes"), access_token=token_of(BOB))
     tables.execute("delete from notes where id = 1")
@@ -335,10 +334,7 @@ async def test_100_delete_of_a_row_that_is_known_to_be_hidden_is_not_told(tables
 
 
 async def test_100_old_row_that_was_hidden_is_not_told_by_an_update(tables: Tables, socket: Wire) -> None:
-    tables.create(
-        "notes", "id int primary key, owner uuid, title text", "alter table {table} enable row level security", OWN_ROWS
-    )
-    tables.execute("alter table notes replica identity full")
+    tables.create("notes", "id int primary key, owner uuid, title text", *OWN_ROWS, FULL)
     tables.execute("insert into notes values (1, %s, 'for alice alone')", ALICE)
     await subscribe(socket, "100-o", tables.binding("notes"), access_token=token_of(BOB))
     tables.execute("update notes set owner = %s, title = 'for bob'", BOB)
@@ -370,8 +366,8 @@ async def test_100_policy_that_raises_hides_from_whom_it_raises_for_alone(
 
 async def test_101_columns_that_may_not_be_read(tables: Tables, server: Server, wire: WireFactory) -> None:
     columns = "id int primary key, title text, secret text"
-    tables.create("notes", columns, "revoke select on {table} from anon", "grant select (id, title) on {table} to anon")
-    tables.execute("alter table notes replica identity full")
+    rights = ("revoke select on {table} from anon", "grant select (id, title) on {table} to anon")
+    tables.create("notes", columns, *rights, FULL)
     anon, user = [await wire(server.websocket_url, server.anon_key) for _ in range(2)]
     await subscribe(anon, "101", tables.binding("notes"))
     await subscribe(user, "101", tables.binding("notes"), access_token=make_token())
@@ -465,8 +461,7 @@ async def test_102_bindings_that_match_one_change(tables: Tables, socket: Wire) 
 
 
 async def test_102_selections_that_differ(tables: Tables, socket: Wire) -> None:
-    tables.create("things", "id int primary key, a int, b int, c int")
-    tables.execute("alter table things replica identity full")
+    tables.create("things", "id int primary key, a int, b int, c int", FULL)
     all_columns, a, also_a, none = await subscribe(
         socket,
         "102-s",
@@ -530,7 +525,7 @@ async def test_104_replica_identity_default(tables: Tables, socket: Wire) -> Non
 
 
 async def test_104_replica_identity_full(tables: Tables, socket: Wire) -> None:
-    tables.create("things", "code text, id int primary key", "alter table {table} replica identity full")
+    tables.create("things", "code text, id int primary key", FULL)
     tables.execute("insert into things values ('a', 1), ('b', 2), (null, 3)")
     await subscribe(
         socket, "104-f", tables.binding("things", "UPDATE"), tables.binding("things", "DELETE", filter="code=eq.b")
@@ -560,8 +555,8 @@ async def test_104_replica_identity_of_an_index(tables: Tables, socket: Wire) ->
 
 async def test_104_large_value_that_an_update_left_alone(tables: Tables, socket: Wire) -> None:
     """Out of line it is not in the log; where the old row is whole, it is there."""
-    tables.create("things", "id int primary key, n int, large text", "alter table {table} replica identity full")
-    tables.execute("alter table things alter column large set storage external")
+    external = "alter table {table} alter column large set storage external"
+    tables.create("things", "id int primary key, n int, large text", external, FULL)
     tables.execute("insert into things values (1, 1, repeat('x', 10000))")
     await subscribe(socket, "104-t", tables.binding("things"))
     tables.execute("update things set n = 2")
@@ -611,7 +606,7 @@ async def test_105_values(tables: Tables, socket: Wire) -> None:
     tables.execute("create domain positive as int check (value > 0)")
     tables.execute("create type pair as (a int, b text)")
     columns = ", ".join(f"c{number} {type}" for number, type in enumerate(VALUES))
-    tables.create("things", f"id int primary key, {columns}", "alter table {table} replica identity full")
+    tables.create("things", f"id int primary key, {columns}", FULL)
     await subscribe(socket, "105", tables.binding("things"))
     # What the writer's session makes of values is not what clients are told.
     for setting in (
@@ -740,7 +735,7 @@ async def test_who_leaves_hears_no_more(tables: Tables, server: Server, wire: Wi
 
 async def test_row_that_leaves_a_view_is_told_to_who_asks_for_it(tables: Tables, socket: Wire) -> None:
     """An option of this server: `leaves` of a binding."""
-    tables.create("things", "id int primary key, n int, t text", "alter table {table} replica identity full")
+    tables.create("things", "id int primary key, n int, t text", FULL)
     tables.execute("insert into things values (1, 1, 'a'), (2, 1, 'a')")
     plain, leaving = await subscribe(
         socket,
