@@ -145,24 +145,30 @@ class Round:
                 if entry.binding.event in ("*", action) and table.access_of(entry.claims.role).columns:
                     yield _Wish(verdict, entry, known, Identity.of(entry.claims))
             return
-        if not table.key or any(not table.key <= access.columns for access in table.access.values()):
-            self._refuse(verdict)
+        self._refuse(verdict)
         for entry in self._subscriptions.candidates(table.relation, verdict.new.told):
-            if entry.binding.event in ("*", action) and self._has_key(entry):
+            if entry.binding.event in ("*", action) and self._may_read_key(entry.claims.role):
                 yield _Wish(verdict, entry, verdict.new.told, Identity.of(entry.claims))
         if action is Action.UPDATE and verdict.old is not None and verdict.old.is_whole:
             for entry in self._subscriptions.candidates(table.relation, verdict.old.told):
-                if entry.binding.leaves and entry.binding.event in ("*", Action.DELETE) and self._has_key(entry):
+                if (
+                    entry.binding.leaves
+                    and entry.binding.event in ("*", Action.DELETE)
+                    and self._may_read_key(entry.claims.role)
+                ):
                     yield _Wish(verdict, entry, verdict.old.told, Identity.of(entry.claims), is_leaving=True)
 
     def _refuse(self, verdict: Verdict) -> None:
-        error = UNAUTHORIZED if self._table.key else NO_KEY
-        for entry in self._subscriptions.of_table(self._table.relation):
-            if entry.binding.event in ("*", verdict.action) and not self._has_key(entry):
-                verdict.told.append((entry, View(verdict.action, frozenset(), error=error)))
+        view = View(verdict.action, frozenset(), error=UNAUTHORIZED if self._table.key else NO_KEY)
+        for role, entries in self._subscriptions.by_role(self._table.relation).items():
+            if self._may_read_key(role):
+                continue
+            for entry in entries:
+                if entry.binding.event in ("*", verdict.action) and not self._may_read_key(entry.claims.role):
+                    verdict.told.append((entry, view))
 
-    def _has_key(self, entry: Entry) -> bool:
-        return bool(self._table.key) and self._table.key <= self._table.access_of(entry.claims.role).columns
+    def _may_read_key(self, role: str) -> bool:
+        return bool(self._table.key) and self._table.key <= self._table.access_of(role).columns
 
     # -- what is known of it
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -61,9 +62,9 @@ class Registration:
 
 class Entry:
     """One binding on one table. `exact`: a column and the texts of which it must have one; `rest`: conditions that are left for the
-    database to judge."""
+    database to judge. `role` is the one it was entered with; `claims` may be newer."""
 
-    __slots__ = ("binding", "exact", "id", "registration", "relation", "rest")
+    __slots__ = ("binding", "exact", "id", "registration", "relation", "rest", "role")
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Entry:
         self.relation = relation
         self.exact = exact
         self.rest = rest
+        self.role = registration.claims.role
 
     @property
     def claims(self) -> Claims:
@@ -90,12 +92,12 @@ class Subscriptions:
     """All entries. Dictionaries keep the order of subscribing, sets do not."""
 
     def __init__(self) -> None:
-        self._tables: dict[int, dict[Entry, None]] = {}
+        self._tables: dict[int, dict[str, dict[Entry, None]]] = {}
         self._unindexed: dict[int, dict[Entry, None]] = {}
         self._exact: dict[int, dict[str, dict[str, dict[Entry, None]]]] = {}
 
     def add(self, entry: Entry) -> None:
-        self._tables.setdefault(entry.relation, {})[entry] = None
+        self._tables.setdefault(entry.relation, {}).setdefault(entry.role, {})[entry] = None
         if entry.exact is None:
             self._unindexed.setdefault(entry.relation, {})[entry] = None
             return
@@ -105,7 +107,10 @@ class Subscriptions:
             values.setdefault(text, {})[entry] = None
 
     def discard(self, entry: Entry) -> None:
-        _discard(self._tables, entry.relation, entry)
+        roles = self._tables.get(entry.relation, {})
+        _discard(roles, entry.role, entry)
+        if not roles:
+            self._tables.pop(entry.relation, None)
         if entry.exact is None:
             _discard(self._unindexed, entry.relation, entry)
             return
@@ -120,7 +125,10 @@ class Subscriptions:
             self._exact.pop(entry.relation, None)
 
     def of_table(self, relation: int) -> Iterable[Entry]:
-        return self._tables.get(relation, ())
+        return chain.from_iterable(self.by_role(relation).values())
+
+    def by_role(self, relation: int) -> Mapping[str, Iterable[Entry]]:
+        return self._tables.get(relation, {})
 
     def candidates(self, relation: int, image: Image) -> Iterable[Entry]:
         """Entries that the image may fit: whose `exact` it has, or that have none."""
@@ -134,7 +142,7 @@ class Subscriptions:
         return relation in self._tables
 
     def __len__(self) -> int:
-        return sum(len(entries) for entries in self._tables.values())
+        return sum(len(entries) for roles in self._tables.values() for entries in roles.values())
 
 
 def text_of(value: msgspec.Raw | None) -> str | None:
