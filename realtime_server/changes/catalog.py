@@ -83,9 +83,21 @@ class Catalog:
     def __init__(self, pool: Pool, roles: Iterable[str]) -> None:
         self._pool = pool
         self._roles = sorted(roles)
+        self._marks: dict[int, str] = {}
         self._rows: dict[int, tuple[Any, ...]] | None = None
         self.tables: Mapping[int, Table] = {}
         self.version = 0
+
+    async def is_current(self, relations: Iterable[int]) -> bool:
+        """Whether nothing was done to these tables and to rights on them since this was asked for the last time.
+
+        Raises: DatabaseUnavailable, QueryCanceled.
+        """
+        with database.changing():
+            rows = await self._pool.fetch("select relation, mark from realtime.table_marks(%s)", (list(relations),))
+        is_current = all(self._marks.get(relation) == mark for relation, mark in rows)
+        self._marks.update(rows)
+        return is_current
 
     async def refresh(self) -> bool:
         """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
@@ -99,6 +111,7 @@ class Catalog:
             for relation, row in new.items()
         }
         self._rows = new
+        self._marks = {relation: mark for relation, mark in self._marks.items() if relation in new}
         self.version += 1
         return True
 

@@ -374,6 +374,8 @@ class Feed:
         for change in changes:
             if change.table in self._subscriptions:
                 by_table[change.table].append(change)
+        if by_table and not await self._catalog.is_current(by_table):
+            await self._refresh()
         verdicts: dict[int, tuple[Table, Verdict]] = {}
         for relation, its in by_table.items():
             for table, verdict in await self._decide(relation, its):

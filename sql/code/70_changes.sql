@@ -222,6 +222,30 @@ comment on function realtime.published_tables(text[]) is
     'The tables of the publication: columns in order, and for each role which of them it may read and whether row-level security binds it.';
 revoke all on function realtime.published_tables(text[]) from public;
 
+-- Rights and row-level security are looked at before each piece of changes. To read all of them each time would cost more than the changes:
+-- this tells that one of the rows they are kept in was written.
+create or replace function realtime.table_marks(relations oid[])
+returns table (relation oid, mark text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        c.oid,
+        concat_ws(
+            '/',
+            c.xmin,
+            n.xmin,
+            (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
+            (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m)
+        )
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = any (table_marks.relations)
+$$;
+comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security or rights on it have changed.';
+revoke all on function realtime.table_marks(oid[]) from public;
+
 -- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
 create or replace function realtime.take_identity(role text, claims jsonb)
 returns void

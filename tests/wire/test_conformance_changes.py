@@ -752,3 +752,34 @@ async def test_row_that_leaves_a_view_is_told_to_who_asks_for_it(tables: Tables,
     payload = await hear_change(socket, "leaves")
     assert sorted(payload["ids"]) == sorted([plain, leaving])
     assert payload["data"]["type"] == "UPDATE"
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "alter table todos enable row level security",
+        "revoke select on todos from anon",
+        "revoke select on todos from anon; grant select (id) on todos to anon",
+    ],
+)
+async def test_right_that_is_taken_away_counts_for_the_next_change(
+    tables: Tables, server: Server, wire: WireFactory, taken: str
+) -> None:
+    tables.create()
+    tables.execute("grant all on todos to service_role")
+    anon, service = [await wire(server.websocket_url, key) for key in (server.anon_key, server.service_key)]
+    for socket in (anon, service):
+        await subscribe(socket, "rights", tables.binding())
+    for round in range(3):
+        tables.execute(f"insert into todos values ({round}, 'open')")
+        for socket in (anon, service):
+            assert (await hear_row(socket, "rights"))[1]["title"] == "open"
+    tables.execute(taken)
+    tables.execute("insert into todos values (7, 'secret')")
+    assert (await hear_row(service, "rights"))[1]["title"] == "secret"
+    tables.execute("grant select on todos to anon; alter table todos disable row level security")
+    tables.execute("insert into todos values (8, 'open')")
+    frames = []
+    while not frames or '"id":8' not in frames[-1]:
+        frames.append(str(await anon.socket.recv()))
+    assert "secret" not in "".join(frames)
