@@ -116,6 +116,11 @@ class Assembly:
         self._skip = 0.0
 
     @property
+    def has_whole(self) -> bool:
+        """Whether whole transactions wait."""
+        return self._whole > 0
+
+    @property
     def changes_waiting(self) -> int:
         """How many the next piece may have."""
         return len(self._changes)

@@ -291,8 +291,9 @@ class WalSource:
                         assembly.has_all_before(end_lsn)
                         self._sent_lsn = end_lsn
                         wants_reply |= is_asked
-            # More may be here already; but a piece has its bounds, and what is whole must not wait for what may take long.
-            await self._hand_on(assembly.cut(everything=stream.is_full), db, receiver)
+            # What is whole does not wait for what may take long, and a transaction is cut only where it is more than a piece.
+            piece = assembly.cut(everything=stream.is_full and not assembly.has_whole)
+            await self._hand_on(piece, db, receiver)
             if wants_reply:
                 stream.send(self._status())
             if arrived or stream.is_full:
