@@ -106,11 +106,25 @@ def drop(cluster: Cluster, database: WalDatabase) -> None:
     cluster.drop(database)
 
 
+@pytest.fixture(autouse=True)
+def _eager_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wal, "STATUS_S", 0.2)
+
+
 @pytest.fixture
 def source_database(any_cluster: Cluster) -> Iterator[WalDatabase]:
+    """On the newest PostgreSQL, and on the oldest at hand."""
     database = prepare(any_cluster)
     yield database
     drop(any_cluster, database)
+
+
+@pytest.fixture
+def newest_database(cluster: Cluster) -> Iterator[WalDatabase]:
+    """For what is about connections, which are the same with every PostgreSQL."""
+    database = prepare(cluster)
+    yield database
+    drop(cluster, database)
 
 
 class OwnCluster:
@@ -589,9 +603,9 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_memory_is_bounded_in_a_transaction_of_a_hundred_thousand_rows(source_database: WalDatabase) -> None:
-    source_database.execute("create table item (number int primary key, body text)")
-    source_database.publish("item")
+async def test_memory_is_bounded_in_a_transaction_of_a_hundred_thousand_rows(newest_database: WalDatabase) -> None:
+    newest_database.execute("create table item (number int primary key, body text)")
+    newest_database.publish("item")
 
     class Counting(Received):
         count = 0
@@ -605,18 +619,18 @@ async def test_memory_is_bounded_in_a_transaction_of_a_hundred_thousand_rows(sou
             self.most_bytes = max(self.most_bytes, resident_bytes())
             await asyncio.sleep(0)
 
-    received = Counting(source_database)
-    async with running(source_of(source_database), received):
+    received = Counting(newest_database)
+    async with running(source_of(newest_database), received):
         before = resident_bytes()
-        source_database.execute("insert into item select n, repeat('x', 1000) from generate_series(0, 99999) as n")
+        newest_database.execute("insert into item select n, repeat('x', 1000) from generate_series(0, 99999) as n")
         await until(lambda: received.count == 100_000, "all rows")
     assert max(received.pieces) <= wal.PIECE_CHANGES
     assert received.most_bytes - before < 30_000_000, "the rows are 100 MB"
 
 
-async def test_pieces_of_large_rows_are_bounded_in_bytes(source_database: WalDatabase) -> None:
-    source_database.execute("create table item (number int primary key, body text)")
-    source_database.publish("item")
+async def test_pieces_of_large_rows_are_bounded_in_bytes(newest_database: WalDatabase) -> None:
+    newest_database.execute("create table item (number int primary key, body text)")
+    newest_database.publish("item")
     row_bytes = 1_500_000
 
     class Weighing(Received):
@@ -624,9 +638,9 @@ async def test_pieces_of_large_rows_are_bounded_in_bytes(source_database: WalDat
             self.changes.extend(change._replace(new=None) for change in changes)
             self.pieces.append(sum(change.size for change in changes))
 
-    received = Weighing(source_database)
-    async with running(source_of(source_database), received):
-        source_database.execute(
+    received = Weighing(newest_database)
+    async with running(source_of(newest_database), received):
+        newest_database.execute(
             "insert into item select n, repeat('x', %s) from generate_series(1, 20) as n", row_bytes
         )
         await received.until_there_are(20)
@@ -772,17 +786,21 @@ async def test_every_committed_change_is_taken_once_while_the_walsender_is_ended
     assert (ended, received.gaps) == (4, [])
 
 
-async def through_proxy(database: WalDatabase, proxy_to: ProxyFactory) -> tuple[Proxy, WalSource]:
+async def through_proxy(
+    database: WalDatabase, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Proxy, WalSource]:
+    """Questions without an answer are given up soon."""
+    monkeypatch.setattr(wal, "VISIBLE_S", 0.3)
     proxy = await proxy_to(int(str(conninfo.conninfo_to_dict(database.url)["port"])))
     url = conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port, sslmode="disable")
-    return proxy, source_of(database, url=url, timeout_s=1)
+    return proxy, source_of(database, url=url, timeout_s=0.7)
 
 
 async def test_every_committed_change_is_taken_once_while_the_link_is_cut(
-    source_database: WalDatabase, proxy_to: ProxyFactory
+    newest_database: WalDatabase, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    oracle, received = Oracle(source_database), Received(source_database)
-    proxy, source = await through_proxy(source_database, proxy_to)
+    oracle, received = Oracle(newest_database), Received(newest_database)
+    proxy, source = await through_proxy(newest_database, proxy_to, monkeypatch)
     chance = random.Random(oracle.seed)
 
     async def cut() -> None:
@@ -799,11 +817,11 @@ async def test_every_committed_change_is_taken_once_while_the_link_is_cut(
 
 
 async def test_every_committed_change_is_taken_once_though_the_link_freezes(
-    source_database: WalDatabase, proxy_to: ProxyFactory
+    newest_database: WalDatabase, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To both sides the other one looks alive. PostgreSQL goes on to believe so: the slot is still held when we come again."""
-    oracle, received = Oracle(source_database), Received(source_database)
-    proxy, source = await through_proxy(source_database, proxy_to)
+    oracle, received = Oracle(newest_database), Received(newest_database)
+    proxy, source = await through_proxy(newest_database, proxy_to, monkeypatch)
 
     async def freeze() -> None:
         await until(lambda: source.is_ready, "the source to be there")
@@ -819,7 +837,7 @@ async def test_every_committed_change_is_taken_once_though_the_link_freezes(
         proxy.freeze()
         writing = asyncio.create_task(oracle.write(2))
         await until(lambda: not source.is_ready, "the source to notice")
-        assert source_database.slot_state() not in (None, (False, None)), "the walsender believes in us"
+        assert newest_database.slot_state() not in (None, (False, None)), "the walsender believes in us"
         proxy.is_frozen = False
         await writing
         await oracle.agrees_with(received)
@@ -864,31 +882,31 @@ async def test_changes_that_are_being_taken_when_the_connection_breaks_are_taken
     assert received.pieces[0] < received.pieces[0] + received.pieces[1] < 1200, "of one transaction"
 
 
-async def test_the_next_server_goes_on_where_the_last_one_left(source_database: WalDatabase) -> None:
+async def test_the_next_server_goes_on_where_the_last_one_left(newest_database: WalDatabase) -> None:
     """Also in the midst of a stream: to leave is to confirm what was taken. Only a transaction of several pieces, of which not all were
     taken, would come again."""
-    oracle, received = Oracle(source_database), Received(source_database)
+    oracle, received = Oracle(newest_database), Received(newest_database)
     servers = 0
-    async with running(source_of(source_database), received):
+    async with running(source_of(newest_database), received):
         writing = asyncio.create_task(oracle.write(16, largest=40))
     while not writing.done():
         before = len(received.changes)
-        async with running(source_of(source_database), received):
+        async with running(source_of(newest_database), received):
             servers += 1
             await until(lambda before=before: len(received.changes) >= before + 30 or writing.done(), "changes")  # type: ignore[misc]
     await writing
-    async with running(source_of(source_database), received):
+    async with running(source_of(newest_database), received):
         await oracle.agrees_with(received)
     assert servers > 2
 
 
-async def test_changes_made_while_no_server_was_there_are_taken(source_database: WalDatabase) -> None:
-    oracle, received = Oracle(source_database), Received(source_database)
-    async with running(source_of(source_database), received):
+async def test_changes_made_while_no_server_was_there_are_taken(newest_database: WalDatabase) -> None:
+    oracle, received = Oracle(newest_database), Received(newest_database)
+    async with running(source_of(newest_database), received):
         pass
     await oracle.write(4)
     assert received.changes == []
-    async with running(source_of(source_database), received):
+    async with running(source_of(newest_database), received):
         await oracle.agrees_with(received)
     assert received.gaps == []
 
@@ -1027,61 +1045,61 @@ async def test_cancelling_leaves_no_half_made_slot(source_database: WalDatabase)
         await until(lambda: source_database.slot_state() is None, "the slot to be gone")
 
 
-async def test_slot_moves_on_while_only_other_tables_are_written(source_database: WalDatabase) -> None:
-    source_database.execute("create table other (number int)")
-    async with reading(source_database) as received:
-        source_database.execute("insert into other select generate_series(1, 1000)")
-        ((place,),) = source_database.administrate("select pg_current_wal_insert_lsn()::text")
+async def test_slot_moves_on_while_only_other_tables_are_written(newest_database: WalDatabase) -> None:
+    newest_database.execute("create table other (number int)")
+    async with reading(newest_database) as received:
+        newest_database.execute("insert into other select generate_series(1, 1000)")
+        ((place,),) = newest_database.administrate("select pg_current_wal_insert_lsn()::text")
         query = "select confirmed_flush_lsn >= %s::pg_lsn from pg_replication_slots where slot_name = %s"
         await until(
-            lambda: source_database.administrate(query, place, source_database.slot) == [(True,)], "the slot to move on"
+            lambda: newest_database.administrate(query, place, newest_database.slot) == [(True,)], "the slot to move on"
         )
     assert received.changes == []
 
 
-async def test_place_is_confirmed_only_when_changes_are_taken(source_database: WalDatabase) -> None:
-    Oracle(source_database)
-    received, source = Received(source_database), source_of(source_database)
+async def test_place_is_confirmed_only_when_changes_are_taken(newest_database: WalDatabase) -> None:
+    Oracle(newest_database)
+    received, source = Received(newest_database), source_of(newest_database)
     confirmed = "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = %s"
     async with running(source, received):
-        source_database.execute("select write_item()")
+        newest_database.execute("select write_item()")
         await received.until_there_are(1)
         received.gate.clear()
-        ((before,),) = source_database.administrate("select pg_current_wal_insert_lsn()::text")
-        source_database.execute("select write_item()")
+        ((before,),) = newest_database.administrate("select pg_current_wal_insert_lsn()::text")
+        newest_database.execute("select write_item()")
         await until(lambda: received.is_waiting, "a piece to be taken")
-        ((now,),) = source_database.administrate("select clock_timestamp()")
+        ((now,),) = newest_database.administrate("select clock_timestamp()")
         reported = "select max(reply_time) > %s from pg_stat_replication where pid = %s"
-        _, pid = source_database.slot_state() or (False, None)
-        await until(lambda: source_database.administrate(reported, now, pid) == [(True,)], "a report")
-        ((place,),) = source_database.administrate(confirmed, source_database.slot)
+        _, pid = newest_database.slot_state() or (False, None)
+        await until(lambda: newest_database.administrate(reported, now, pid) == [(True,)], "a report")
+        ((place,),) = newest_database.administrate(confirmed, newest_database.slot)
         assert pgoutput.parse_lsn(place) <= pgoutput.parse_lsn(before)
         assert source.lag_bytes >= 0
         received.gate.set()
         await received.until_there_are(2)
 
         def is_confirmed() -> bool:
-            ((place,),) = source_database.administrate(confirmed, source_database.slot)
+            ((place,),) = newest_database.administrate(confirmed, newest_database.slot)
             return pgoutput.parse_lsn(place) > pgoutput.parse_lsn(before)
 
         await until(is_confirmed, "the confirmation")
 
 
 async def test_walsender_lives_though_taking_lasts_longer_than_its_patience(
-    source_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+    newest_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wal, "SESSION", f"{wal.SESSION} -c wal_sender_timeout=2s")
-    Oracle(source_database)
-    received, source = Received(source_database), source_of(source_database)
+    monkeypatch.setattr(wal, "SESSION", f"{wal.SESSION} -c wal_sender_timeout=1s")
+    Oracle(newest_database)
+    received, source = Received(newest_database), source_of(newest_database)
     async with running(source, received):
-        before = source_database.slot_state()
+        before = newest_database.slot_state()
         received.gate.clear()
-        source_database.execute("select write_item() from generate_series(1, 20000)")
+        newest_database.execute("select write_item() from generate_series(1, 20000)")
         await until(lambda: received.is_waiting, "a piece to be taken")
-        await asyncio.sleep(3)
+        await asyncio.sleep(1.6)
         received.gate.set()
         await received.until_there_are(20000)
-        assert source_database.slot_state() == before
+        assert newest_database.slot_state() == before
     assert received.numbers == list(range(1, 20001))
 
 
@@ -1089,24 +1107,24 @@ async def test_walsender_lives_though_taking_lasts_longer_than_its_patience(
 
 
 async def test_second_server_is_told_that_the_slot_is_in_use(
-    source_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+    newest_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
-    Oracle(source_database)
-    async with reading(source_database) as received:
-        problem = f"replication slot {source_database.slot} is in use by another server"
-        assert await obstacle_of(source_database) == problem
+    Oracle(newest_database)
+    async with reading(newest_database) as received:
+        problem = f"replication slot {newest_database.slot} is in use by another server"
+        assert await obstacle_of(newest_database) == problem
         with pytest.raises(SourceLost, match=problem):
-            await source_of(source_database).run(Received(source_database))
-        source_database.execute("select write_item()")
+            await source_of(newest_database).run(Received(newest_database))
+        newest_database.execute("select write_item()")
         await received.until_there_are(1)
 
 
-async def test_server_waits_a_moment_for_the_slot_of_one_that_stops(source_database: WalDatabase) -> None:
-    oracle = Oracle(source_database)
-    received = Received(source_database)
-    second = source_of(source_database)
-    async with running(source_of(source_database), received):
+async def test_server_waits_a_moment_for_the_slot_of_one_that_stops(newest_database: WalDatabase) -> None:
+    oracle = Oracle(newest_database)
+    received = Received(newest_database)
+    second = source_of(newest_database)
+    async with running(source_of(newest_database), received):
         await oracle.write(2)
         await received.until_there_are(5)
         waiting = asyncio.create_task(second.run(received))
