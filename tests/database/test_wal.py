@@ -154,6 +154,11 @@ class OwnCluster:
             db.execute("alter system reset all")
             db.execute("select pg_reload_conf()")
 
+    def give(self, path: Path) -> None:
+        """To the user that PostgreSQL runs as."""
+        facts = (self.postgres.location / "PG_VERSION").stat()
+        os.chown(path, facts.st_uid, facts.st_gid)
+
     async def restart(self, mode: Any = "immediate") -> None:
         await asyncio.to_thread(self.postgres.stop, mode)
         await asyncio.to_thread(self.postgres.start)
@@ -1225,8 +1230,7 @@ async def test_source_waits_for_a_standby_to_be_promoted_and_goes_on(
         await asyncio.to_thread(own.postgres.stop, "immediate")
         signal_file = own.postgres.location / "standby.signal"
         signal_file.touch()
-        owner = (own.postgres.location / "PG_VERSION").stat()
-        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        own.give(signal_file)
         with suppress(EmbeddedError):
             # It runs, and its roles can't be looked after.
             await asyncio.to_thread(own.postgres.start)
@@ -1240,6 +1244,41 @@ async def test_source_waits_for_a_standby_to_be_promoted_and_goes_on(
     assert own_database.administrate("select left(pg_walfile_name(pg_current_wal_lsn()), 8)") == [("00000002",)]
     assert set(received.numbers) == {1, number}
     assert received.gaps == []
+
+
+async def test_changes_of_a_database_that_was_set_back_are_taken(
+    own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the files, put back: the places that were confirmed are used once more, for other changes."""
+    monkeypatch.setattr(wal, "PATIENCE_S", LIMIT_S)
+    Oracle(own_database)
+    received, source = Received(own_database), source_of(own_database)
+    files, copy = own.postgres.location, own.postgres.location.with_name("copy")
+    async with running(source, received):
+        own_database.execute("select write_item()")
+        await received.until_there_are(1)
+        await asyncio.to_thread(own.postgres.stop)
+        shutil.copytree(files, copy, copy_function=copy_with_owner)
+        await asyncio.to_thread(own.postgres.start)
+        own_database.execute("select write_item() from generate_series(1, 5000)")
+        await received.until_there_are(5001)
+        await asyncio.to_thread(own.postgres.stop)
+        shutil.rmtree(files)
+        shutil.copytree(copy, files, copy_function=copy_with_owner)
+        shutil.rmtree(copy)
+        for folder in [files, *(path for path in files.rglob("*") if path.is_dir())]:
+            own.give(folder)
+        await asyncio.to_thread(own.postgres.start)
+        own_database.execute("select write_item()")
+        await received.until_there_are(5002)
+    assert received.numbers == [*range(1, 5002), 2]
+    assert received.gaps == []
+
+
+def copy_with_owner(source: str, target: str) -> None:
+    shutil.copy2(source, target)
+    facts = Path(source).stat()
+    os.chown(target, facts.st_uid, facts.st_gid)
 
 
 # -- visible to others
