@@ -447,24 +447,27 @@ class Feed:
 
     def _tell(self, table: Table, verdict: Verdict) -> None:
         """Send one change to all who are told of it: each channel once for each view, with the ids of all bindings that it fits."""
-        groups: dict[tuple[Registration, View], list[int]] = defaultdict(list)
-        for entry, view in verdict.told:
-            if entry.registration.is_open:
-                groups[entry.registration, view].append(entry.id)
-        contents: dict[View, bytes] = {}
-        frames: dict[tuple[str, Encoding, tuple[int, ...], View], Frame] = {}
-        for (registration, view), ids in groups.items():
-            if view not in contents:
-                new = None if verdict.new is None else verdict.new.told
-                old = None if verdict.old is None else verdict.old.told
-                contents[view] = encode(table, verdict.change, new, old, view)
-            subscriber = registration.subscriber
-            key = (subscriber.topic, subscriber.encoding, tuple(sorted(ids)), view)
-            if key not in frames:
-                change = RowChange(subscriber.topic, view.action, key[2], contents[view])
-                frames[key] = change.encode(subscriber.encoding)
-            subscriber.changed(frames[key])
-        self._metrics.change_deliveries.inc(len(groups))
+        views: dict[View, dict[Registration, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for view, entries in verdict.told:
+            ids_of = views[view]
+            for entry in entries:
+                if entry.registration.is_open:
+                    ids_of[entry.registration].append(entry.id)
+        new = None if verdict.new is None else verdict.new.told
+        old = None if verdict.old is None else verdict.old.told
+        for view, ids_of in views.items():
+            if not ids_of:
+                continue
+            data = encode(table, verdict.change, new, old, view)
+            frames: dict[tuple[str, Encoding, tuple[int, ...]], Frame] = {}
+            for registration, ids in ids_of.items():
+                subscriber = registration.subscriber
+                key = (subscriber.topic, subscriber.encoding, tuple(sorted(ids)))
+                if key not in frames:
+                    change = RowChange(subscriber.topic, view.action, key[2], data)
+                    frames[key] = change.encode(subscriber.encoding)
+                subscriber.changed(frames[key])
+            self._metrics.change_deliveries.inc(len(ids_of))
 
 
 def _entry(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -34,18 +35,33 @@ class Verdict:
     action: Action
     new: Picture | None
     old: Picture | None
-    told: list[tuple[Entry, View]] = field(default_factory=list)
+    told: list[tuple[View, Sequence[Entry]]] = field(default_factory=list)
+
+
+class _Want(NamedTuple):
+    """What entries may have in common. `identity` is that of now: they may have another token before all is known."""
+
+    identity: Identity
+    event: str
+    leaves: bool
+    select: tuple[str, ...]
+    rest: tuple[Condition, ...]
+
+    @classmethod
+    def of(cls, entry: Entry) -> _Want:
+        binding = entry.binding
+        return cls(Identity.of(entry.claims), binding.event, binding.leaves, binding.select, entry.rest)
 
 
 @dataclass(slots=True, eq=False)
 class _Wish:
-    """`image` is what the filter looks at. `is_leaving`: an UPDATE that may take the row away from the entry. `identity` is the entry's of
-    now: it may have another token before all is known."""
+    """`entries` want the same, so they are asked about once. `image` is what the filter looks at. `is_leaving`: an UPDATE that may take
+    the row away from them."""
 
     verdict: Verdict
-    entry: Entry
+    want: _Want
+    entries: Sequence[Entry]
     image: Image
-    identity: Identity
     is_leaving: bool = False
 
 
@@ -87,7 +103,7 @@ class Round:
         if self._table.generated:
             # Filters may read them.
             await self._complete(verdicts)
-        wishes = [wish for verdict in verdicts for wish in self._wishes(verdict)]
+        wishes = self._wishes(verdicts)
         if wishes:
             if not self._table.generated:
                 await self._complete(verdicts)
@@ -129,43 +145,50 @@ class Round:
 
     # -- who may want it
 
-    def _wishes(self, verdict: Verdict) -> Iterator[_Wish]:
-        """Those who wanted it when it was committed."""
-        for wish in self._candidates(verdict):
-            if not wish.entry.registration.is_past(verdict.change.xid):
-                yield wish
-
-    def _candidates(self, verdict: Verdict) -> Iterator[_Wish]:
+    def _wishes(self, verdicts: Iterable[Verdict]) -> list[_Wish]:
         """Those whom the index names. Who is told of an error is told whatever the filter says."""
-        table, action = self._table, verdict.action
-        if verdict.new is None:
-            assert verdict.old is not None, "a change without a new row has an old one"
-            known = {name: value for name, value in verdict.old.told.items() if name in table.identity}
-            for entry in self._subscriptions.candidates(table.relation, known):
-                if entry.binding.event in ("*", action) and table.access_of(entry.claims.role).columns:
-                    yield _Wish(verdict, entry, known, Identity.of(entry.claims))
-            return
-        self._refuse(verdict)
-        for entry in self._subscriptions.candidates(table.relation, verdict.new.told):
-            if entry.binding.event in ("*", action) and self._may_read_key(entry.claims.role):
-                yield _Wish(verdict, entry, verdict.new.told, Identity.of(entry.claims))
-        if action is Action.UPDATE and verdict.old is not None and verdict.old.is_whole:
-            for entry in self._subscriptions.candidates(table.relation, verdict.old.told):
-                if (
-                    entry.binding.leaves
-                    and entry.binding.event in ("*", Action.DELETE)
-                    and self._may_read_key(entry.claims.role)
-                ):
-                    yield _Wish(verdict, entry, verdict.old.told, Identity.of(entry.claims), is_leaving=True)
+        # Most changes meet the same subscribers: those are sorted once.
+        known: dict[int, list[tuple[_Want, list[Entry]]]] = {}
+
+        def wants(image: Image) -> Iterator[tuple[_Want, list[Entry]]]:
+            for circle in self._subscriptions.circles(self._table.relation, image):
+                if id(circle) not in known:
+                    groups: dict[_Want, list[Entry]] = defaultdict(list)
+                    for entry in circle:
+                        groups[_Want.of(entry)].append(entry)
+                    known[id(circle)] = list(groups.items())
+                yield from known[id(circle)]
+
+        wishes = []
+        for verdict in verdicts:
+            action, new, old = verdict.action, verdict.new, verdict.old
+            if new is None:
+                assert old is not None, "a change without a new row has an old one"
+                image = {name: value for name, value in old.told.items() if name in self._table.identity}
+                for want, entries in wants(image):
+                    if want.event in ("*", action) and self._table.access_of(want.identity.role).columns:
+                        wishes.append(_Wish(verdict, want, entries, image))
+                continue
+            self._refuse(verdict)
+            for want, entries in wants(new.told):
+                if want.event in ("*", action) and self._may_read_key(want.identity.role):
+                    wishes.append(_Wish(verdict, want, entries, new.told))
+            if action is Action.UPDATE and old is not None and old.is_whole:
+                for want, entries in wants(old.told):
+                    if want.leaves and want.event in ("*", Action.DELETE) and self._may_read_key(want.identity.role):
+                        wishes.append(_Wish(verdict, want, entries, old.told, is_leaving=True))
+        return wishes
 
     def _refuse(self, verdict: Verdict) -> None:
-        view = View(verdict.action, frozenset(), error=UNAUTHORIZED if self._table.key else NO_KEY)
         for role, entries in self._subscriptions.by_role(self._table.relation).items():
-            if self._may_read_key(role):
-                continue
-            for entry in entries:
-                if entry.binding.event in ("*", verdict.action) and not self._may_read_key(entry.claims.role):
-                    verdict.told.append((entry, view))
+            if not self._may_read_key(role):
+                view = View(verdict.action, frozenset(), error=UNAUTHORIZED if self._table.key else NO_KEY)
+                refused = [
+                    entry
+                    for entry in entries
+                    if entry.binding.event in ("*", verdict.action) and not self._may_read_key(entry.claims.role)
+                ]
+                verdict.told.append((view, refused))
 
     def _may_read_key(self, role: str) -> bool:
         return bool(self._table.key) and self._table.key <= self._table.access_of(role).columns
@@ -199,27 +222,24 @@ class Round:
         """Those wishes whose conditions are fulfilled."""
         by_role = defaultdict(list)
         for wish in wishes:
-            if wish.entry.rest:
-                by_role[wish.identity.role].append(wish)
+            if wish.want.rest:
+                by_role[wish.want.identity.role].append(wish)
         unfulfilled: set[_Wish] = set()
         for role, asked in by_role.items():
             album = Album()
             for wish in asked:
                 album.add(wish.image)
-            conditions = list(dict.fromkeys(condition for wish in asked for condition in wish.entry.rest))
+            conditions = list(dict.fromkeys(condition for wish in asked for condition in wish.want.rest))
             numbers = {condition: number for number, condition in enumerate(conditions)}
             matches = await self._judge.match(self._table, role, album.json(), conditions)
             for wish in asked:
                 image = album.number_of(wish.image)
-                if not all((image, numbers[condition]) in matches.found for condition in wish.entry.rest):
+                if not all((image, numbers[condition]) in matches.found for condition in wish.want.rest):
                     unfulfilled.add(wish)
-                self._note_problems(wish.entry, conditions, matches.problems)
+                for number, problem in matches.problems.items():
+                    if conditions[number] in wish.want.rest:
+                        self.unmatched |= dict.fromkeys(wish.entries, problem)
         return [wish for wish in wishes if wish not in unfulfilled]
-
-    def _note_problems(self, entry: Entry, conditions: list[Condition], problems: dict[int, str]) -> None:
-        for number, problem in problems.items():
-            if conditions[number] in entry.rest:
-                self.unmatched[entry] = problem
 
     # -- who may see it
 
@@ -228,10 +248,11 @@ class Round:
         album = Album()
         wanted: dict[Identity, set[int]] = defaultdict(set)
         for wish in wishes:
-            if self._is_bound(wish.identity) and wish.identity not in self._left_out:
+            identity = wish.want.identity
+            if self._is_bound(identity) and identity not in self._left_out:
                 for picture in _pictures(wish.verdict):
                     if picture.is_whole:
-                        wanted[wish.identity].add(album.add(picture.known))
+                        wanted[identity].add(album.add(picture.known))
         questions = list(wanted.items())
         seen: dict[Identity, frozenset[int]] = {}
         if questions:
@@ -243,24 +264,25 @@ class Round:
                     self.unjudged[identity] = sight.problem
 
         def sees(wish: _Wish, picture: Picture | None) -> bool:
-            if picture is None or not self._is_bound(wish.identity):
+            if picture is None or not self._is_bound(wish.want.identity):
                 return picture is not None
-            return picture.is_whole and album.number_of(picture.known) in seen.get(wish.identity, ())
+            return picture.is_whole and album.number_of(picture.known) in seen.get(wish.want.identity, ())
 
         # Leaving comes after staying: who still has the row is not told that it is gone.
-        staying = set()
+        staying: dict[Verdict, set[Entry]] = {wish.verdict: set() for wish in wishes if wish.is_leaving}
         for wish in sorted(wishes, key=lambda wish: wish.is_leaving):
             verdict = wish.verdict
             if wish.is_leaving:
-                if (verdict, wish.entry) not in staying and sees(wish, verdict.old):
-                    self._tell(wish, Action.DELETE, self._table.key)
+                if sees(wish, verdict.old):
+                    self._tell(wish, Action.DELETE, self._table.key, but=staying[verdict])
             elif verdict.new is None:
                 if sees(wish, verdict.old) or self._is_told_of_unknown(wish):
                     self._tell(
                         wish, Action.DELETE, self._table.key if self._table.has_row_security else self._table.identity
                     )
             elif sees(wish, verdict.new):
-                staying.add((verdict, wish.entry))
+                if verdict in staying:
+                    staying[verdict].update(wish.entries)
                 # Who sees the row now may not have seen it before.
                 is_known = not self._table.has_whole_old or sees(wish, verdict.old)
                 self._tell(wish, verdict.action, self._table.identity if is_known else self._table.key)
@@ -268,16 +290,25 @@ class Round:
     def _is_told_of_unknown(self, wish: _Wish) -> bool:
         """Whether to tell of a deleted row of which nothing but the key is known, as applications expect."""
         old = wish.verdict.old
-        return old is not None and not old.is_whole and not self._strict_deletes and wish.identity not in self._left_out
+        return (
+            old is not None
+            and not old.is_whole
+            and not self._strict_deletes
+            and wish.want.identity not in self._left_out
+        )
 
     def _is_bound(self, identity: Identity) -> bool:
         return self._table.access_of(identity.role).is_bound
 
-    def _tell(self, wish: _Wish, action: Action, old: frozenset[str]) -> None:
-        columns = self._table.access_of(wish.identity.role).columns
-        if wish.entry.binding.select:
-            columns &= self._table.key.union(wish.entry.binding.select)
-        wish.verdict.told.append((wish.entry, View(action, columns, old & columns)))
+    def _tell(self, wish: _Wish, action: Action, old: frozenset[str], *, but: Collection[Entry] = ()) -> None:
+        """Tell those who were there when it was committed."""
+        xid = wish.verdict.change.xid
+        entries = [entry for entry in wish.entries if entry not in but and not entry.registration.is_past(xid)]
+        columns = self._table.access_of(wish.want.identity.role).columns
+        if wish.want.select:
+            columns &= self._table.key.union(wish.want.select)
+        if entries:
+            wish.verdict.told.append((View(action, columns, old & columns), entries))
 
     # -- how it looks
 

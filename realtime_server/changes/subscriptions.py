@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Protocol, TypeVar
 
@@ -132,11 +132,16 @@ class Subscriptions:
 
     def candidates(self, relation: int, image: Image) -> Iterable[Entry]:
         """Entries that the image may fit: whose `exact` it has, or that have none."""
-        yield from self._unindexed.get(relation, ())
+        return chain.from_iterable(self.circles(relation, image))
+
+    def circles(self, relation: int, image: Image) -> Iterator[Mapping[Entry, None]]:
+        """The same, in the sets that other images have, too: the same object until an entry comes or goes."""
+        if relation in self._unindexed:
+            yield self._unindexed[relation]
         for column, values in self._exact.get(relation, {}).items():
             text = text_of(image.get(column))
-            if text is not None:
-                yield from values.get(text, ())
+            if text is not None and text in values:
+                yield values[text]
 
     def __contains__(self, relation: int) -> bool:
         return relation in self._tables
