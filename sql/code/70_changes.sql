@@ -477,7 +477,7 @@ as $$
     select case
         when pg_catalog.count(*) filter (where quals.polpermissive) = 0 then 'false'
         else pg_catalog.concat(
-            pg_catalog.string_agg('(' || quals.qual || ') and ', '' order by quals.polname) filter (where not quals.polpermissive),
+            pg_catalog.string_agg('(' || quals.qual || ') is true and ', '' order by quals.polname) filter (where not quals.polpermissive),
             '(',
             pg_catalog.string_agg('(' || quals.qual || ')', ' or ' order by quals.polname desc) filter (where quals.polpermissive),
             ')'
