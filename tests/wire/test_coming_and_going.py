@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import httpx2
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.fix_metrics import gauges
 from tests.fix_rights import READ, READ_PRESENCE, WRITE_PRESENCE, grant_rights, token_with
 from tests.fix_server import Server, ServerFactory
 
@@ -35,11 +35,10 @@ GAUGES = [
 ]
 
 
-async def gauges(http: httpx2.AsyncClient, server: Server) -> dict[str, float]:
-    answer = await http.get(f"{server.url}/metrics", headers={"apikey": server.service_key})
-    found = dict(re.findall(r"^(\w+) ([\d.]+)$", answer.text, re.MULTILINE))
+async def look(http: httpx2.AsyncClient, server: Server) -> dict[str, float]:
+    found = await gauges(http, server)
     files = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
-    return {name: float(found[name]) for name in GAUGES} | {"files": files}
+    return {name: found[name] for name in GAUGES} | {"files": files}
 
 
 class Guest:
@@ -136,14 +135,14 @@ async def test_nothing_stays_of_who_came_and_went(full_house: Server, http: http
                 await guest.come()
 
         await asyncio.gather(*map(come_in, guests))
-        middle = await gauges(http, full_house)
+        middle = await look(http, full_house)
         await asyncio.gather(*(guest.go() for guest in guests))
         return middle
 
     # What is made once, as the pool's connections, is there afterwards.
     await visits(40)
     async with asyncio.timeout(LIMIT_S):
-        while (before := await gauges(http, full_house))["realtime_connections"]:
+        while (before := await look(http, full_house))["realtime_connections"]:
             await asyncio.sleep(0.05)
     middle = await visits(COUNT)
     assert middle["realtime_connections"] == COUNT
@@ -156,6 +155,6 @@ async def test_nothing_stays_of_who_came_and_went(full_house: Server, http: http
         async with asyncio.timeout(LIMIT_S):
             while any(after[name] > before[name] + (SPARE_FILES if name == "files" else 0) for name in before):
                 await asyncio.sleep(0.1)
-                after = await gauges(http, full_house)
+                after = await look(http, full_house)
     except TimeoutError:
         raise AssertionError(f"before {before}, after {after}") from None

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from tests.fix_frames import CLIENTS, recording, user_broadcast_push
+from tests.fix_metrics import gauges_when_open
 from tests.fix_server import Server, ServerFactory, make_token
 from tests.fix_wire import Wire, WireFactory
 
@@ -206,7 +208,7 @@ async def talk(first: Wire, second: Wire, stop: asyncio.Event) -> tuple[int, flo
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-async def test_nonsense_harms_nobody(start_server: ServerFactory, wire: WireFactory) -> None:
+async def test_nonsense_harms_nobody(start_server: ServerFactory, wire: WireFactory, http: httpx2.AsyncClient) -> None:
     seed = int(os.environ.get("REALTIME_TEST_SEED") or secrets.randbits(32))
     print(f"REALTIME_TEST_SEED={seed}")
     server = await start_server(max_messages_per_second="0", max_joins_per_second="0", log_level="warning")
@@ -232,6 +234,7 @@ async def test_nonsense_harms_nobody(start_server: ServerFactory, wire: WireFact
     try:
         await throw_many(WARM_UP)
         memory_kb, files = resident_kb(server), open_files(server)
+        tasks = (await gauges_when_open(http, server, 2))["realtime_tasks"]
         await throw_many(FRAMES)
     finally:
         stop.set()
@@ -246,6 +249,10 @@ async def test_nonsense_harms_nobody(start_server: ServerFactory, wire: WireFact
     assert resident_kb(server) < memory_kb * 1.25
     # Hundreds of sockets came and went; the last ones may still be closing.
     assert open_files(server) <= files + SOCKETS
+    found = await gauges_when_open(http, server, 2)
+    assert found["realtime_tasks"] <= tasks
+    assert (found["realtime_rooms"], found["realtime_watched_rooms"], found["realtime_presence_entries"]) == (1, 0, 0)
+    assert found["realtime_row_change_subscribers"] == 0
 
     for socket in honest:
         assert await socket.is_alive()
