@@ -117,6 +117,31 @@ def migrate(
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what is in the way of messages and row changes, or may be one day, and what to do about it. Exit code 1: there is a problem."""
+    from realtime_server.doctor import examine
+    from realtime_server.embedded import EmbeddedPostgres
+
+    settings = config.load()
+    given = settings.database_url
+    url = EmbeddedPostgres(settings.data_dir).url if given is None else given.get_secret_value()
+    with _plain_database_errors():
+        findings = list(examine(url, settings))
+    count = {level: sum(one.level == level for one in findings) for level in ("problem", "note")}
+    if as_json:
+        facts = {"problems": count["problem"], "notes": count["note"], "findings": findings}
+        print(msgspec.json.format(msgspec.json.encode(facts)).decode())
+    else:
+        for one in findings:
+            print(f"{one.level:<9}{one.finding}{f' -> {one.advice}' if one.advice else ''}")
+        print(f"\nproblems: {count['problem']}, notes: {count['note']}")
+    if count["problem"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def keys(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

@@ -1,0 +1,94 @@
+"""What is in the way of messages and row changes, or may be one day, and what to do about it.
+
+The database knows most of it (`sql/code/90_doctor.sql`). Added here is what only a client of it sees: whether its schema is this server's,
+whether a pooler stands before it, and whether it lets a replication connection in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Literal
+
+import msgspec
+import psycopg
+from psycopg import conninfo
+
+from realtime_server import schema
+from realtime_server.changes.wal import POOLED
+from realtime_server.config import Settings
+from realtime_server.database import Target, target_of
+from realtime_server.errors import SchemaMismatch
+
+STATEMENT_TIMEOUT_S: Final = 30.0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """`check` is the stable name of what was looked at; `advice` is empty where there is nothing to do."""
+
+    check: str
+    level: Literal["ok", "note", "problem"]
+    finding: str
+    advice: str | None = None
+
+
+def examine(url: str, settings: Settings) -> Iterator[Finding]:
+    """Look at the database with the eyes of a server with these settings. Raises: psycopg.Error, DatabaseUnavailable."""
+    try:
+        schema.check(url)
+    except SchemaMismatch as error:
+        # What could be asked may not be there.
+        yield Finding("schema", "problem", str(error))
+        return
+    yield Finding("schema", "ok", f"the database is at {', '.join(schema.revisions(url))}")
+    target = target_of(url, timeout_s=settings.database_timeout_s)
+    yield _wakeup(settings.wakeup, target.is_pooled)
+    obstacle = None
+    if target.is_pooled or settings.wakeup == "poll":
+        obstacle = POOLED
+    elif settings.changes != "trigger":
+        obstacle = _replication_refusal(url, settings.database_timeout_s)
+    parameters = target.parameters(
+        name="doctor", timeout_s=settings.database_timeout_s, statement_timeout_s=STATEMENT_TIMEOUT_S
+    )
+    with psycopg.connect(parameters, **target.connection_options) as db:
+        rows = db.execute(
+            'select "check", level, finding, advice from realtime.doctor(current_user, %s, %s, %s, %s)',
+            (settings.changes, obstacle, list(settings.roles), settings.strict_deletes),
+        ).fetchall()
+    for check, level, finding, advice in rows:
+        yield Finding(check, level, finding, advice)
+
+
+def _wakeup(wakeup: Literal["auto", "notify", "poll"], is_pooled: bool) -> Finding:
+    if wakeup == "notify" and is_pooled:
+        return Finding(
+            "wakeup",
+            "problem",
+            "REALTIME_WAKEUP is notify, but through the transaction pooler before this database no NOTIFY arrives",
+            "set REALTIME_WAKEUP to auto, or give the address of the database itself",
+        )
+    if is_pooled:
+        return Finding(
+            "wakeup",
+            "note",
+            "the database is behind a transaction pooler: the server looks for messages many times a second",
+            "give the address of the database itself, and NOTIFY wakes the server",
+        )
+    if wakeup == "poll":
+        return Finding(
+            "wakeup",
+            "note",
+            "REALTIME_WAKEUP is poll: the server looks for messages many times a second, though NOTIFY would wake it",
+            "set REALTIME_WAKEUP to auto",
+        )
+    return Finding("wakeup", "ok", "NOTIFY wakes the server")
+
+
+def _replication_refusal(url: str, timeout_s: float) -> str | None:
+    """What pg_hba.conf and max_wal_senders say shows only in the attempt."""
+    walsender = Target(conninfo.make_conninfo(url, replication="database"))
+    try:
+        psycopg.connect(walsender.parameters(name="doctor", timeout_s=timeout_s), autocommit=True).close()
+    except psycopg.OperationalError as error:
+        return f"PostgreSQL refuses a replication connection: {str(error).splitlines()[0]}"
+    return None
