@@ -6,6 +6,7 @@ resolves names by the search path that users' policies expect.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -53,9 +54,7 @@ class Target:
         if not self.is_pooled:
             # The session's own schema last: what users' functions leave there must not be found instead of what is meant.
             own = conninfo.conninfo_to_dict(self.url).get("options") or ""
-            options = (
-                f"{own} -c search_path=public,extensions,pg_temp -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
-            )
+            options = f"{own} -c search_path=public,extensions,pg_temp -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
             # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
             options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
             settings["options"] = options.strip()
@@ -129,14 +128,20 @@ class Pool:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Database]:
         with errors():
-            async with self._pool.connection() as db, contextlib.AsyncExitStack() as stack:
-                if self._is_pooled:
-                    # Settings of a session would be some other client's next.
-                    await stack.enter_async_context(db.transaction())
-                    await db.execute(
-                        "select set_config('statement_timeout', %s, true)", (str(self._statement_timeout_ms),)
-                    )
-                yield db
+            db = await self._pool.getconn()
+            try:
+                async with db, contextlib.AsyncExitStack() as stack:
+                    if self._is_pooled:
+                        # Settings of a session would be some other client's next.
+                        await stack.enter_async_context(db.transaction())
+                        await db.execute(
+                            "select set_config('statement_timeout', %s, true)", (str(self._statement_timeout_ms),)
+                        )
+                    yield db
+            finally:
+                # Not the pool's own `connection`: it forgets one whose return is cancelled, as happens to clients that leave while others
+                # wait, until it has none to give.
+                await asyncio.shield(self._pool.putconn(db))
 
 
 def describe(error: psycopg.Error) -> str:

@@ -1,0 +1,61 @@
+"""The pool of connections: nobody who gives up takes a connection along."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import psycopg
+import pytest
+
+from realtime_server.database import Database, Pool, Target
+from tests.fix_database import TestDatabase
+
+LIMIT_S = 5.0
+
+
+@pytest.fixture
+async def pool(database: TestDatabase) -> AsyncIterator[Pool]:
+    """Has one connection to give."""
+    pool = Pool(Target(database.url), name="test", size=1, timeout_s=LIMIT_S, statement_timeout_s=LIMIT_S)
+    await pool.open()
+    yield pool
+    await pool.close()
+
+
+async def end(task: asyncio.Task[object]) -> None:
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_who_is_cancelled_while_a_connection_goes_back_does_not_lose_it(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_back = asyncio.Event()
+    put = pool._pool.putconn
+
+    async def put_slowly(connection: Database) -> None:
+        goes_back.set()
+        await asyncio.sleep(0)
+        await put(connection)
+
+    monkeypatch.setattr(pool._pool, "putconn", put_slowly)
+    first: asyncio.Task[object] = asyncio.create_task(pool.fetch("select 1"))
+    await goes_back.wait()
+    first.cancel()
+    await end(first)
+    assert await pool.fetch("select 2") == [(2,)]
+
+
+async def test_who_is_cancelled_while_the_database_answers_does_not_lose_the_connection(
+    pool: Pool, database: TestDatabase
+) -> None:
+    first: asyncio.Task[object] = asyncio.create_task(pool.fetch("select pg_sleep(60)"))
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        async with asyncio.timeout(LIMIT_S):
+            while not db.execute("select from pg_stat_activity where wait_event = 'PgSleep'").fetchall():
+                await asyncio.sleep(0.01)
+    first.cancel()
+    await end(first)
+    assert await pool.fetch("select 2") == [(2,)]
