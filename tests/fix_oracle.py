@@ -28,7 +28,7 @@ from urllib.parse import urlencode
 import httpx2
 import psycopg
 import pytest
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
 from realtime_server.client import Client, Gap
@@ -112,6 +112,10 @@ class Lost(Exception):
     """This connection is of no use any more."""
 
 
+class HadEnough(Lost):
+    """Enough messages have come for now."""
+
+
 RECONNECT = (
     Lost,
     OSError,
@@ -142,10 +146,13 @@ class Reader:
         self.losses: Counter[str] = Counter()
         self.cursors: dict[Topic, str] = {}
         self.nap_s = 0.0
-        # Leave after so many messages, and come again.
-        self.leaves_after: int | None = None
-        self._left_at = 0
+        # Leave after so many messages that came live and come again, so many times.
+        self.leaves_after = 1
+        self.leaves = 0
+        self._live = 0
         self._seen: set[str] = set()
+        # What was read for this client, instead of coming live.
+        self.replayed: set[int] = set()
 
     @property
     def base(self) -> str:
@@ -171,8 +178,8 @@ class Reader:
         """Connect and read until that ends."""
         raise NotImplementedError
 
-    def take(self, topic: Topic, event: str, id: str, cursor: str | None) -> None:
-        """Raises: Lost, when it is time to leave."""
+    def take(self, topic: Topic, event: str, id: str, cursor: str | None, *, replayed: bool = False) -> None:
+        """Raises: HadEnough, when it is time to leave."""
         if cursor is not None:
             self.cursors[topic] = cursor
         if id in self._seen:
@@ -180,15 +187,27 @@ class Reader:
         else:
             self._seen.add(id)
             self.received[topic].append(int(event))
-            if self.leaves_after is not None and self.count >= self._left_at + self.leaves_after:
-                self._left_at = self.count
-                raise Lost("had enough")
+            if replayed:
+                self.replayed.add(int(event))
+        if not replayed:
+            self._live += 1
+            if self.leaves and self._live >= self.leaves_after:
+                self._live = 0
+                self.leaves -= 1
+                raise HadEnough
 
 
 class WireReader(Reader):
-    """A raw WebSocket with all its topics on it; each resumes behind its own last message."""
+    """A raw WebSocket with all its topics on it; each resumes behind its own last message.
+
+    It is gone without a word; one that `is_polite` ends with a closing handshake, and takes in without a bound to that end.
+    """
 
     vsn = "2.0.0"
+    is_polite = False
+    # Instead of leaving, join once more on the same socket.
+    is_faithful = False
+    joins = 0
 
     async def stay(self) -> None:
         query = urlencode({"vsn": self.vsn, "apikey": self.oracle.server.anon_key})
@@ -196,39 +215,61 @@ class WireReader(Reader):
             f"{self.base.replace('http', 'ws', 1)}/realtime/v1/websocket?{query}",
             compression=None,
             max_size=None,
-            max_queue=4,
+            max_queue=None if self.is_polite else 4,
             open_timeout=self.patience_s,
             ping_interval=None,
             close_timeout=0.5,
         ) as socket:
             self.connections += 1
-            refs: dict[str, Topic] = {}
-            for number, topic in enumerate(self.topics, start=1):
-                refs[str(number)] = topic
-                broadcast = {"cursor": True, "replay": {"after": self.cursors[topic]}}
-                config = {"private": topic.private, "broadcast": broadcast}
-                await self._say(socket, str(number), topic, {"config": config, "access_token": self.token})
-            beat = 0.0
-            while True:
-                if self.nap_s:
-                    await asyncio.sleep(self.nap_s)
+            try:
+                await self._follow(socket)
+            finally:
                 try:
-                    async with asyncio.timeout(self.patience_s / 2):
-                        frame = await socket.recv()
-                except TimeoutError:
-                    if beat:
-                        raise Lost("no answer to a heartbeat") from None
-                    beat = asyncio.get_running_loop().time()
-                    await socket.send(
-                        json.dumps([None, "beat", "phoenix", "heartbeat", {}])
-                        if self.vsn == "2.0.0"
-                        else json.dumps({"topic": "phoenix", "event": "heartbeat", "payload": {}, "ref": "beat"})
-                    )
-                    continue
-                beat = 0.0
-                self._handle(frame, refs)
+                    if self.is_polite:
+                        await socket.close()
+                finally:
+                    # The answer to a goodbye stands behind all that was not read, and who leaves reads no more.
+                    socket.transport.abort()
 
-    async def _say(self, socket: Any, ref: str, topic: Topic, payload: dict[str, Any]) -> None:
+    async def _follow(self, socket: ClientConnection) -> None:
+        refs: dict[str, Topic] = {}
+        await self._join(socket, refs)
+        beat = 0.0
+        while True:
+            if self.nap_s:
+                await asyncio.sleep(self.nap_s)
+            try:
+                async with asyncio.timeout(self.patience_s / 2):
+                    frame = await socket.recv()
+            except TimeoutError:
+                if beat:
+                    raise Lost("no answer to a heartbeat") from None
+                beat = asyncio.get_running_loop().time()
+                await socket.send(
+                    json.dumps([None, "beat", "phoenix", "heartbeat", {}])
+                    if self.vsn == "2.0.0"
+                    else json.dumps({"topic": "phoenix", "event": "heartbeat", "payload": {}, "ref": "beat"})
+                )
+                continue
+            beat = 0.0
+            try:
+                self._handle(frame, refs)
+            except HadEnough:
+                if not self.is_faithful:
+                    raise
+                await self._join(socket, refs)
+
+    async def _join(self, socket: ClientConnection, refs: dict[str, Topic]) -> None:
+        """Join every topic, for the first time on this socket or once more."""
+        self.joins += 1
+        for topic in self.topics:
+            ref = str(len(refs) + 1)
+            refs[ref] = topic
+            broadcast = {"cursor": True, "replay": {"after": self.cursors[topic]}}
+            config = {"private": topic.private, "broadcast": broadcast}
+            await self._say(socket, ref, topic, {"config": config, "access_token": self.token})
+
+    async def _say(self, socket: ClientConnection, ref: str, topic: Topic, payload: dict[str, Any]) -> None:
         wire_topic = f"realtime:{topic.name}"
         if self.vsn == "2.0.0":
             await socket.send(json.dumps([ref, ref, wire_topic, "phx_join", payload]))
@@ -252,9 +293,14 @@ class WireReader(Reader):
         _, ref, wire_topic, event, payload = decoded
         match event:
             case "broadcast":
-                self.take(names[wire_topic], payload["event"], payload["meta"]["id"], payload["meta"]["cursor"])
+                meta = payload["meta"]
+                replayed = meta.get("replayed", False)
+                self.take(names[wire_topic], payload["event"], meta["id"], meta["cursor"], replayed=replayed)
             case "phx_reply" if payload["status"] != "ok":
                 raise Lost(f"{refs.get(ref)}: {payload['response']}")
+            case "phx_close" if int(ref) <= len(refs) - len(self.topics):
+                # Of the join before the last.
+                pass
             case "phx_error" | "phx_close":
                 raise Lost(f"channel ended: {event}")
             case "system" if payload["status"] == "gap":
@@ -315,7 +361,8 @@ class StreamReader(Reader):
         read = json.loads(data)
         match event:
             case "":
-                self.take(names[read["topic"]], read["event"], read["meta"]["id"], None)
+                replayed = read["meta"].get("replayed", False)
+                self.take(names[read["topic"]], read["event"], read["meta"]["id"], None, replayed=replayed)
             case "gap":
                 self.gaps.append(read["message"])
             case "error":

@@ -11,6 +11,7 @@ from tests.fix_oracle import (
     LONG,
     Oracle,
     OracleFactory,
+    Reader,
     ServerOf,
     Size,
     SqlReader,
@@ -49,6 +50,29 @@ async def test_connection_cut_in_the_middle_of_a_frame(
     proxy.bytes_left = None
     await oracle.verdict()
     assert sum(reader.connections for reader in oracle.readers) >= len(oracle.readers) + size.rounds
+
+
+async def test_clients_leave_and_resume_all_the_time(
+    steady_server: Server, oracle_of: OracleFactory, size: Size
+) -> None:
+    """Every flip from what is stored to what is live is a chance to lose what comes in between: they leave as soon as something is live."""
+    oracle = oracle_of(steady_server)
+    crowd = 8 if size.is_long else 4
+    sockets = [WireReader(f"websocket {number}", oracle, oracle.topics) for number in range(crowd)]
+    streams = [StreamReader(f"stream {number}", oracle, oracle.public) for number in range(crowd // 2)]
+    faithful = [WireReader(f"joins again {number}", oracle, oracle.topics) for number in range(2)]
+    restless: list[Reader] = [*sockets, *streams, *faithful]
+    for number, reader in enumerate(restless):
+        reader.leaves_after, reader.leaves = 1 + number % 3, 5 * size.transactions
+    for socket in sockets[::2]:
+        socket.is_polite = True
+    for socket in faithful:
+        socket.is_faithful = True
+    oracle.add(*restless)
+    await oracle.connected()
+    await oracle.write_until(lambda: not any(reader.leaves for reader in restless))
+    await oracle.verdict()
+    assert [(socket.connections, socket.joins) for socket in faithful] == [(1, 1 + 5 * size.transactions)] * 2
 
 
 async def test_half_open_connections(
@@ -120,6 +144,39 @@ async def test_more_is_stored_than_a_connection_may_have_waiting(
     await oracle.connected()
     await oracle.verdict()
     assert {reader.name: reader.connections for reader in oracle.readers if reader.connections > 1} == {}
+
+
+async def test_more_comes_than_can_be_held_while_a_stream_of_several_topics_resumes(
+    fault_server: ServerOf, oracle_of: OracleFactory
+) -> None:
+    """Each reader stands in the middle of what was stored, and so does what the server sends, while far more is committed than it holds."""
+    server = await fault_server(max_buffered_bytes="500000")
+    oracle = oracle_of(server)
+    oracle.begin()
+    first, *others = oracle.public
+    oracle.write_one(topic=first)
+    for topic in others:
+        oracle.write_one(copies=200, topic=topic, filler=30_000)
+    streams = [StreamReader(f"stream {number}", oracle, oracle.public, patience_s=20) for number in range(2)]
+    for reader in streams:
+        reader.nap_s = 0.1
+    oracle.add(*streams)
+    await until(lambda: all(reader.count > 1 for reader in streams), "all to be behind the first topic")
+    stored = max(oracle.ledger())
+    for number in range(36):
+        oracle.write_one(copies=100, topic=oracle.public[number % 3])
+    assert all(reader.count < 200 for reader in streams), "they are too quick for this test"
+    flood = max(oracle.ledger())
+    for reader in streams:
+        reader.nap_s = 0
+    # What is committed while a page is on its way is neither in it nor live yet.
+    await oracle.write()
+    await oracle.verdict()
+    for reader in streams:
+        # All that was not held was read.
+        numbers = {number for number in reader.received[first] if stored < number <= flood}
+        assert len(numbers & reader.replayed) == 1200
+        assert reader.losses == {}
 
 
 async def test_policy_that_raises_for_one_user(steady_server: Server, oracle_of: OracleFactory) -> None:
