@@ -520,8 +520,8 @@ begin
     select pg_catalog.format(
         $q$
             select coalesce(pg_catalog.array_agg(asked.n), '{}')
-            from pg_catalog.unnest($2) as asked (n)
-            where (select %s from pg_catalog.jsonb_populate_record(null::%s, $1 -> asked.n) as %I)
+            from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as asked (image, n)
+            where (select %s from pg_catalog.jsonb_populate_record(null::%s, asked.image) as %I)
         $q$,
         realtime.policy_condition(policy_query.relation, policy_query.role),
         realtime.table_name(policy_query.relation),
@@ -534,9 +534,9 @@ begin
         return v_query;
     end if;
     execute pg_catalog.format(
-        'create or replace function pg_temp.realtime_visible(jsonb, integer[]) returns integer[] begin atomic %s; end', v_query
+        'create or replace function pg_temp.realtime_visible(jsonb[], integer[]) returns integer[] begin atomic %s; end', v_query
     );
-    grant execute on function pg_temp.realtime_visible(jsonb, integer[]) to public;
+    grant execute on function pg_temp.realtime_visible(jsonb[], integer[]) to public;
     return 'select pg_temp.realtime_visible($1, $2)';
 end
 $$;
@@ -566,10 +566,16 @@ begin
             c.role,
             c.claims,
             c.number::integer - 1 as number,
-            array(select pg_catalog.jsonb_array_elements_text(c.wanted)::integer) as wanted
+            w.numbers,
+            w.images
         from rows from (
             pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
         ) with ordinality as c (role, claims, wanted, number)
+        -- Not all images: EXECUTE copies its arguments.
+        cross join lateral (
+            select pg_catalog.array_agg(n::integer) as numbers, pg_catalog.array_agg(visible_changes.images -> n::integer) as images
+            from pg_catalog.jsonb_array_elements_text(c.wanted) as n
+        ) as w
         order by c.role
     loop
         question := v_asked.number;
@@ -595,7 +601,7 @@ begin
             v_is_done := false;
             begin
                 perform realtime.take_identity(v_role, v_asked.claims);
-                execute v_query into visible using images, v_asked.wanted;
+                execute v_query into visible using v_asked.images, v_asked.numbers;
                 -- Takes role and settings back.
                 v_is_done := true;
                 raise exception using errcode = 'RT000';
@@ -611,8 +617,8 @@ begin
         end loop;
         return next;
     end loop;
-    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(jsonb, integer[])') is not null then
-        drop function pg_temp.realtime_visible(jsonb, integer[]);
+    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(jsonb[], integer[])') is not null then
+        drop function pg_temp.realtime_visible(jsonb[], integer[]);
     end if;
 end
 $$;

@@ -530,7 +530,7 @@ def test_judgement_is_that_of_select(db: Connection, case: Case) -> None:
             run(db, statement)
         run(db, "set local search_path = public, extensions")
         assert_same(db, table, forms, case.viewers)
-        assert run(db, "select to_regprocedure('pg_temp.realtime_visible(jsonb, integer[])')") == [(None,)]
+        assert run(db, "select to_regprocedure('pg_temp.realtime_visible(jsonb[], integer[])')") == [(None,)]
 
 
 def test_cases_tell_hidden_from_visible(db: Connection) -> None:
