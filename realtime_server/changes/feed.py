@@ -51,6 +51,8 @@ SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
 # The slot is free when the server that had it has ended.
 SLOT_PATIENCE_S: Final = 5.0
+# Frames leave, and others have their turn, after so long: a piece for thousands of subscribers is millions of frames.
+TELLING_S: Final = 0.05
 # Who cannot be judged is left out for so long.
 QUARANTINE_S: Final = 30.0
 MOST_LEFT_OUT: Final = 10_000
@@ -60,6 +62,8 @@ SUBSCRIBED: Final = "Subscribed to PostgreSQL"
 TIMEOUTS: Final = '{:error, "Too many database timeouts"}'
 WITHHELD: Final = "Changes of {table} are withheld: a policy could not be evaluated for your claims ({code})"
 UNAVAILABLE: Final = "Row changes are not available now, subscribe to broadcasts"
+# What is said of a subscription that may stand in a moment.
+TRIED_AGAIN: Final = (TIMEOUTS, UNAVAILABLE)
 
 Mode = Literal["auto", "wal", "trigger"]
 
@@ -381,9 +385,13 @@ class Feed:
             for table, verdict in await self._decide(relation, its):
                 verdicts[id(verdict.change)] = (table, verdict)
         self._metrics.changes.inc(len(changes))
+        since = time.monotonic()
         for change in changes:
             if id(change) in verdicts:
                 self._tell(*verdicts[id(change)])
+                if time.monotonic() - since > TELLING_S:
+                    await asyncio.sleep(0)
+                    since = time.monotonic()
 
     async def _decide(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
         """Raises: DatabaseUnavailable, QueryCanceled."""
