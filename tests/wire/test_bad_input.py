@@ -267,7 +267,7 @@ BAD_TOKENS_OF_REQUESTS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_TOKENS_OF_REQUESTS)
-async def test_rest_broadcast_with_a_bad_token_is_401(
+async def test_072_rest_broadcast_with_a_bad_token_is_401(
     shared_server: Server, http: httpx2.AsyncClient, case: str
 ) -> None:
     answer = await http.post(
@@ -307,7 +307,7 @@ BAD_BATCHES: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)
-async def test_rest_broadcast_of_a_bad_batch_is_422_and_sends_nothing(
+async def test_070_rest_broadcast_of_a_bad_batch_is_422_and_sends_nothing(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, case: str
 ) -> None:
     body, errors = BAD_BATCHES[case]

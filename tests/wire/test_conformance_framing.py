@@ -13,6 +13,7 @@ from contextlib import aclosing
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from realtime_server.config import Settings
 from tests.fix_clients import ClientFactory
 from tests.fix_database import Cluster
 from tests.fix_frames import user_broadcast_push
@@ -65,6 +66,7 @@ async def test_018_heartbeat_is_answered_while_a_join_is_slow(shared_server: Ser
 
 
 async def test_019_silent_socket_is_closed_with_1000(impatient_server: Server, wire: WireFactory) -> None:
+    assert Settings.model_fields["idle_timeout_s"].default == 60
     silent, pinging = [await wire(impatient_server.websocket_url, impatient_server.anon_key) for _ in range(2)]
     closed = asyncio.create_task(silent.closed())
     while not closed.done():

@@ -86,7 +86,7 @@ def refuse_connections(server: Server, *, limit: int) -> None:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-async def test_batch_reaches_both_versions_unchanged(
+async def test_069_batch_reaches_both_versions_unchanged(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, prefix: str
 ) -> None:
     topic = new_topic()
@@ -111,7 +111,7 @@ async def test_batch_reaches_both_versions_unchanged(
 
 
 @pytest.mark.parametrize("private", [True, "true", "1"])
-async def test_batch_drops_what_is_denied_and_sends_the_rest_public_first(
+async def test_071_batch_drops_what_is_denied_and_sends_the_rest_public_first(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, open_topic: str, private: Any
 ) -> None:
     token = make_token()
@@ -150,7 +150,7 @@ async def test_batch_drops_what_is_denied_and_sends_the_rest_public_first(
         b'{"_binary":"AAA="}',
     ],
 )
-async def test_single_json_value_arrives_as_it_came(
+async def test_073_single_json_value_arrives_as_it_came(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, prefix: str, payload: bytes
 ) -> None:
     topic = new_topic()
@@ -170,7 +170,7 @@ async def test_single_json_value_arrives_as_it_came(
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x00\xff\n{", b'{"a":1}'])
-async def test_single_bytes_arrive_as_they_came_and_not_at_all_in_version_1(
+async def test_073_single_bytes_arrive_as_they_came_and_not_at_all_in_version_1(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, payload: bytes
 ) -> None:
     topic = new_topic()
@@ -206,7 +206,7 @@ async def test_single_media_type_counts_without_its_parameters(
 
 
 @pytest.mark.parametrize("name", ["a/b", "room:1", "a%2Fb", "ü ?#", "..", "events", "a/events/b", "\x00"])
-async def test_single_names_are_decoded_after_the_path_is_split(
+async def test_074_single_names_are_decoded_after_the_path_is_split(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, name: str
 ) -> None:
     socket = await wire(shared_server.websocket_url, shared_server.anon_key)
@@ -221,7 +221,7 @@ async def test_single_names_are_decoded_after_the_path_is_split(
     ("query", "is_private"),
     [("?private=true", True), ("", False), ("?private=1", False), ("?private=True", False), ("?private=false", False)],
 )
-async def test_single_is_private_only_with_the_word_true(
+async def test_074_single_is_private_only_with_the_word_true(
     shared_server: Server, wire: WireFactory, http: httpx2.AsyncClient, open_topic: str, query: str, is_private: bool
 ) -> None:
     token = make_token()
@@ -283,7 +283,9 @@ BAD_SINGLES: dict[str, tuple[str, str, dict[str, str], bytes, int, Any]] = {
 
 
 @pytest.mark.parametrize("case", BAD_SINGLES)
-async def test_bad_single_is_refused_to_the_letter(shared_server: Server, http: httpx2.AsyncClient, case: str) -> None:
+async def test_075_bad_single_is_refused_to_the_letter(
+    shared_server: Server, http: httpx2.AsyncClient, case: str
+) -> None:
     topic, event, headers, body, status, expected = BAD_SINGLES[case]
     answer = await http.post(single(shared_server, topic, event), headers=key(shared_server) | headers, content=body)
     assert (answer.status_code, answer.json()) == (status, expected)
@@ -333,7 +335,7 @@ async def test_batch_with_a_number_out_of_range_is_422(shared_server: Server, ht
         {"x-api-key": make_token()},
     ],
 )
-async def test_single_with_a_bad_token_is_401(
+async def test_072_single_with_a_bad_token_is_401(
     shared_server: Server, http: httpx2.AsyncClient, headers: dict[str, str]
 ) -> None:
     answer = await http.post(single(shared_server, "t"), headers=headers | JSON, content=b"1")
@@ -341,7 +343,7 @@ async def test_single_with_a_bad_token_is_401(
 
 
 @pytest.mark.parametrize("headers", ["Authorization", "apikey"])
-async def test_single_takes_the_token_from_either_header(
+async def test_072_single_takes_the_token_from_either_header(
     shared_server: Server, http: httpx2.AsyncClient, headers: str
 ) -> None:
     token = make_token()
@@ -350,7 +352,7 @@ async def test_single_takes_the_token_from_either_header(
     assert answer.status_code == 202
 
 
-async def test_private_single_without_permission_is_403(
+async def test_075_private_single_without_permission_is_403(
     shared_server: Server, http: httpx2.AsyncClient, open_topic: str
 ) -> None:
     url = single(shared_server, open_topic, query="?private=true")
@@ -437,7 +439,7 @@ async def test_permission_that_cannot_be_found_out_is_told(
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-async def test_ping_needs_no_token_and_tells_the_rate(
+async def test_014_ping_needs_no_token_and_tells_the_rate(
     shared_server: Server, http: httpx2.AsyncClient, prefix: str
 ) -> None:
     answer = await http.get(f"{shared_server.url}{prefix}/api/ping", headers={"x-request-id": "my-request/1"})
@@ -451,7 +453,7 @@ async def test_ping_needs_no_token_and_tells_the_rate(
     assert answer.headers["x-request-id"] == "my-request/1"
 
 
-async def test_healthcheck_is_ok(shared_server: Server, http: httpx2.AsyncClient) -> None:
+async def test_014_healthcheck_is_ok(shared_server: Server, http: httpx2.AsyncClient) -> None:
     answer = await http.get(f"{shared_server.url}/healthcheck")
     assert (answer.status_code, answer.text, answer.headers["content-type"]) == (200, "ok", "text/plain; charset=utf-8")
 
@@ -472,7 +474,7 @@ async def test_request_id_that_is_not_sane_is_replaced(
     assert int(answer.headers["x-rate-limit"]) > 0
 
 
-async def test_too_many_messages_are_429(start_server: ServerFactory, http: httpx2.AsyncClient) -> None:
+async def test_076_too_many_messages_are_429(start_server: ServerFactory, http: httpx2.AsyncClient) -> None:
     server = await start_server(max_events_per_second="2")
     batch = f"{server.url}/realtime/v1/api/broadcast"
     answer = await http.post(batch, headers=key(server), json={"messages": [GOOD] * 3})
@@ -696,7 +698,7 @@ def test_keys_that_were_not_used_for_longest_are_forgotten_first() -> None:
         )
     ],
 )
-async def test_preflight_allows_what_clients_send(
+async def test_077_preflight_allows_what_clients_send(
     shared_server: Server, http: httpx2.AsyncClient, path: str, method: str
 ) -> None:
     names = ["authorization", "apikey", "content-type", "x-client-info", "idempotency-key", "x-my-own"]

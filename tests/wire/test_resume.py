@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from tests.fix_database import TestDatabase
+from tests.fix_metrics import gauges
 from tests.fix_server import Server
 from tests.fix_wire import Wire, WireFactory
 
@@ -38,6 +39,12 @@ async def hear_broadcast(socket: Wire) -> dict[str, Any]:
         "n": json.loads(frame[start + meta :])["n"],
         "meta": json.loads(frame[start : start + meta]),
     }
+
+
+async def until_rooms(http: httpx2.AsyncClient, server: Server, count: int) -> None:
+    async with asyncio.timeout(10):
+        while (await gauges(http, server))["realtime_rooms"] != count:
+            await asyncio.sleep(0.02)
 
 
 async def joined(server: Server, wire: WireFactory, topic: str, config: dict[str, Any]) -> tuple[Wire, dict[str, Any]]:
@@ -152,10 +159,7 @@ async def test_cursor_older_than_what_is_kept_is_a_gap(server: Server, wire: Wir
     assert (await hear_broadcast(socket))["n"] == 2
 
 
-async def test_replay_by_time_gives_the_newest_oldest_first_and_none_twice(
-    shared_server: Server, wire: WireFactory
-) -> None:
-    """Items 81 and 83."""
+async def test_081_replay_by_time_gives_the_newest_oldest_first(shared_server: Server, wire: WireFactory) -> None:
     before = int(time.time() * 1000) - 60_000
     send(shared_server.database, "timed", *range(30), private=True)
     for limit, expected in ((None, 25), (3, 3), (100, 25), (0, 1)):
@@ -165,6 +169,56 @@ async def test_replay_by_time_gives_the_newest_oldest_first_and_none_twice(
         assert [message["n"] for message in got] == list(range(30))[-expected:]
         assert all(message["meta"]["replayed"] is True for message in got)
         assert await socket.is_alive()
+    # Not older than asked for, and with bytes as bytes, for who can take them.
+    shared_server.database.execute(
+        "insert into realtime.messages (topic, extension, event, payload, private, inserted_at)"
+        " values ('timed:few', 'broadcast', 'e', '{\"n\": -1}', true, (now() - interval '2 minutes') at time zone 'utc')"
+    )
+    send(shared_server.database, "timed:few", 1, private=True)
+    shared_server.database.execute("select realtime.send_binary('\\xdeadbeef', 'bin', 'timed:few')")
+    [[row_id]] = shared_server.database.execute(
+        "select id::text from realtime.messages where topic = 'timed:few' and event = 'bin'"
+    )
+    config = {"private": True, "broadcast": {"replay": {"since": before}}}
+    socket, _ = await joined(shared_server, wire, "timed:few", config)
+    assert (await hear_broadcast(socket))["n"] == 1
+    frame = await socket.hear_bytes()
+    meta = b'{"id":"%b","replayed":true}' % str(row_id).encode()
+    assert frame == bytes([4, 18, 3, len(meta), 0]) + b"realtime:timed:fewbin" + meta + b"\xde\xad\xbe\xef"
+    old = await wire(shared_server.websocket_url, shared_server.service_key, vsn="1.0.0")
+    assert (await old.join("timed:few", config))["status"] == "ok"
+    assert (await old.hear())[4]["payload"]["n"] == 1
+    assert await old.is_alive()
+    socket, _ = await joined(
+        shared_server, wire, "timed:few", {"private": True, "broadcast": {"replay": {"since": before + 120_000}}}
+    )
+    assert await socket.is_alive()
+
+
+async def test_083_message_that_is_replayed_and_comes_live_is_delivered_once(
+    server: Server, wire: WireFactory, http: httpx2.AsyncClient
+) -> None:
+    with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
+        # Each statement of it sees what has been committed by then.
+        db.execute(
+            "create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)"
+            " returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)"
+            " language plpgsql volatile as $$ begin perform pg_sleep(1); return query"
+            " select m.id, m.event, m.payload, m.binary_payload, m.xid from realtime.messages as m"
+            " where m.topic = messages_between.topic order by m.seq; end $$"
+        )
+    socket = await wire(server.websocket_url, server.service_key)
+    config = {"private": True, "broadcast": {"replay": {"since": 1}}}
+    await socket.say("realtime:083", "phx_join", {"config": config})
+    await until_rooms(http, server, 1)
+    send(server.database, "083", 1, 2, private=True)
+    assert (await socket.hear())[4]["status"] == "ok"
+    heard = [await hear_broadcast(socket) for _ in range(2)]
+    assert [message["n"] for message in heard] == [1, 2]
+    assert all(message["meta"]["replayed"] for message in heard)
+    send(server.database, "083", 3, private=True)
+    assert (await hear_broadcast(socket))["n"] == 3
+    assert await socket.is_alive()
 
 
 async def test_client_that_goes_during_a_replay_by_time_leaves_nothing_behind(
@@ -180,17 +234,9 @@ async def test_client_that_goes_during_a_replay_by_time_leaves_nothing_behind(
     config = {"private": True, "broadcast": {"replay": {"since": 1}}}
     await socket.say("realtime:replay", "phx_join", {"config": config})
 
-    async def rooms() -> str:
-        answer = await http.get(f"{server.url}/metrics", headers={"apikey": server.service_key})
-        return next(line for line in answer.text.splitlines() if line.startswith("realtime_rooms "))
-
-    async with asyncio.timeout(2):
-        while await rooms() == "realtime_rooms 0.0":
-            await asyncio.sleep(0.02)
+    await until_rooms(http, server, 1)
     socket.socket.transport.abort()
-    async with asyncio.timeout(10):
-        while await rooms() != "realtime_rooms 0.0":
-            await asyncio.sleep(0.1)
+    await until_rooms(http, server, 0)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +253,9 @@ async def test_client_that_goes_during_a_replay_by_time_leaves_nothing_behind(
         (True, "x", "Replay params are not valid"),
     ],
 )
-async def test_replay_by_time_is_refused(
+async def test_082_replay_by_time_is_refused(
     shared_server: Server, wire: WireFactory, private: bool, replay: Any, reason: str
 ) -> None:
-    """Item 82."""
     socket = await wire(shared_server.websocket_url, shared_server.anon_key)
     answer = await socket.join(
         "t", {"private": private, "broadcast": {"replay": replay}}, access_token=shared_server.service_key

@@ -575,6 +575,9 @@ def forgeries() -> dict[str, str]:
         "none, with the signature of another": jwt.encode(rights, "", "none") + signature,
         "without its signature": good.rpartition(".")[0] + ".",
         "critical extension": jwt.encode(rights, SERVER_SECRET, "HS256", headers={"crit": ["exp"], "exp": 1}),
+        "critical extension of the library": jwt.encode(
+            rights, SERVER_SECRET, "HS256", headers={"crit": ["b64"], "b64": True}
+        ),
         "empty secret": with_header(good, {"alg": "HS256"}, b""),
         "public key as secret": with_header(good, {"alg": "HS256"}, public_pem),
         "public key as secret, by its name": with_header(good, {"alg": "HS256", "kid": "RS256"}, public_pem),
