@@ -7,7 +7,7 @@
     │                       InvalidClaims  Unauthorized  SendDenied  TrackDenied
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
-    ├── DatabaseUnavailable  QueryCanceled
+    ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
     ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
     ├── SchemaMismatch
     ├── SettingsError
@@ -73,7 +73,8 @@ class PrivateOnly(ProtocolError):
 
 
 class InvalidBinding(ProtocolError):
-    """A subscription to row changes that cannot be: a `system` message with the sentence says why. The channel stays joined."""
+    """A subscription to row changes that cannot be: a `system` message with the sentence says why, and the channel stays joined. A join
+    that waits for the subscription is refused."""
 
     code = "RealtimeDisabledForConfiguration"
 
@@ -288,6 +289,20 @@ class QueryCanceled(RealtimeError):
 
     def __str__(self) -> str:
         return "Query was cancelled, please try again"
+
+
+class ChangesTimeout(RealtimeError):
+    """The subscription to row changes that a join waits for (`postgres_changes_options`) did not stand in time. Join again."""
+
+    code = "PostgresChangesSubscribeTimeout"
+    status = 503
+
+    def __init__(self, limit_ms: int) -> None:
+        super().__init__(limit_ms)
+        self.limit_ms = limit_ms
+
+    def __str__(self) -> str:
+        return f"Timed out after {self.limit_ms}ms waiting for the postgres_changes subscription"
 
 
 class MalformedCursor(RealtimeError):

@@ -19,12 +19,14 @@ from typing import Any, Final, TypeGuard
 import structlog
 
 from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import Registration
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
 from realtime_server.cursor import Place
 from realtime_server.errors import (
     AuthError,
+    ChangesTimeout,
     DatabaseUnavailable,
     Gap,
     InvalidBinding,
@@ -93,7 +95,7 @@ class Channel(Follower):
         )
         self.session = session
         self.watcher = Watcher(connection)
-        self.registration: Registration | None = None
+        self.rows: RowReader | None = None
         self.config = config
         self.claims = claims
         self.policy = policy
@@ -112,6 +114,10 @@ class Channel(Follower):
         self.replayed: list[Stored] = []
         self.place_at_join: Place | None = None
         self.is_resuming = False
+
+    @property
+    def registration(self) -> Registration | None:
+        return None if self.rows is None else self.rows.registration
 
     @property
     def is_in_doubt(self) -> bool:
@@ -144,16 +150,15 @@ class Watcher:
         self._connection.send(frame)
 
 
-class RowReader:
+class RowReader(Reader):
     """The subscriber to the row changes of one channel."""
 
-    def __init__(self, session: Session, channel: Channel) -> None:
-        self.topic = channel.room.topic
-        self.encoding = channel.encoding
+    def __init__(self, session: Session, channel: Channel, *, is_held: bool) -> None:
+        super().__init__(channel.room.topic, channel.encoding, is_held=is_held)
         self._session = session
         self._channel = channel
 
-    def changed(self, frame: Frame) -> None:
+    def send(self, frame: Frame) -> None:
         rates, now = self._session.services.rates, time.monotonic()
         rates.events.count(now)
         if rates.events.is_over(now):
@@ -161,10 +166,10 @@ class RowReader:
         else:
             self._session.connection.send(frame)
 
-    def tell_changes(self, text: str, *, ok: bool) -> None:
+    def say(self, text: str, *, ok: bool) -> None:
         self._session.tell(self._channel, text, ok=ok, extension=messages.POSTGRES_CHANGES)
 
-    def tell_missing_changes(self, problem: str) -> None:
+    def say_missing(self, problem: str) -> None:
         extension = messages.POSTGRES_CHANGES
         self._session.connection.push(messages.gap(self.topic, self._channel.join_ref, problem, None, extension))
 
@@ -192,6 +197,8 @@ class Session:
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
         self._busy: dict[str, deque[Action]] = {}
+        # Of joins whose reply waits for row changes.
+        self._held: dict[str, RowReader] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._pending_bytes = 0
         rate = self._limits.max_messages_per_second
@@ -215,6 +222,10 @@ class Session:
             if not too_many:
                 log.info("frame dropped", code=error.code, problem=str(error))
             return
+        if isinstance(message, Message) and message.event in (messages.JOIN, messages.LEAVE):
+            held = self._held.get(message.topic)
+            if held is not None:
+                held.stop_waiting()
         self._do(message.topic, lambda: self._handle(message, too_many), size=len(message.payload))
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
@@ -393,7 +404,10 @@ class Session:
         rates.joins.count(now)
 
     async def _begin(self, channel: Channel, topic: str) -> None:
-        """Subscribe, and read what the client asks to have replayed by time. Raises: Unauthorized, UnableToReplay, DatabaseUnavailable."""
+        """Subscribe, and read what the client asks to have replayed by time.
+
+        Raises: Unauthorized, UnableToReplay, DatabaseUnavailable, InvalidBinding, ChangesTimeout, TokenExpired.
+        """
         config, replay = channel.config, channel.config.replay
         if config.has_replay and not channel.policy.can_read_broadcast:
             raise Unauthorized(topic)
@@ -403,6 +417,8 @@ class Session:
             Hold(channel)
         if config.has_replay and "after" not in replay:
             channel.replayed = await self._read_by_time(channel)
+        if config.wait_ms is not None and config.bindings:
+            await self._await_changes(channel, config.wait_ms)
         if channel.policy.can_read_broadcast:
             self.services.broadcasts.subscribe(channel.room, channel)
 
@@ -439,29 +455,55 @@ class Session:
                 channel.send_stored(stored, channel.place_at_join)
             channel.replayed.clear()
             self._go_live(channel, None)
-        if echoes:
-            self._subscribe_to_changes(channel)
+        if channel.rows is not None:
+            channel.rows.release()
+        elif echoes:
+            self._try_to_subscribe(channel)
         if config.replication_ready:
             self.tell(channel, "Replication connection established", ok=True)
         if config.presence_enabled:
             self._watch_presence(channel)
         self._watch_expiry()
 
-    def _subscribe_to_changes(self, channel: Channel) -> None:
+    def _try_to_subscribe(self, channel: Channel) -> None:
         """Row changes, too; the channel lives on whatever comes of it."""
-        reader = RowReader(self, channel)
+        rows = RowReader(self, channel, is_held=False)
         try:
-            if len(channel.config.bindings) > MOST_BINDINGS:
-                raise InvalidBinding(f"A channel has at most {MOST_BINDINGS} bindings of postgres_changes")
-            wanted = [(id, bindings.parse(binding)) for id, binding in enumerate(channel.config.bindings, start=1)]
+            self._subscribe_to_changes(channel, rows)
         except InvalidBinding as error:
             self.services.metrics.count_error(error.code)
-            reader.tell_changes(str(error), ok=False)
-            return
-        channel.registration = Registration(reader, channel.claims, wanted)
-        self.services.changes.register(channel.registration)
-        entry = self.services.changes.enter(channel.registration)
+            rows.tell_changes(str(error), ok=False)
+
+    def _subscribe_to_changes(self, channel: Channel, rows: RowReader) -> None:
+        """Raises: InvalidBinding."""
+        if len(channel.config.bindings) > MOST_BINDINGS:
+            raise InvalidBinding(f"A channel has at most {MOST_BINDINGS} bindings of postgres_changes")
+        wanted = [(id, bindings.parse(binding)) for id, binding in enumerate(channel.config.bindings, start=1)]
+        channel.rows = rows
+        entry = rows.subscribe(self.services.changes, channel.claims, wanted)
         self._spawn(self._watched(channel, entry), entry)
+
+    async def _await_changes(self, channel: Channel, wait_ms: int) -> None:
+        """Hold the reply until the subscription to row changes stands, or the client leaves or joins anew.
+
+        Source: Supabase Realtime, `postgres_changes_options`. Raises: InvalidBinding, ChangesTimeout, TokenExpired.
+        """
+        topic, rows = channel.room.topic, RowReader(self, channel, is_held=True)
+        try:
+            self._subscribe_to_changes(channel, rows)
+            self._held[topic] = rows
+            async with asyncio.timeout(wait_ms / 1000):
+                await rows.first_word
+            if channel.claims.expires_at <= time.time():
+                raise TokenExpired(int(time.time() - channel.claims.expires_at))
+        except BaseException as error:
+            # The client may be gone by now, and its session knows nothing of this channel yet.
+            self._forget(channel)
+            if isinstance(error, TimeoutError):
+                raise ChangesTimeout(wait_ms) from None
+            raise
+        finally:
+            self._held.pop(topic, None)
 
     async def _watched(self, channel: Channel, work: Work) -> None:
         try:

@@ -30,8 +30,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from realtime_server.changes.feed import UNAVAILABLE
-from realtime_server.changes.subscriptions import Registration
+from realtime_server.changes.feed import PATIENCE_S, TRIED_AGAIN
+from realtime_server.changes.reader import Reader
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT, GOODBYE_S
@@ -283,11 +283,12 @@ class EventStream:
 
     async def _subscribe_to_changes(self, rows: RowReader) -> None:
         """Raises: InvalidBinding, DatabaseUnavailable."""
-        changes = self._services.changes
-        rows.registration = Registration(rows, self._claims, enumerate(self._wish.bindings, start=1))
-        changes.register(rows.registration)
-        self._spawn(changes.enter(rows.registration))
-        await rows.first_word
+        self._spawn(rows.subscribe(self._services.changes, self._claims, enumerate(self._wish.bindings, start=1)))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await rows.first_word
+        except TimeoutError:
+            raise DatabaseUnavailable from None
 
     async def _authorize(self) -> None:
         """Ask policies until no word of lost rights came meanwhile.
@@ -378,44 +379,22 @@ class _Topic(Follower):
             super().deliver(message, frame)
 
 
-class RowReader:
+class RowReader(Reader):
     """The subscriber to the row changes of a stream. What comes before `release` waits for the `ready` event."""
 
-    topic = ""
-    encoding = Encoding(Format.SSE)
-
     def __init__(self, stream: EventStream) -> None:
-        self.registration: Registration | None = None
-        # Done when the subscription works; raises InvalidBinding, DatabaseUnavailable.
-        self.first_word: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Looked at here too, for when the client is gone before it is waited for.
-        self.first_word.add_done_callback(lambda word: word.cancelled() or word.exception())
+        super().__init__("", Encoding(Format.SSE), is_held=True)
         self._stream = stream
-        self._early: list[Frame] | None = []
 
-    def changed(self, frame: Frame) -> None:
-        if self._early is None:
-            self._stream.send(frame)
-        else:
-            self._early.append(frame)
+    def send(self, frame: Frame) -> None:
+        self._stream.send(frame)
 
-    def tell_changes(self, text: str, *, ok: bool) -> None:
-        error: RealtimeError = DatabaseUnavailable() if text == UNAVAILABLE else InvalidBinding(text)
-        if self.first_word.done():
-            if not ok:
-                self._stream.fail(error)
-        elif ok:
-            self.first_word.set_result(None)
-        else:
-            self.first_word.set_exception(error)
+    def say(self, text: str, *, ok: bool) -> None:
+        if not ok:
+            self._stream.fail(DatabaseUnavailable() if text in TRIED_AGAIN else InvalidBinding(text))
 
-    def tell_missing_changes(self, problem: str) -> None:
-        self.changed(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
-
-    def release(self) -> None:
-        early, self._early = self._early or [], None
-        for frame in early:
-            self._stream.send(frame)
+    def say_missing(self, problem: str) -> None:
+        self._stream.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
 
 class _Answer(StreamingResponse):

@@ -6,17 +6,24 @@ Source: Supabase Realtime `Realtime.Channels.Join` (schema and casts).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from realtime_server.protocol.messages import Format
+
+DEFAULT_WAIT_MS: Final = 15_000
+LONGEST_WAIT_MS: Final = 20_000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """`presence_key` is None where the server is to make one up. `replay` is what the client sent under that key, unread."""
+    """`presence_key` is None where the server is to make one up. `replay` is what the client sent under that key, unread.
+
+    `wait_ms`: for how long the reply may wait until row changes are subscribed to; None where it does not wait.
+    """
 
     private: bool = False
     ack: bool = False
@@ -28,6 +35,7 @@ class Join:
     presence_enabled: bool = False
     presence_key: str | None = None
     bindings: tuple[dict[str, Any], ...] = ()
+    wait_ms: int | None = None
     access_token: str | None = None
     user_token: str | None = None
     problems: tuple[str, ...] = field(default=(), compare=False)
@@ -47,6 +55,8 @@ def parse(payload: dict[str, Any] | None, format: Format) -> Join:
     config = reader.mapping(payload, "config")
     broadcast = reader.mapping(config, "broadcast")
     presence = reader.mapping(config, "presence")
+    changes = reader.mapping(config, "postgres_changes_options")
+    wait_ms = min(reader.positive(changes, "timeout", DEFAULT_WAIT_MS), LONGEST_WAIT_MS)
     return Join(
         private=reader.flag(config, "private"),
         ack=reader.flag(broadcast, "ack"),
@@ -60,10 +70,14 @@ def parse(payload: dict[str, Any] | None, format: Format) -> Join:
         or (format is Format.V1 and "key" in presence and "enabled" not in presence),
         presence_key=reader.key(presence),
         bindings=reader.bindings(config),
+        wait_ms=wait_ms if reader.flag(changes, "wait") else None,
         access_token=reader.text(payload, "access_token"),
         user_token=reader.text(payload, "user_token"),
         problems=tuple(reader.problems),
     )
+
+
+_DIGITS: Final = re.compile(r"[0-9]{1,18}")
 
 
 class _Reader:
@@ -88,6 +102,14 @@ class _Reader:
     def text(self, parent: dict[str, Any], key: str) -> str | None:
         value = parent.get(key)
         return value if isinstance(value, str) else self._default(key, value, "a string", None)
+
+    def positive(self, parent: dict[str, Any], key: str, default: int) -> int:
+        value = parent.get(key)
+        if isinstance(value, str) and _DIGITS.fullmatch(value):
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        return self._default(key, value, "a whole number above 0", default)
 
     def key(self, presence: dict[str, Any]) -> str | None:
         match presence.get("key"):

@@ -226,6 +226,30 @@ async def test_selections_wildcards_and_several_bindings(tables: Tables, server:
     no_errors(*users)
 
 
+@pytest.mark.parametrize("kind", WITH_BUILDER)
+async def test_subscribed_means_that_changes_arrive_for_who_waits(
+    tables: Tables, server: Server, client: ClientFactory, kind: Kind
+) -> None:
+    """The client's own option: without it, SUBSCRIBED may come before the changes do."""
+    tables.create()
+    user = await client(kind, server.url, server.anon_key)
+    waiting = {"postgres_changes_options": {"wait": True, "timeout": 10_000}}
+    for round in range(5):
+        channel = f"rows-{round}"
+        joined = await user.do(
+            "subscribe", channel=channel, topic=channel, config=waiting, postgres_changes=[tables.binding()]
+        )
+        assert joined["status"] == "SUBSCRIBED", user.story()
+        tables.execute("insert into todos values (%s)", round)
+        assert (await hear(user, channel)).new == {"id": round, "title": None}
+    refused = await user.do(
+        "subscribe", channel="nope", topic="nope", config=waiting, postgres_changes=[tables.binding("nope")]
+    )
+    assert refused["status"] == "CHANNEL_ERROR", user.story()
+    assert refused["error"].startswith("RealtimeDisabledForConfiguration: Unable to subscribe to changes with given")
+    no_errors(user)
+
+
 async def test_two_users_see_their_own_rows(tables: Tables, server: Server, client: ClientFactory) -> None:
     tables.create("notes", "id int primary key, owner uuid, title text", *OWN_ROWS)
     alices, bobs = await asyncio.gather(

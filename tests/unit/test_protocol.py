@@ -431,6 +431,33 @@ def test_wrongly_typed_field_takes_its_default_and_is_named(config: dict[str, An
         assert named == (config.get(name) is not None and not isinstance(config[name], dict))
 
 
+@pytest.mark.parametrize(
+    ("options", "wait_ms", "problems"),
+    [
+        ({"wait": True}, 15_000, 0),
+        ({"wait": "True", "timeout": None}, 15_000, 0),
+        ({"wait": True, "timeout": 1}, 1, 0),
+        ({"wait": True, "timeout": "250"}, 250, 0),
+        ({"wait": True, "timeout": 20_001}, 20_000, 0),
+        ({"wait": True, "timeout": 10**40}, 20_000, 0),
+        ({"wait": True, "timeout": 0}, 15_000, 1),
+        ({"wait": True, "timeout": -5}, 15_000, 1),
+        ({"wait": True, "timeout": 1.5}, 15_000, 1),
+        ({"wait": True, "timeout": True}, 15_000, 1),
+        ({"wait": True, "timeout": "1e3"}, 15_000, 1),
+        ({"wait": True, "timeout": []}, 15_000, 1),
+        ({"wait": 1, "timeout": 5}, None, 1),
+        ({"wait": False}, None, 0),
+        ({"timeout": 5}, None, 0),
+        (None, None, 0),
+        ("wait", None, 1),
+    ],
+)
+def test_wait_for_row_changes(options: object, wait_ms: int | None, problems: int) -> None:
+    parsed = join.parse({"config": {"private": True, "postgres_changes_options": options}}, Format.V2)
+    assert (parsed.wait_ms, len(parsed.problems), parsed.private) == (wait_ms, problems, True)
+
+
 @pytest.mark.parametrize("value", [True, "true", "True", "TRUE"])
 def test_flag_may_be_text(value: object) -> None:
     config = {"private": value, "broadcast": {"ack": value, "self": value}, "presence": {"enabled": value}}

@@ -8,16 +8,18 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
 
 from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.changes.feed import SUBSCRIBED, TIMEOUTS, Feed
+from realtime_server.changes.subscriptions import Registration
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 from realtime_server.history import Stored
 from realtime_server.hub import Room
-from realtime_server.protocol.frames import Broadcast
+from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, Frame
 from tests.fix_session import LIMITS, Talk
 
 ERRORS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
@@ -136,3 +138,98 @@ async def test_push_that_is_refused_is_answered_with_an_error_of_the_table(
         {"status": "error", "response": response},
     ]
     assert f"\n| `{code}` |" in ERRORS_PAGE.read_text()
+
+
+class _Feed:
+    """Changes that the test makes up: `registration` is the one that entered last and has not left."""
+
+    def __init__(self) -> None:
+        self.registration: Registration | None = None
+
+    def register(self, registration: Registration) -> None:
+        self.registration = registration
+
+    async def enter(self, registration: Registration) -> None: ...
+
+    def leave(self, registration: Registration) -> None:
+        registration.is_open = False
+        self.registration = None
+
+
+async def wait_for_changes(talk: Talk, **options: Any) -> tuple[_Feed, Registration]:
+    """Join, and let the reply wait."""
+    feed = _Feed()
+    talk.session.services = talk.services = replace(talk.services, changes=cast(Feed, feed))
+    config = {
+        "postgres_changes": [{"event": "*", "schema": "public"}],
+        "postgres_changes_options": {"wait": True, **options},
+        "presence": {"enabled": True},
+    }
+    talk.say("room", "phx_join", {"config": config, "access_token": "good"}, ref="1")
+    async with asyncio.timeout(5):
+        while feed.registration is None:
+            await asyncio.sleep(0.001)
+    return feed, feed.registration
+
+
+async def test_changes_that_come_before_the_reply_follow_it(talk: Talk) -> None:
+    _, registration = await wait_for_changes(talk)
+    subscriber = registration.subscriber
+    subscriber.tell_changes(TIMEOUTS, ok=False)
+    await asyncio.sleep(0.01)
+    assert talk.said == []
+    subscriber.tell_changes(SUBSCRIBED, ok=True)
+    subscriber.changed(Frame(b'["first"]'))
+    subscriber.tell_missing_changes("gap: some")
+    subscriber.changed(Frame(b'["second"]'))
+    assert talk.said == []
+    reply, confirmation, first, gap, second, presence = [await talk.hear() for _ in range(6)]
+    assert (reply[3], reply[4]["status"]) == ("phx_reply", "ok")
+    assert (confirmation[3], confirmation[4]["message"]) == ("system", SUBSCRIBED)
+    assert (first, second) == (["first"], ["second"])
+    assert (gap[4]["status"], gap[4]["message"]) == ("gap", "gap: some")
+    assert presence[3] == "presence_state"
+    # And from now on at once.
+    subscriber.changed(Frame(b'["third"]'))
+    subscriber.tell_changes(TIMEOUTS, ok=False)
+    assert [talk.said[0], talk.said[1][4]["message"]] == [["third"], TIMEOUTS]
+
+
+async def test_messages_of_a_room_do_not_come_before_the_reply(talk: Talk) -> None:
+    _, registration = await wait_for_changes(talk)
+    room = Room("realtime:room", False)
+    talk.services.publish(room, ForwardedBroadcast("realtime:room", b'{"event":"early"}'))
+    registration.subscriber.tell_changes(SUBSCRIBED, ok=True)
+    assert (await talk.hear())[3] == "phx_reply"
+    talk.services.publish(room, ForwardedBroadcast("realtime:room", b'{"event":"late"}'))
+    assert [(await talk.hear())[3] for _ in range(2)] == ["system", "presence_state"]
+    assert (await talk.hear())[3:] == ["broadcast", {"event": "late"}]
+    assert talk.said == []
+
+
+async def test_token_that_ends_while_the_reply_waits_refuses_the_join(talk: Talk) -> None:
+    talk.expires_at = time.time() + 0.02
+    feed, registration = await wait_for_changes(talk)
+    await asyncio.sleep(0.05)
+    registration.subscriber.tell_changes(SUBSCRIBED, ok=True)
+    registration.subscriber.changed(Frame(b'["secret"]'))
+    reply = await talk.hear()
+    assert reply[4]["status"] == "error"
+    assert reply[4]["response"]["reason"].startswith("InvalidJWTToken: Token has expired")
+    assert feed.registration is None
+    assert talk.said == []
+
+
+async def test_session_that_ends_while_the_reply_waits_leaves_nothing_behind() -> None:
+    class Gone(Exception):
+        pass
+
+    with suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as tasks:
+            talk = Talk(tasks)
+            feed, _ = await wait_for_changes(talk)
+            talk.session.close()
+            raise Gone
+    assert feed.registration is None
+    assert not talk.services.users
+    assert talk.said == []
