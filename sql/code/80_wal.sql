@@ -121,18 +121,24 @@ comment on function realtime.backend_started(integer) is
     'When the process with this id began, in seconds since 1970; null when there is none. It tells it from another one of the same id.';
 revoke all on function realtime.backend_started(integer) from public;
 
+-- Told to end, a process first says so to its client, and where that one does not read, it stays at it until it is told again.
 create or replace function realtime.end_walsender(backend integer, started numeric)
 returns boolean
-language sql
+language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
+set client_min_messages = 'error'
 as $$
-    select
-        case
-            when realtime.backend_started(end_walsender.backend) = end_walsender.started
-                then pg_terminate_backend(end_walsender.backend, 5000)
-            else true
-        end
+begin
+    for attempt in 1 .. 10 loop
+        -- What is seen of other processes stays the same in a transaction, otherwise.
+        perform pg_stat_clear_snapshot();
+        if realtime.backend_started(backend) is distinct from started or pg_terminate_backend(backend, 300) then
+            return true;
+        end if;
+    end loop;
+    return false;
+end
 $$;
 comment on function realtime.end_walsender(integer, numeric) is
     'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
