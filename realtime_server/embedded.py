@@ -314,6 +314,10 @@ class EmbeddedPostgres:
         with self._administer(DATABASE) as db:
             for statement in role_statements(ROLE, db.info.server_version):
                 db.execute(statement.encode())
+            # Tables are made with the URL that is printed, the administrator's. To tell their changes, the server reads them and puts
+            # triggers on them.
+            for rights in ("usage on schemas", "select, trigger on tables"):
+                db.execute(f"alter default privileges grant {rights} to {ROLE}".encode())
 
     @contextlib.contextmanager
     def _administer(self, database: str) -> Iterator[psycopg.Connection]:

@@ -136,6 +136,18 @@ def test_the_administrator_is_superuser_of_the_same_database(any_version: Embedd
     assert value(any_version.administrator_url, "select rolsuper from pg_roles where rolname = current_user") is True
 
 
+def test_tables_of_the_administrator_are_the_servers_to_tell(any_version: EmbeddedPostgres) -> None:
+    run_sql(any_version.administrator_url, "create schema shop", "create table shop.orders (id int primary key)")
+    run_sql(
+        any_version.url,
+        "select from shop.orders",
+        "create function noticed() returns trigger language plpgsql as 'begin return null; end'",
+        "create trigger noticed after insert on shop.orders for each row execute function noticed()",
+    )
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        run_sql(any_version.url, "insert into shop.orders values (1)")
+
+
 def test_settings_are_ours_and_the_callers(any_version: EmbeddedPostgres) -> None:
     url = any_version.administrator_url
     assert value(url, "show wal_level") == "logical"
