@@ -12,10 +12,9 @@ as $$
     select
         'servers',
         case when count(*) > 0 then 'ok' else 'note' end,
-        case count(*)
-            when 0 then 'no server runs on this database'
-            when 1 then 'one server runs on this database'
-            else format('%s servers run on this database', count(*))
+        case
+            when count(*) = 0 then 'no server runs on this database'
+            else format('servers on this database in the last half minute: %s', count(*))
         end,
         case when count(*) = 0 then 'realtime-server run' end
     from realtime.nodes

@@ -120,7 +120,7 @@ async def test_running_server_is_in_good_health(cluster: Cluster, source: Source
                     break
                 await asyncio.sleep(0.2)
         assert code == 0
-        assert one(found, "servers")[1] == "one server runs on this database"
+        assert one(found, "servers")[1] == "servers on this database in the last half minute: 1"
         assert ("slot" in {one["check"] for one in found}) == (source == "wal")
 
 

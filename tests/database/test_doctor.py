@@ -153,7 +153,7 @@ CAUSES = [
     Cause(
         "servers",
         "ok",
-        "one server runs",
+        "in the last half minute: 1",
         (NODE,),
         ("update realtime.nodes set last_seen_at = now() - '31 s'::interval",),
     ),
