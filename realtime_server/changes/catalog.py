@@ -15,7 +15,7 @@ from realtime_server.database import Pool
 
 class Column(msgspec.Struct, frozen=True):
     """`type` is PostgreSQL's own name of the type, as clients are told it. `is_key`: of the primary key; `is_identity`: of the replica
-    identity."""
+    identity; `is_published`: not left out of the publication's list of columns."""
 
     name: str
     type: str
@@ -26,6 +26,7 @@ class Column(msgspec.Struct, frozen=True):
     is_key: bool
     is_identity: bool
     is_generated: bool
+    is_published: bool
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -41,7 +42,8 @@ NOTHING = Access(frozenset(), True)
 @dataclass(frozen=True, eq=False)
 class Table:
     """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, so that clients are told old rows, not only their keys.
-    `is_captured`: it has a trigger that writes its changes to the outbox."""
+    `is_captured`: it has a trigger that writes its changes to the outbox. `columns` are the published ones; `unpublished` are told nobody,
+    but policies may read them."""
 
     relation: int
     schema: str
@@ -52,6 +54,7 @@ class Table:
     is_captured: bool
     events: tuple[str, ...]
     columns: tuple[Column, ...]
+    unpublished: tuple[Column, ...]
     access: Mapping[str, Access]
 
     def access_of(self, role: str) -> Access:
@@ -60,6 +63,10 @@ class Table:
     @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(column.name for column in self.columns)
+
+    @cached_property
+    def all_names(self) -> frozenset[str]:
+        return frozenset(column.name for column in (*self.columns, *self.unpublished))
 
     @cached_property
     def key(self) -> frozenset[str]:
@@ -73,6 +80,10 @@ class Table:
     def generated(self) -> frozenset[str]:
         return frozenset(column.name for column in self.columns if column.is_generated)
 
+    @cached_property
+    def has_generated(self) -> bool:
+        return any(column.is_generated for column in (*self.columns, *self.unpublished))
+
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
 
@@ -84,26 +95,29 @@ class Catalog:
         self._pool = pool
         self._roles = sorted(roles)
         self._marks: dict[int, str] = {}
+        # Seen, but not yet followed by a look.
+        self._new_marks: dict[int, str] = {}
         self._rows: dict[int, tuple[Any, ...]] | None = None
         self.tables: Mapping[int, Table] = {}
         self.version = 0
 
     async def is_current(self, relations: Iterable[int]) -> bool:
-        """Whether nothing was done to these tables and to rights on them since this was asked for the last time.
+        """Whether nothing was done to these tables and to rights on them since `refresh` looked after this had asked for the last time.
 
         Raises: DatabaseUnavailable, QueryCanceled.
         """
         with database.changing():
             rows = await self._pool.fetch("select relation, mark from realtime.table_marks(%s)", (list(relations),))
-        is_current = all(self._marks.get(relation) == mark for relation, mark in rows)
-        self._marks.update(rows)
-        return is_current
+        self._new_marks = dict(rows)
+        return all(self._marks.get(relation) == mark for relation, mark in rows)
 
     async def refresh(self) -> bool:
         """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
+        marks = self._new_marks
         with database.changing():
             rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
         old, new = self._rows or {}, {row[0]: row for row in rows}
+        self._marks = {relation: mark for relation, mark in (self._marks | marks).items() if relation in new}
         if new == self._rows:
             return False
         self.tables = {
@@ -111,7 +125,6 @@ class Catalog:
             for relation, row in new.items()
         }
         self._rows = new
-        self._marks = {relation: mark for relation, mark in self._marks.items() if relation in new}
         self.version += 1
         return True
 
@@ -124,6 +137,7 @@ class Catalog:
 
 def _table(row: tuple[Any, ...]) -> Table:
     relation, schema, name, has_row_security, has_whole_old, row_filter, is_captured, events, columns, access = row
+    all_columns = msgspec.convert(columns, tuple[Column, ...])
     return Table(
         relation=relation,
         schema=schema,
@@ -133,6 +147,7 @@ def _table(row: tuple[Any, ...]) -> Table:
         row_filter=row_filter,
         is_captured=is_captured,
         events=tuple(events),
-        columns=msgspec.convert(columns, tuple[Column, ...]),
+        columns=tuple(column for column in all_columns if column.is_published),
+        unpublished=tuple(column for column in all_columns if not column.is_published),
         access=msgspec.convert(access, dict[str, Access]),
     )

@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import structlog
 
@@ -53,6 +53,8 @@ LONGEST_BACKOFF_S: Final = 5.0
 SLOT_PATIENCE_S: Final = 5.0
 # Frames leave, and others have their turn, after so long: a piece for thousands of subscribers is millions of frames.
 TELLING_S: Final = 0.05
+# Changes that cannot be read are looked for one by one, up to so many in one piece of a table.
+MOST_UNREADABLE: Final = 10
 # Who cannot be judged is left out for so long.
 QUARANTINE_S: Final = 30.0
 MOST_LEFT_OUT: Final = 10_000
@@ -68,6 +70,17 @@ TRIED_AGAIN: Final = (TIMEOUTS, UNAVAILABLE)
 Mode = Literal["auto", "wal", "trigger"]
 
 log = structlog.get_logger()
+
+
+class Unreadable(Exception):
+    """Changes that nothing can be found out about."""
+
+
+class _LeftOut(NamedTuple):
+    """Until when, and what is said to who is."""
+
+    until: float
+    text: str
 
 
 class Source(Protocol):
@@ -108,8 +121,8 @@ class Feed:
         self._checks: dict[
             tuple[Table, str, tuple[Condition, ...], tuple[str, ...]], Sequence[frozenset[str] | None]
         ] = {}
-        # Who cannot be judged, and until when they are left out.
-        self._quarantine: dict[tuple[int, Identity], float] = {}
+        # Who cannot be judged.
+        self._quarantine: dict[tuple[int, Identity], _LeftOut] = {}
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._source: Source | None = None
         # Why the log is not tried again.
@@ -185,8 +198,18 @@ class Feed:
                     registration.said = None
                 registration.since = registration.since or since
                 self._put(registration, entries)
-                self._say(registration, text, ok=text is SUBSCRIBED)
+                left_out = self._left_out(registration)
+                self._say(registration, left_out or text, ok=text is SUBSCRIBED and not left_out)
             return
+
+    def _left_out(self, registration: Registration) -> str | None:
+        """What is to be said to who comes while changes of some table are withheld from such claims."""
+        identity, now = Identity.of(registration.claims), time.monotonic()
+        for entry in registration.entries:
+            left_out = self._quarantine.get((entry.relation, identity))
+            if left_out is not None and left_out.until > now:
+                return left_out.text
+        return None
 
     async def _present(self) -> Snapshot:
         """Raises: DatabaseUnavailable, QueryCanceled."""
@@ -395,6 +418,28 @@ class Feed:
 
     async def _decide(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
         """Raises: DatabaseUnavailable, QueryCanceled."""
+        readable = [change for change in changes if change.new is not None or change.old is not None]
+        decided, missed = [], len(changes) - len(readable)
+        pieces: list[Sequence[Change]] = [readable]
+        while pieces:
+            piece = pieces.pop()
+            try:
+                decided += await self._try(relation, piece)
+            except Unreadable:
+                if len(piece) > 1 and missed < MOST_UNREADABLE:
+                    half = len(piece) // 2
+                    pieces += [piece[half:], piece[:half]]
+                else:
+                    missed += len(piece)
+        if missed:
+            log.warning("changes could not be read", relation=relation, count=missed)
+            name = self._catalog.tables.get(relation, "a table")
+            self._miss(relation, f"gap: changes of {name} could not be read")
+        return decided
+
+    async def _try(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
+        """Raises: Unreadable, DatabaseUnavailable, QueryCanceled."""
+        problem = ""
         for _ in range(2):
             table = self._catalog.tables.get(relation)
             if table is None:
@@ -408,21 +453,28 @@ class Feed:
                 is_captured=isinstance(self._source, TriggerSource),
                 strict_deletes=self._strict_deletes,
                 left_out={
-                    identity for (of, identity), until in self._quarantine.items() if of == relation and until > now
+                    identity
+                    for (of, identity), left_out in self._quarantine.items()
+                    if of == relation and left_out.until > now
                 },
             )
             try:
                 verdicts = await round.decide(changes)
             except database.Error as error:
-                # The table is not what it was a moment ago.
+                # The table is not what it was a moment ago, or there is something in a row that PostgreSQL does not read again.
                 problem = database.describe(error)
                 await self._refresh()
+            except (DatabaseUnavailable, QueryCanceled):
+                raise
+            except Exception as error:
+                # Whatever it is about this table, the others go on.
+                log.exception("changes of a table could not be judged", table=str(table))
+                raise Unreadable from error
             else:
                 self._note(table, round)
                 return [(table, verdict) for verdict in verdicts]
-        log.warning("changes of a table could not be judged", table=str(table), problem=problem)
-        self._miss(relation, f"gap: changes of {table} could not be read")
-        return []
+        log.info("changes of a table could not be judged", table=str(table), count=len(changes), problem=problem)
+        raise Unreadable
 
     def _miss(self, relation: int, problem: str) -> None:
         for registration in {entry.registration for entry in self._subscriptions.of_table(relation)}:
@@ -435,16 +487,16 @@ class Feed:
             key = (table.relation, identity)
             problem = round.unjudged.get(identity)
             was_left_out = self._quarantine.pop(key, None) is not None
+            if problem is None and not was_left_out:
+                continue
+            text = SUBSCRIBED if problem is None else WITHHELD.format(table=table, code=problem[:5])
             if problem is not None:
-                self._quarantine[key] = now + QUARANTINE_S
+                self._quarantine[key] = _LeftOut(now + QUARANTINE_S, text)
                 # Of those who never came back; the rest has its place by age.
                 while len(self._quarantine) > MOST_LEFT_OUT:
                     self._quarantine.pop(next(iter(self._quarantine)))
-            if was_left_out == (problem is not None):
-                continue
-            if problem is not None:
-                log.warning("policy could not be evaluated", table=str(table), role=identity.role, problem=problem)
-            text = SUBSCRIBED if problem is None else WITHHELD.format(table=table, code=problem[:5])
+                if not was_left_out:
+                    log.warning("policy could not be evaluated", table=str(table), role=identity.role, problem=problem)
             for registration in {entry.registration for entry in self._subscriptions.of_table(table.relation)}:
                 if Identity.of(registration.claims) == identity:
                     self._say(registration, text, ok=problem is None)

@@ -88,6 +88,7 @@ class Judge:
                 _json(conditions),
             )
         except (QueryCanceled, database.Error) as error:
+            await self._blame(table, images, error)
             if len(conditions) > 1:
                 # One expensive pattern, one value that its operator refuses: the others are asked without it.
                 half = len(conditions) // 2
@@ -121,10 +122,11 @@ class Judge:
                 msgspec.json.encode([sorted(numbers) for _, numbers in wanted]).decode(),
             )
         except (QueryCanceled, database.Error) as error:
+            await self._blame(table, images, error)
             if len(wanted) > 1:
                 half = len(wanted) // 2
                 return [*await self._see(table, images, wanted[:half]), *await self._see(table, images, wanted[half:])]
-            return [Sight(frozenset(), _problem(error))]
+            return [Sight(frozenset(), _problem(error, of_policy=True))]
         return [Sight(frozenset(visible), problem) for _, visible, problem in sorted(rows)]
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
@@ -145,6 +147,11 @@ class Judge:
         rows = await self._ask("select realtime.filter_changes(%s, %s::jsonb)", table.relation, images)
         return frozenset(number for (number,) in rows)
 
+    async def _blame(self, table: Table, images: bytes, error: Exception) -> None:
+        """Find out whether it was the images, which no question can be asked about then. Raises: database.Error, QueryCanceled."""
+        if isinstance(error, database.Error):
+            await self.render(table, images)
+
     async def _ask(self, query: LiteralString, *arguments: object) -> list[tuple[Any, ...]]:
         return await self._pool.fetch(
             query, [argument.decode() if isinstance(argument, bytes) else argument for argument in arguments]
@@ -164,5 +171,7 @@ def _image(text: str) -> Image:
     return msgspec.json.decode(text, type=Image)
 
 
-def _problem(error: Exception) -> str:
-    return database.describe(error) if isinstance(error, database.Error) else "57014: it took too long"
+def _problem(error: Exception, *, of_policy: bool = False) -> str:
+    if not isinstance(error, database.Error):
+        return "57014: it took too long"
+    return f"{error.sqlstate}: {error.diag.message_primary}" if of_policy else database.describe(error)

@@ -56,13 +56,14 @@ class _Want(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _Wish:
     """`entries` want the same, so they are asked about once. `image` is what the filter looks at. `is_leaving`: an UPDATE that may take
-    the row away from them."""
+    the row away from them; not `is_told`: one that is only of interest because then it does not."""
 
     verdict: Verdict
     want: _Want
     entries: Sequence[Entry]
     image: Image
     is_leaving: bool = False
+    is_told: bool = True
 
 
 class Round:
@@ -120,8 +121,10 @@ class Round:
     def _picture(self, image: Image | None, is_whole: bool) -> Picture | None:
         if image is None:
             return None
-        told = {name: value for name, value in image.items() if name in self._table.names}
-        return Picture(told, told, is_whole)
+        told = known = {name: value for name, value in image.items() if name in self._table.names}
+        if len(image) > len(told):
+            known = {name: value for name, value in image.items() if name in self._table.all_names}
+        return Picture(told, known, is_whole)
 
     async def _filter_rows(self, verdicts: list[Verdict]) -> list[Verdict]:
         """Apply the publication's row filter as the log does: what comes in by an UPDATE is an INSERT, what goes out a DELETE."""
@@ -170,10 +173,13 @@ class Round:
                         wishes.append(_Wish(verdict, want, entries, image))
                 continue
             self._refuse(verdict)
+            may_leave = action is Action.UPDATE and old is not None and old.is_whole
             for want, entries in wants(new.told):
-                if want.event in ("*", action) and self._may_read_key(want.identity.role):
-                    wishes.append(_Wish(verdict, want, entries, new.told))
-            if action is Action.UPDATE and old is not None and old.is_whole:
+                is_told = want.event in ("*", action)
+                if (is_told or (may_leave and want.leaves)) and self._may_read_key(want.identity.role):
+                    wishes.append(_Wish(verdict, want, entries, new.told, is_told=is_told))
+            if may_leave:
+                assert old is not None
                 for want, entries in wants(old.told):
                     if want.leaves and want.event in ("*", Action.DELETE) and self._may_read_key(want.identity.role):
                         wishes.append(_Wish(verdict, want, entries, old.told, is_leaving=True))
@@ -196,20 +202,22 @@ class Round:
     # -- what is known of it
 
     async def _complete(self, verdicts: list[Verdict]) -> None:
-        """Find out generated columns, and large values that an UPDATE left alone: those are not told, but policies may read them."""
-        names, generated = self._table.names, self._table.generated
+        """Find out generated columns, and what the log leaves out: columns that are not published, large values that an UPDATE left alone.
+        Those are not told, but policies may read them."""
+        names, generated = self._table.all_names, self._table.generated
         album = Album()
         lacking = [
             picture
             for verdict in verdicts
             for picture in _pictures(verdict)
             # To a trigger, virtual columns are null.
-            if picture.is_whole and (len(picture.told) < len(names) or (generated and self._is_captured))
+            if picture.is_whole
+            and (len(picture.known) < len(names) or (self._table.has_generated and self._is_captured))
         ]
         if not lacking:
             return
         for picture in lacking:
-            album.add(picture.told)
+            album.add(picture.known)
         known = await self._judge.complete(self._table, album.json())
         for number, picture in enumerate(lacking):
             picture.known = {name: value for name, value in known[number].items() if name in names}
@@ -283,9 +291,10 @@ class Round:
             elif sees(wish, verdict.new):
                 if verdict in staying:
                     staying[verdict].update(wish.entries)
-                # Who sees the row now may not have seen it before.
-                is_known = not self._table.has_whole_old or sees(wish, verdict.old)
-                self._tell(wish, verdict.action, self._table.identity if is_known else self._table.key)
+                if wish.is_told:
+                    # Who sees the row now may not have seen it before.
+                    is_known = sees(wish, verdict.old)
+                    self._tell(wish, verdict.action, self._table.identity if is_known else self._table.key)
 
     def _is_told_of_unknown(self, wish: _Wish) -> bool:
         """Whether to tell of a deleted row of which nothing but the key is known, as applications expect."""

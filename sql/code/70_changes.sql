@@ -127,19 +127,19 @@ as $$
             a.atttypid,
             t.typname,
             realtime.base_type(a.atttypid) as base,
-            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key
+            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key,
+            -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+            published.attnames is null
+                or published.attnames ? a.attname
+                or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
+                    select count(*)
+                    from pg_attribute as plain
+                    where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
+                )) as is_published
         from published
         join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
         join pg_type as t on t.oid = a.atttypid
         left join pg_index as primary_key on primary_key.indrelid = published.oid and primary_key.indisprimary
-        -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
-        where published.attnames is null
-            or published.attnames ? a.attname
-            or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
-                select count(*)
-                from pg_attribute as plain
-                where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
-            ))
     ),
     identity as (
         select published.oid, array_agg(a.attname::text) as columns
@@ -181,7 +181,8 @@ as $$
                         'is_bool', a.base = 16,
                         'is_key', a.is_key,
                         'is_identity', published.relreplident = 'f' or coalesce(a.attname = any (identity.columns), false),
-                        'is_generated', a.is_generated
+                        'is_generated', a.is_generated,
+                        'is_published', a.is_published
                     )
                     order by a.attnum
                 ),
@@ -199,6 +200,7 @@ as $$
                             select coalesce(jsonb_agg(a.attname order by a.attnum), '[]')
                             from attribute as a
                             where a.attrelid = published.oid
+                                and a.is_published
                                 and has_schema_privilege(r.oid, published.namespace, 'usage')
                                 and has_column_privilege(r.oid, published.oid, a.attnum, 'select')
                         ),
@@ -219,7 +221,7 @@ as $$
     order by published.oid
 $$;
 comment on function realtime.published_tables(text[]) is
-    'The tables of the publication: columns in order, and for each role which of them it may read and whether row-level security binds it.';
+    'The tables of the publication: columns in order, and for each role which of the published ones it may read and whether row-level security binds it.';
 revoke all on function realtime.published_tables(text[]) from public;
 
 -- Rights and row-level security are looked at before each piece of changes. To read all of them each time would cost more than the changes:

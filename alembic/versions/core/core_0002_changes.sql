@@ -1230,19 +1230,19 @@ as $$
             a.atttypid,
             t.typname,
             realtime.base_type(a.atttypid) as base,
-            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key
+            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key,
+            -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+            published.attnames is null
+                or published.attnames ? a.attname
+                or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
+                    select count(*)
+                    from pg_attribute as plain
+                    where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
+                )) as is_published
         from published
         join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
         join pg_type as t on t.oid = a.atttypid
         left join pg_index as primary_key on primary_key.indrelid = published.oid and primary_key.indisprimary
-        -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
-        where published.attnames is null
-            or published.attnames ? a.attname
-            or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
-                select count(*)
-                from pg_attribute as plain
-                where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
-            ))
     ),
     identity as (
         select published.oid, array_agg(a.attname::text) as columns
@@ -1284,7 +1284,8 @@ as $$
                         'is_bool', a.base = 16,
                         'is_key', a.is_key,
                         'is_identity', published.relreplident = 'f' or coalesce(a.attname = any (identity.columns), false),
-                        'is_generated', a.is_generated
+                        'is_generated', a.is_generated,
+                        'is_published', a.is_published
                     )
                     order by a.attnum
                 ),
@@ -1302,6 +1303,7 @@ as $$
                             select coalesce(jsonb_agg(a.attname order by a.attnum), '[]')
                             from attribute as a
                             where a.attrelid = published.oid
+                                and a.is_published
                                 and has_schema_privilege(r.oid, published.namespace, 'usage')
                                 and has_column_privilege(r.oid, published.oid, a.attnum, 'select')
                         ),
@@ -1322,7 +1324,7 @@ as $$
     order by published.oid
 $$;
 comment on function realtime.published_tables(text[]) is
-    'The tables of the publication: columns in order, and for each role which of them it may read and whether row-level security binds it.';
+    'The tables of the publication: columns in order, and for each role which of the published ones it may read and whether row-level security binds it.';
 revoke all on function realtime.published_tables(text[]) from public;
 
 -- Rights and row-level security are looked at before each piece of changes. To read all of them each time would cost more than the changes:
@@ -1403,8 +1405,7 @@ end
 $$;
 comment on function realtime.comparison(text, boolean, text) is 'An operator of filters as SQL on x, the column, and v, the value; for "is" the value itself.';
 
--- As its role, because operators and types may be users' own. Each comparison is made once, of the column's type and collation and not with
--- null, because some can be written down but not made: those of arrays of points, patterns under nondeterministic collations.
+-- As its role, because operators and types may be users' own.
 create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
 returns table (n integer, is_exact boolean, vals text[])
 language plpgsql
@@ -1418,7 +1419,6 @@ declare
     v_value text;
     v_type text;
     v_base oid;
-    v_collation text;
     v_is_plain boolean;
     v_is_enum boolean;
     v_count integer;
@@ -1447,13 +1447,11 @@ begin
             pg_catalog.format_type(a.atttypid, -1),
             realtime.base_type(a.atttypid),
             t.typtype = 'e',
-            coalesce(c.collisdeterministic, true),
-            case when c.oid is null then '' else pg_catalog.format(' collate %I.%I', n.nspname, c.collname) end
-        into v_type, v_base, v_is_enum, v_is_plain, v_collation
+            coalesce(c.collisdeterministic, true)
+        into v_type, v_base, v_is_enum, v_is_plain
         from pg_catalog.pg_attribute as a
         join pg_catalog.pg_type as t on t.oid = a.atttypid
         left join pg_catalog.pg_collation as c on c.oid = a.attcollation
-        left join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
         where a.attrelid = check_filters.relation
             and a.attname = v_column
             and a.attnum > 0
@@ -1480,41 +1478,29 @@ begin
             if v_count > 100 then
                 raise exception 'too many values for `in` filter. Maximum 100';
             end if;
-            execute pg_catalog.format(
-                'select %s from (select $2::%s%s as x, $1::%s[] as v) as pair',
-                realtime.comparison(v_operator, false, null),
-                v_type,
-                v_collation,
-                v_type
-            ) using v_value, (pg_catalog.array_remove(vals, null))[1];
         elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
-            if v_operator in ('like', 'ilike') and (pg_catalog.length(v_value) - pg_catalog.length(pg_catalog.rtrim(v_value, '\'))) % 2 = 1 then
-                -- PostgreSQL finds this out when it gets so far, which depends on the row.
-                raise exception using
-                    errcode = 'invalid_escape_sequence',
-                    message = 'LIKE pattern must not end with escape character';
-            end if;
             begin
-                -- Of a domain only the value that was given is known to be one.
                 execute pg_catalog.format(
-                    'select %s from (select $2::%s%s as x, $1::%s as v) as pair',
+                    'select %s from (select null::%s as x, $1::%s as v) as pair',
                     realtime.comparison(v_operator, false, null),
-                    pg_catalog.format_type(v_base, -1),
-                    v_collation,
+                    v_type,
                     v_type
-                ) using v_value, '';
-            exception
-                when undefined_function or ambiguous_function then
-                    raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
-                when invalid_regular_expression then
-                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+                ) using v_value;
+            exception when undefined_function or ambiguous_function then
+                raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
             end;
+            if v_operator in ('match', 'imatch') then
+                begin
+                    perform '' ~ v_value;
+                exception when invalid_regular_expression then
+                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+                end;
+            end if;
         else
             execute pg_catalog.format(
-                'select array[v::text], %s from (select $1::%s%s as x, $1::%s as v) as pair',
+                'select array[v::text], %s from (select null::%s as x, $1::%s as v) as pair',
                 realtime.comparison(v_operator, false, null),
                 v_type,
-                v_collation,
                 v_type
             ) into vals using v_value;
         end if;
