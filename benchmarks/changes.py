@@ -342,7 +342,7 @@ async def shared_claims(
     for size in sizes:
         await audience.grow(size, join_of)
         each = size // SHARED_CLAIMS
-        fewer = max(200, rows // max(1, each // 5)) // 4 * 4
+        fewer = max(1000, rows // max(1, each // 5)) // 4 * 4
         medians, times = await measure(server, audience, users=SHARED_CLAIMS, rows=fewer, rounds=rounds, each=each)
         table.append([source, f"{size:,}", each, f"{medians[0] * each:,.0f}", *_cells(medians, times)])
         print(*table[-1], flush=True)
@@ -428,7 +428,7 @@ async def run(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subscribers", type=int, nargs="+", default=[10, 100, 1000, 5000])
-    parser.add_argument("--changes", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--changes", type=int, default=6000)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sources", nargs="+", default=["wal", "trigger"])
     uvloop.run(run(parser.parse_args()))
