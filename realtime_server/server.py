@@ -239,19 +239,19 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _files() -> int:
-    """How many files this process may open at once: from now on as many as the system lets it, as each socket is one."""
+def most_connections() -> int:
+    """Each is a file: as many as this process may open, from now on as many as the system lets it, less what it needs besides."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else max(allowed - SPARE_FILES, allowed // 2)
 
 
 def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
     options: dict[str, Any] = {
-        "http": functools.partial(HttpProtocol, strangers={}, most_connections=_files() - SPARE_FILES),
+        "http": functools.partial(HttpProtocol, strangers={}, most_connections=most_connections()),
         "ws": Protocol,
         "ws_max_size": settings.max_frame_bytes,
         # No compression: it costs more than it saves on small messages. No pings: clients send heartbeats.

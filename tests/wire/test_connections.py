@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx2
@@ -211,3 +213,14 @@ async def test_who_takes_nothing_of_its_answer_is_dropped(
             while len(state.connections) > 1:
                 await asyncio.sleep(0.02)
         assert await other.ask("/quick") == b"quick"
+
+
+@pytest.mark.parametrize(("files", "connections"), [("100 1000", 800), ("1000 1000", 800), ("50 100", 50)])
+async def test_connections_are_bounded_by_the_files_that_may_be_open(files: str, connections: int) -> None:
+    soft, hard = files.split()
+    code = "from realtime_server.server import most_connections; print(most_connections())"
+    process = await asyncio.create_subprocess_shell(
+        f'ulimit -S -n {soft}; ulimit -H -n {hard}; exec "{sys.executable}" -c "{code}"', stdout=PIPE
+    )
+    output, _ = await process.communicate()
+    assert int(output) == connections
