@@ -342,7 +342,9 @@ as $$
             t.has_whole_old,
             c.relkind,
             c.relreplident,
-            array(select jsonb_array_elements(t.columns) ->> 'name') as columns
+            array(
+                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_published')::boolean
+            ) as columns
         from realtime.published_tables('{}') as t
         join pg_class as c on c.oid = t.relation
         where t.events && '{UPDATE,DELETE}'
@@ -433,9 +435,13 @@ as $$
             t.*,
             format('%I.%I', t.schema, t.name) as title,
             array(
-                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_key')::boolean
+                select c.item ->> 'name'
+                from jsonb_array_elements(t.columns) as c (item)
+                where (c.item ->> 'is_key')::boolean and (c.item ->> 'is_published')::boolean
             ) as key,
-            array(select jsonb_array_elements(t.columns) ->> 'name') as names,
+            array(
+                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_published')::boolean
+            ) as names,
             has_schema_privilege(c.relnamespace, 'usage') as may_use,
             has_table_privilege(c.oid, 'select') as may_read
         from realtime.published_tables(roles) as t
