@@ -233,7 +233,7 @@ class WalSource:
         if wal_status is not None:
             await self._ask(db, "select pg_drop_replication_slot(%s)", self._slot)
         # A backend that waits for other transactions does not notice that its client is gone; not every system can be asked to look.
-        with contextlib.suppress(psycopg.DataError):
+        with contextlib.suppress(psycopg.DataError, psycopg.ProgrammingError):
             await db.execute("set client_connection_check_interval = '2s'")
         self._failures = 0
         self._holder = await self._backend(db, db)
@@ -319,6 +319,10 @@ class WalSource:
             )
             if is_visible:
                 return
+            (is_waited_for,) = await self._ask(db, "select realtime.commits_wait_for_readers()")
+            if is_waited_for:
+                # Then it is us that the commits wait for.
+                raise SourceLost("synchronous_standby_names makes commits wait for this server")
             waited_s = round(time.monotonic() - since)
             log.warning("committed changes are not visible yet; is a synchronous standby away?", waited_s=waited_s)
 

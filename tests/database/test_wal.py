@@ -1354,6 +1354,32 @@ async def test_change_is_not_taken_before_others_can_see_it(own: OwnCluster, own
     assert received.numbers == [1, 2]
 
 
+async def test_commits_never_wait_for_us_while_we_wait_for_them(
+    own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A * in synchronous_standby_names is for whoever reads the log. Not to read is what resolves it."""
+    monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
+    Oracle(own_database)
+    received, source = Received(own_database), source_of(own_database)
+    async with running(source, received):
+        own_database.execute("select write_item()")
+        await received.until_there_are(1)
+    task = asyncio.create_task(source.run(received))
+    await until(lambda: source.is_ready, "the source to be ready")
+    own.set(synchronous_standby_names="FIRST 1 (one, *)")
+    stuck = asyncio.create_task(asyncio.to_thread(own_database.execute, "select write_item()"))
+    try:
+        with pytest.raises(SourceLost, match="synchronous_standby_names is \\*"):
+            await asyncio.wait_for(task, LIMIT_S)
+        assert await obstacle_of(own_database) is not None
+        own.set(synchronous_standby_names='one, "a*b", "*c"')
+        assert await obstacle_of(own_database) is None
+    finally:
+        own.set(synchronous_standby_names="")
+        await stuck
+    assert received.numbers == [1]
+
+
 def test_visible_means_to_every_other_session(source_database: WalDatabase) -> None:
     source_database.execute("create table item (number int)")
     ask = "select realtime.wait_until_visible(%s, '0 s')"
