@@ -302,7 +302,8 @@ end
 $$;
 comment on function realtime.comparison(text, boolean, text) is 'An operator of filters as SQL on x, the column, and v, the value; for "is" the value itself.';
 
--- As its role, because operators and types may be users' own.
+-- As its role, because operators and types may be users' own. Each comparison is made once, of the column's type and collation and not with
+-- null, because some can be written down but not made: those of arrays of points, patterns under nondeterministic collations.
 create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
 returns table (n integer, is_exact boolean, vals text[])
 language plpgsql
@@ -316,6 +317,7 @@ declare
     v_value text;
     v_type text;
     v_base oid;
+    v_collation text;
     v_is_plain boolean;
     v_is_enum boolean;
     v_count integer;
@@ -344,11 +346,13 @@ begin
             pg_catalog.format_type(a.atttypid, -1),
             realtime.base_type(a.atttypid),
             t.typtype = 'e',
-            coalesce(c.collisdeterministic, true)
-        into v_type, v_base, v_is_enum, v_is_plain
+            coalesce(c.collisdeterministic, true),
+            case when c.oid is null then '' else pg_catalog.format(' collate %I.%I', n.nspname, c.collname) end
+        into v_type, v_base, v_is_enum, v_is_plain, v_collation
         from pg_catalog.pg_attribute as a
         join pg_catalog.pg_type as t on t.oid = a.atttypid
         left join pg_catalog.pg_collation as c on c.oid = a.attcollation
+        left join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
         where a.attrelid = check_filters.relation
             and a.attname = v_column
             and a.attnum > 0
@@ -370,34 +374,46 @@ begin
             end if;
         elsif v_operator = 'in' then
             execute pg_catalog.format(
-                'select coalesce(array_agg(x.x::text), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as x (x)', v_type
+                'select coalesce(array_agg(item::text), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as item', v_type
             ) into vals, v_count using v_value;
             if v_count > 100 then
                 raise exception 'too many values for `in` filter. Maximum 100';
             end if;
-        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
-            begin
-                execute pg_catalog.format(
-                    'select %s from (select null::%s as x, $1::%s as v) as pair',
-                    realtime.comparison(v_operator, false, null),
-                    v_type,
-                    v_type
-                ) using v_value;
-            exception when undefined_function or ambiguous_function then
-                raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
-            end;
-            if v_operator in ('match', 'imatch') then
-                begin
-                    perform '' ~ v_value;
-                exception when invalid_regular_expression then
-                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
-                end;
-            end if;
-        else
             execute pg_catalog.format(
-                'select array[v::text], %s from (select null::%s as x, $1::%s as v) as pair',
+                'select %s from (select $2::%s%s as x, $1::%s[] as v) as pair',
                 realtime.comparison(v_operator, false, null),
                 v_type,
+                v_collation,
+                v_type
+            ) using v_value, (pg_catalog.array_remove(vals, null))[1];
+        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
+            if v_operator in ('like', 'ilike') and (pg_catalog.length(v_value) - pg_catalog.length(pg_catalog.rtrim(v_value, '\'))) % 2 = 1 then
+                -- PostgreSQL finds this out when it gets so far, which depends on the row.
+                raise exception using
+                    errcode = 'invalid_escape_sequence',
+                    message = 'LIKE pattern must not end with escape character';
+            end if;
+            begin
+                -- Of a domain only the value that was given is known to be one.
+                execute pg_catalog.format(
+                    'select %s from (select $2::%s%s as x, $1::%s as v) as pair',
+                    realtime.comparison(v_operator, false, null),
+                    pg_catalog.format_type(v_base, -1),
+                    v_collation,
+                    v_type
+                ) using v_value, '';
+            exception
+                when undefined_function or ambiguous_function then
+                    raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
+                when invalid_regular_expression then
+                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+            end;
+        else
+            execute pg_catalog.format(
+                'select array[v::text], %s from (select $1::%s%s as x, $1::%s as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_collation,
                 v_type
             ) into vals using v_value;
         end if;

@@ -241,6 +241,80 @@ async def test_098_refusal_is_told_once_and_the_channel_lives_on(
     assert (await hear_row(socket, "098"))[1]["id"] == 2
 
 
+NO_OPERATOR = "42883 (undefined_function) operator does not exist: {}"
+LONELY_ESCAPE = "22025 (invalid_escape_sequence) LIKE pattern must not end with escape character"
+# A condition that can be written down but not be evaluated, and what the database says to it; None where this version can.
+IMPOSSIBLE = {
+    "title=like.a\\": LONELY_ESCAPE,
+    "title=not.ilike.a%\\\\\\": LONELY_ESCAPE,
+    "title=like.x\\\\": None,
+    "points=eq.{}": "42883 (undefined_function) could not identify an equality operator for type point",
+    "points=not.isdistinct.{}": "42883 (undefined_function) could not identify an equality operator for type point",
+    "points=gt.{}": "42883 (undefined_function) could not identify a comparison function for type point",
+    "point=eq.(1\\,2)": NO_OPERATOR.format("point = point"),
+    "point=in.()": NO_OPERATOR.format("point = point"),
+    "numbers=in.(1)": NO_OPERATOR.format("integer[] = integer"),
+    "details=in.(1)": NO_OPERATOR.format("json = json"),
+    "details=is.null": None,
+    "pairs=in.()": None,
+}  # fmt: skip
+
+
+async def test_098_condition_that_no_row_could_be_asked(tables: Tables, socket: Wire) -> None:
+    tables.execute("create type pair as (a int, b json)")
+    columns = "title text, points point[], point point, numbers int[], details json, pairs pair"
+    tables.create("todos", f"id int primary key, {columns}")
+    heard: dict[str, str | None] = {}
+    for number, filter in enumerate(IMPOSSIBLE):
+        topic = f"098-i-{number}"
+        await bind(socket, topic, tables.binding(filter=filter))
+        said = (await socket.hear())[4]
+        assert said["status"] == ("ok" if said["message"] == "Subscribed to PostgreSQL" else "error")
+        heard[filter] = None if said["status"] == "ok" else said["message"].partition(". Exception: ERROR ")[2]
+        # No change needs to come for it.
+        await socket.say(f"realtime:{topic}", "phx_leave", {})
+        assert [(await socket.hear())[3] for _ in range(2)] == ["phx_reply", "phx_close"]
+    assert heard == IMPOSSIBLE
+
+
+async def test_098_condition_that_only_a_row_can_show_to_be_impossible(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    """Its entry is taken off, and told once; all others go on."""
+    pair = f"{tables.schema}.pair"
+    function = f"public.equals_{tables.schema}"
+    tables.execute("create type pair as (a int, b int)")
+    tables.execute(
+        f"create function {function}({pair}, {pair}) returns boolean language plpgsql as"
+        " $$ begin if ($1).a = 13 then raise exception 'unlucky'; end if; return ($1).a = ($2).a; end $$"
+    )
+    tables.execute(f"create operator public.= (leftarg = {pair}, rightarg = {pair}, function = {function})")
+    tables.create("things", "id int primary key, pair pair")
+    socket, other = [await wire(server.websocket_url, server.anon_key) for _ in range(2)]
+    by_pair = tables.binding("things", filter='pair=eq."(1,1)"')
+    judged, everything = await subscribe(socket, "098-r", by_pair, tables.binding("things"))
+    await subscribe(other, "098-r", tables.binding("things", filter="pair=not.is.null"))
+    tables.execute("insert into things values (1, (1, 2))")
+    assert (await hear_change(socket, "098-r"))["ids"] == [judged, everything]
+    assert await hear_row(other, "098-r") == ("INSERT", {"id": 1, "pair": {"a": 1, "b": 2}})
+    tables.execute("insert into things values (2, (13, 2)), (3, (1, 3)), (4, (13, 4))")
+    refused = (await socket.hear())[1:]
+    binding = parameters(tables, "things", event="*", filters='[{"pair", "eq", "(1,1)", false}]')
+    assert refused == word(
+        "098-r",
+        f"{UNABLE} An exception happened so please check your connect parameters: {binding}. "
+        "Exception: ERROR P0001 (raise_exception) unlucky",
+        status="error",
+    )
+    for id in (2, 3, 4):
+        payload = await hear_change(socket, "098-r")
+        assert (payload["ids"], payload["data"]["record"]["id"]) == ([everything], id)
+        assert (await hear_row(other, "098-r"))[1]["id"] == id
+    tables.execute("insert into things values (5, (13, 5))")
+    assert (await hear_row(socket, "098-r"))[1]["id"] == 5
+    assert await socket.is_alive()
+
+
 async def test_098_binding_that_names_nothing(socket: Wire) -> None:
     await bind(socket, "098-n", {"event": "*"})
     sentence = (

@@ -2124,6 +2124,18 @@ comment on function realtime.slot_name() is
     'Name of the replication slot that the server reads row changes of this database from. Slots are of the whole cluster, so it names the database.';
 revoke all on function realtime.slot_name() from public;
 
+create or replace function realtime.commits_wait_for_readers()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select current_setting('synchronous_standby_names') ~ '(^|[\s,(])\*([\s,)]|$)'
+$$;
+comment on function realtime.commits_wait_for_readers() is
+    'Whether synchronous_standby_names has a *: then a commit waits for whoever reads the log, who in turn waits for the commit.';
+revoke all on function realtime.commits_wait_for_readers() from public;
+
 -- Called before each connection of the reader; what only shows in the attempt (pg_hba.conf, max_wal_senders) is left to it.
 create or replace function realtime.wal_obstacle(publication text, slot text)
 returns text
@@ -2143,6 +2155,8 @@ as $$
                 then format(
                     'wal_level is %s: set it to logical and restart PostgreSQL', current_setting('wal_level')
                 )
+            when realtime.commits_wait_for_readers()
+                then 'synchronous_standby_names is *, which would make commits wait for this server, too: name the standbys'
             when not exists (
                 select
                 from pg_roles as allowed
