@@ -113,9 +113,17 @@ class Pool:
     async def close(self) -> None:
         await self._pool.close()
 
-    async def fetch(self, query: LiteralString, arguments: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """The rows of one statement. Raises: DatabaseUnavailable, QueryCanceled, Gap, MalformedCursor."""
-        async with self._connection() as db:
+    async def fetch(
+        self, query: LiteralString, arguments: Sequence[object] = (), *, limit_s: float | None = None
+    ) -> list[tuple[Any, ...]]:
+        """The rows of one statement, which may take `limit_s`, or what is usual for the pool.
+
+        Raises: DatabaseUnavailable, QueryCanceled, Gap, MalformedCursor.
+        """
+        async with self._connection() as db, contextlib.AsyncExitStack() as stack:
+            if limit_s is not None:
+                await stack.enter_async_context(db.transaction())
+                await db.execute("select set_config('statement_timeout', %s, true)", (str(int(limit_s * 1000)),))
             cursor = await db.execute(query, arguments)
             return await cursor.fetchall()
 

@@ -57,6 +57,7 @@ TELLING_S: Final = 0.05
 MOST_UNREADABLE: Final = 10
 # Who cannot be judged is left out for so long.
 QUARANTINE_S: Final = 30.0
+ENTERING_AT_ONCE: Final = 8
 MOST_LEFT_OUT: Final = 10_000
 MOST_CHECKS_KEPT: Final = 20_000
 
@@ -125,11 +126,14 @@ class Feed:
         self._quarantine: dict[tuple[int, Identity], _LeftOut] = {}
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._source: Source | None = None
+        self._wal: WalSource | None = None
         # Why the log is not tried again.
         self._lost: str | None = None
         self._is_chosen = asyncio.Event()
         self._looking = asyncio.Lock()
-        self._looks = 0
+        # Looks at the publication are counted; the last one that came to its end.
+        self._looks_begun = 0
+        self._last_look = 0
         # Where changes come from and why, or why there are none: a few words for the operator.
         self.situation = "looking for a source"
 
@@ -276,7 +280,7 @@ class Feed:
 
     async def run(self) -> None:
         """Deliver changes until cancelled, through any loss of the database."""
-        await together(self._flow(), self._watch(), self._enter_again())
+        await together(self._flow(), self._watch(), *(self._enter_again() for _ in range(ENTERING_AT_ONCE)))
 
     async def _flow(self) -> None:
         """Read from the best source there is, and from the next when it is lost."""
@@ -312,7 +316,8 @@ class Feed:
         obstacle = None
         if self._mode != "trigger":
             ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
-            wal = WalSource(
+            # The same again after a loss: it knows what was delivered.
+            wal = self._wal = self._wal or WalSource(
                 self._target,
                 self._pool,
                 publication=PUBLICATION,
@@ -354,15 +359,17 @@ class Feed:
             try:
                 await self._refresh()
             except (DatabaseUnavailable, QueryCanceled) as error:
-                log.info("publication was not looked at", error=str(error.__cause__))
+                log.warning("publication was not looked at", error=str(error.__cause__))
+                self._forget_snapshots()
 
     async def _refresh(self) -> None:
         """Look at the publication, or wait for a look that begins from now on. Raises: DatabaseUnavailable, QueryCanceled."""
-        looks = self._looks
+        begun = self._looks_begun
         async with self._looking:
-            if self._looks > looks:
+            if self._last_look > begun:
                 return
-            self._looks += 1
+            self._looks_begun += 1
+            look = self._looks_begun
             if isinstance(self._source, TriggerSource):
                 for relation in await self._source.capture():
                     # Subscribed to, it had a trigger: somebody took it away.
@@ -370,6 +377,7 @@ class Feed:
             if await self._catalog.refresh():
                 for registration in list(self._registrations):
                     self._again.put_nowait(registration)
+            self._last_look = look
 
     async def _enter_again(self) -> None:
         while True:
@@ -385,15 +393,22 @@ class Feed:
                 await self._deliver(changes)
             except (DatabaseUnavailable, QueryCanceled) as error:
                 log.warning("row changes wait for the database", error=str(error.__cause__))
+                self._forget_snapshots()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
             else:
                 return
 
     def gap(self, problem: str) -> None:
+        self._forget_snapshots()
         for registration in list(self._registrations):
             if registration.entries:
                 registration.subscriber.tell_missing_changes(problem)
+
+    def _forget_snapshots(self) -> None:
+        """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new."""
+        for registration in self._registrations:
+            registration.since = None
 
     async def _deliver(self, changes: Sequence[Change]) -> None:
         """Raises: DatabaseUnavailable, QueryCanceled."""
@@ -438,7 +453,7 @@ class Feed:
         return decided
 
     async def _try(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
-        """Raises: Unreadable, DatabaseUnavailable, QueryCanceled."""
+        """Raises: Unreadable, DatabaseUnavailable."""
         problem = ""
         for _ in range(2):
             table = self._catalog.tables.get(relation)
@@ -464,8 +479,11 @@ class Feed:
                 # The table is not what it was a moment ago, or there is something in a row that PostgreSQL does not read again.
                 problem = database.describe(error)
                 await self._refresh()
-            except (DatabaseUnavailable, QueryCanceled):
+            except DatabaseUnavailable:
                 raise
+            except QueryCanceled as error:
+                # With fewer rows it may not take too long.
+                raise Unreadable from error
             except Exception as error:
                 # Whatever it is about this table, the others go on.
                 log.exception("changes of a table could not be judged", table=str(table))
@@ -503,7 +521,9 @@ class Feed:
         for entry, problem in round.unmatched.items():
             registration = entry.registration
             self._put(registration, [one for one in registration.entries if one is not entry])
-            self._say(registration, bindings.rejected(entry.binding, problem), ok=False)
+            log.info("filter could not be evaluated", table=str(table), problem=problem)
+            # Not the text, which may repeat values of rows that the client may not see.
+            self._say(registration, bindings.rejected(entry.binding, f"ERROR {problem[:5]}"), ok=False)
 
     def _tell(self, table: Table, verdict: Verdict) -> None:
         """Send one change to all who are told of it: each channel once for each view, with the ids of all bindings that it fits."""

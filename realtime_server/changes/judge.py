@@ -5,6 +5,7 @@ Many questions leave in one round trip. One that takes too long or cannot be ans
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from typing import Any, Final, LiteralString, NamedTuple
 
@@ -20,6 +21,12 @@ from realtime_server.errors import QueryCanceled
 from realtime_server.protocol.filters import Condition
 
 CLIENTS_AT_ONCE: Final = 500
+# When many together took too long, each is asked by itself, with a limit of its own, and all of them with this one.
+LIMIT_ALONE_S: Final = 0.25
+LIMIT_ALL_ALONE_S: Final = 5.0
+# Clients choose what is checked and matched, so it may take less time than policies.
+LIMIT_FILTERS_S: Final = 1.0
+TOO_LONG: Final = "57014: it took too long"
 
 log = structlog.get_logger()
 
@@ -63,14 +70,17 @@ class Judge:
     async def check(
         self, table: Table, role: str, conditions: Sequence[Condition], select: Sequence[str]
     ) -> list[frozenset[str] | None]:
-        """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected, QueryCanceled."""
+        """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected."""
         try:
             rows = await self._pool.fetch(
                 "select n, is_exact, vals from realtime.check_filters(%s, %s, %s::jsonb, %s)",
                 (table.relation, role, _json(conditions), list(select)),
+                limit_s=LIMIT_FILTERS_S,
             )
         except database.Error as error:
             raise Rejected(database.describe(error)) from error
+        except QueryCanceled as error:
+            raise Rejected("ERROR 57014 (query_canceled) it took too long") from error
         answers: list[frozenset[str] | None] = [None] * len(conditions)
         for number, is_exact, texts in rows:
             if is_exact:
@@ -79,55 +89,79 @@ class Judge:
 
     async def match(self, table: Table, role: str, images: bytes, conditions: Sequence[Condition]) -> Matches:
         """Which images satisfy which conditions, by PostgreSQL's own comparison."""
-        try:
-            rows = await self._ask(
+
+        async def ask(some: Sequence[Condition], limit_s: float) -> list[tuple[Any, ...]]:
+            return await self._ask(
                 "select image, condition from realtime.match_changes(%s, %s, %s::jsonb, %s::jsonb)",
                 table.relation,
                 role,
                 images,
-                _json(conditions),
+                _json(some),
+                limit_s=limit_s,
             )
+
+        try:
+            return Matches(frozenset(await ask(conditions, LIMIT_FILTERS_S)), {})
         except (QueryCanceled, database.Error) as error:
             await self._blame(table, images, error)
-            if len(conditions) > 1:
-                # One expensive pattern, one value that its operator refuses: the others are asked without it.
-                half = len(conditions) // 2
-                first = await self.match(table, role, images, conditions[:half])
-                second = await self.match(table, role, images, conditions[half:])
-                return Matches(
-                    first.found | {(image, number + half) for image, number in second.found},
-                    first.problems | {number + half: problem for number, problem in second.problems.items()},
-                )
-            return Matches(frozenset(), {0: _problem(error)})
-        return Matches(frozenset(rows), {})
+        # One expensive pattern, one value that its operator refuses: the others are asked without it.
+        found: set[tuple[int, int]] = set()
+        problems: dict[int, str] = {}
+        ends_at = time.monotonic() + LIMIT_ALL_ALONE_S
+        for number, condition in enumerate(conditions):
+            try:
+                if time.monotonic() > ends_at:
+                    raise QueryCanceled
+                found.update((image, number) for image, _ in await ask([condition], LIMIT_ALONE_S))
+            except (QueryCanceled, database.Error) as error:
+                problems[number] = _problem(error)
+        return Matches(frozenset(found), problems)
 
     async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> list[Sight]:
         """For each client which of the images that it wants it may see, by the policies for SELECT."""
         sights: list[Sight] = []
         for start in range(0, len(wanted), CLIENTS_AT_ONCE):
-            sights += await self._see(table, images, wanted[start : start + CLIENTS_AT_ONCE])
+            some = wanted[start : start + CLIENTS_AT_ONCE]
+            try:
+                sights += await self._see(table, images, some)
+            except (QueryCanceled, database.Error) as error:
+                await self._blame(table, images, error)
+                sights += await self._see_alone(table, images, some)
         return sights
 
     async def _see(
+        self,
+        table: Table,
+        images: bytes,
+        wanted: Sequence[tuple[Identity, Collection[int]]],
+        limit_s: float | None = None,
+    ) -> list[Sight]:
+        rows = await self._ask(
+            "select question, visible, problem"
+            " from realtime.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
+            table.relation,
+            images,
+            [identity.role for identity, _ in wanted],
+            [identity.claims for identity, _ in wanted],
+            msgspec.json.encode([sorted(numbers) for _, numbers in wanted]).decode(),
+            limit_s=limit_s,
+        )
+        return [Sight(frozenset(visible), problem) for _, visible, problem in sorted(rows)]
+
+    async def _see_alone(
         self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
     ) -> list[Sight]:
-        try:
-            rows = await self._ask(
-                "select question, visible, problem"
-                " from realtime.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
-                table.relation,
-                images,
-                [identity.role for identity, _ in wanted],
-                [identity.claims for identity, _ in wanted],
-                msgspec.json.encode([sorted(numbers) for _, numbers in wanted]).decode(),
-            )
-        except (QueryCanceled, database.Error) as error:
-            await self._blame(table, images, error)
-            if len(wanted) > 1:
-                half = len(wanted) // 2
-                return [*await self._see(table, images, wanted[:half]), *await self._see(table, images, wanted[half:])]
-            return [Sight(frozenset(), _problem(error, of_policy=True))]
-        return [Sight(frozenset(visible), problem) for _, visible, problem in sorted(rows)]
+        """Each client by itself: who holds up the others is found, in a time that is bounded however many they are."""
+        sights = []
+        ends_at = time.monotonic() + LIMIT_ALL_ALONE_S
+        for one in wanted:
+            try:
+                if time.monotonic() > ends_at:
+                    raise QueryCanceled
+                sights += await self._see(table, images, [one], LIMIT_ALONE_S)
+            except (QueryCanceled, database.Error) as error:
+                sights.append(Sight(frozenset(), _problem(error)))
+        return sights
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
         """The images as `to_jsonb` writes them. Raises: QueryCanceled."""
@@ -152,10 +186,11 @@ class Judge:
         if isinstance(error, database.Error):
             await self.render(table, images)
 
-    async def _ask(self, query: LiteralString, *arguments: object) -> list[tuple[Any, ...]]:
-        return await self._pool.fetch(
-            query, [argument.decode() if isinstance(argument, bytes) else argument for argument in arguments]
-        )
+    async def _ask(
+        self, query: LiteralString, *arguments: object, limit_s: float | None = None
+    ) -> list[tuple[Any, ...]]:
+        texts = [argument.decode() if isinstance(argument, bytes) else argument for argument in arguments]
+        return await self._pool.fetch(query, texts, limit_s=limit_s)
 
 
 def _json(conditions: Sequence[Condition]) -> str:
@@ -171,7 +206,8 @@ def _image(text: str) -> Image:
     return msgspec.json.decode(text, type=Image)
 
 
-def _problem(error: Exception, *, of_policy: bool = False) -> str:
+def _problem(error: Exception) -> str:
+    """SQLSTATE and text, for the log: the text may repeat values of rows."""
     if not isinstance(error, database.Error):
-        return "57014: it took too long"
-    return f"{error.sqlstate}: {error.diag.message_primary}" if of_policy else database.describe(error)
+        return TOO_LONG
+    return f"{error.sqlstate}: {error.diag.message_primary}"

@@ -192,7 +192,9 @@ class Round:
                 refused = [
                     entry
                     for entry in entries
-                    if entry.binding.event in ("*", verdict.action) and not self._may_read_key(entry.claims.role)
+                    if entry.binding.event in ("*", verdict.action)
+                    and not self._may_read_key(entry.claims.role)
+                    and not entry.registration.is_past(verdict.change.xid)
                 ]
                 verdict.told.append((view, refused))
 

@@ -1792,6 +1792,17 @@ begin
             from pg_catalog.pg_index as i
             join pg_catalog.pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::int2[])
             where i.indrelid = c.oid and i.indisprimary
+                -- The table itself, which somebody may have locked, is read only for what cannot be computed.
+                and exists (
+                    select
+                    from pg_catalog.jsonb_array_elements(images) as wanted (image)
+                    cross join pg_catalog.pg_attribute as known
+                    where known.attrelid = c.oid
+                        and known.attnum > 0
+                        and not known.attisdropped
+                        and known.attgenerated = ''
+                        and not wanted.image ? known.attname
+                )
         )
     into v_generated, v_key
     from pg_catalog.pg_class as c
@@ -1800,20 +1811,21 @@ begin
         $q$
             select pg_catalog.jsonb_agg(coalesce(stored.image, '{}') || i.image || coalesce(generated.image, '{}') order by i.n)
             from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            left join lateral (%1$s) as stored on true
             left join lateral (
-                select pg_catalog.to_jsonb(stored.*) as image
-                from %1$s as stored
-                cross join %2$s
-                where %3$s
-            ) as stored on true
-            left join lateral (
-                select pg_catalog.jsonb_build_object(%4$s) as image
-                from %5$s
+                select pg_catalog.jsonb_build_object(%2$s) as image
+                from %3$s
             ) as generated on true
         $q$,
-        realtime.table_name(complete_changes.relation),
-        realtime.populated(complete_changes.relation, 'i.image'),
-        coalesce(v_key, 'false'),
+        case
+            when v_key is null then 'select null::jsonb as image'
+            else pg_catalog.format(
+                'select pg_catalog.to_jsonb(stored.*) as image from %s as stored cross join %s where %s',
+                realtime.table_name(complete_changes.relation),
+                realtime.populated(complete_changes.relation, 'i.image'),
+                v_key
+            )
+        end,
         v_generated,
         realtime.populated(complete_changes.relation, 'coalesce(stored.image, ''{}'') || i.image')
     ) into v_complete using images;
