@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -129,10 +128,6 @@ class Subscriptions:
 
     def by_role(self, relation: int) -> Mapping[str, Iterable[Entry]]:
         return self._tables.get(relation, {})
-
-    def candidates(self, relation: int, image: Image) -> Iterable[Entry]:
-        """Entries that the image may fit: whose `exact` it has, or that have none."""
-        return chain.from_iterable(self.circles(relation, image))
 
     def circles(self, relation: int, image: Image) -> Iterator[Mapping[Entry, None]]:
         """The same, in the sets that other images have, too: the same object until an entry comes or goes."""

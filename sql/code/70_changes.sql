@@ -283,20 +283,20 @@ begin
     if operator = 'is' then
         return 'x is ' || case when is_negated then 'not ' else '' end || value;
     end if;
-    v_text := case operator
-        when 'eq' then 'x = v'
-        when 'neq' then 'x <> v'
-        when 'lt' then 'x < v'
-        when 'lte' then 'x <= v'
-        when 'gt' then 'x > v'
-        when 'gte' then 'x >= v'
-        when 'in' then 'x = any (v)'
-        when 'like' then 'x like v'
-        when 'ilike' then 'x ilike v'
-        when 'match' then 'x ~ v'
-        when 'imatch' then 'x ~* v'
-        when 'isdistinct' then 'x is distinct from v'
-    end;
+    v_text := '{
+        "eq": "x = v",
+        "neq": "x <> v",
+        "lt": "x < v",
+        "lte": "x <= v",
+        "gt": "x > v",
+        "gte": "x >= v",
+        "in": "x = any (v)",
+        "like": "x like v",
+        "ilike": "x ilike v",
+        "match": "x ~ v",
+        "imatch": "x ~* v",
+        "isdistinct": "x is distinct from v"
+    }'::jsonb ->> operator;
     return case when is_negated then 'not (' || v_text || ')' else v_text end;
 end
 $$;

@@ -56,7 +56,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 @asynccontextmanager
-async def running(ledger: Ledger, received: Received) -> AsyncIterator[Relay]:
+async def running(ledger: Ledger, received: Received) -> AsyncIterator[Relay[Row]]:
     relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), MESSAGES, name="relay", timeout_s=5)
     task = asyncio.create_task(relay.run(received))
     try:

@@ -28,12 +28,14 @@ class Link(Pool):
     gone = 0
     asked = 0
 
-    async def fetch(self, query: LiteralString, arguments: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    async def fetch(
+        self, query: LiteralString, arguments: Sequence[Any] = (), *, limit_s: float | None = None
+    ) -> list[tuple[Any, ...]]:
         self.asked += 1
         self.gone = len(arguments[2])
         if self.is_cut:
             raise DatabaseUnavailable
-        return await super().fetch(query, arguments)
+        return await super().fetch(query, arguments, limit_s=limit_s)
 
 
 @pytest.fixture

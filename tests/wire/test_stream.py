@@ -59,7 +59,9 @@ async def test_message_is_an_unnamed_event_whose_id_is_its_cursor(shared_server:
         "meta": {"id": id},
     }
     assert shared_server.database.execute("select id from realtime.messages_after('stream:plain', %s)", stream.id) == []
-    assert len(shared_server.database.execute("select id from realtime.messages_after('stream:plain', %s)", ready.id)) == 1
+    assert (
+        len(shared_server.database.execute("select id from realtime.messages_after('stream:plain', %s)", ready.id)) == 1
+    )
 
 
 async def test_retry_hint_comes_first(shared_server: Server, http: httpx2.AsyncClient) -> None:
