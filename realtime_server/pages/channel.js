@@ -17,7 +17,7 @@ export class Refusal extends Error {}
 /**
  * `onState(state, reason, waitMs)` tells of: connecting, joining, joined, waiting (lost, tries again after waitMs), refused, closed
  * (by the server, for good). `onMessage` gets {event, payload} of every frame on the topic; of a broadcast the payload is
- * {event, payload, meta}, where the inner payload is a Uint8Array if it was sent as bytes.
+ * {event, payload, meta}, where the inner payload is a Uint8Array if it was sent as bytes. `changes` are bindings of postgres_changes.
  */
 export class Channel {
   #url
@@ -35,10 +35,10 @@ export class Channel {
   #limit
   #heartbeat
 
-  constructor({ url, topic, isPrivate, token, onState, onMessage }) {
+  constructor({ url, topic, isPrivate, token, changes, onState, onMessage }) {
     this.#url = url
     this.#topic = `realtime:${topic}`
-    this.#join = { config: { private: isPrivate, broadcast: { ack: true, self: true } } }
+    this.#join = { config: { private: isPrivate, broadcast: { ack: true, self: true }, postgres_changes: changes } }
     if (token) this.#join.access_token = token
     this.#onState = onState
     this.#onMessage = onMessage

@@ -18,8 +18,18 @@ export function curl({ base, anonKey, topic, isPrivate }) {
   ].join(" \\\n")
 }
 
+/** What a channel asks for to be told of the changes of a table; none without a table. */
+export function changes({ schema, table, filter, event }) {
+  if (!table) return []
+  return [{ event, schema, table, ...(filter && { filter }) }]
+}
+
+/** Whether the module asks for a token, which is in the environment. */
+export const needsToken = ({ isPrivate, table, token }) => isPrivate || Boolean(table && token)
+
 /** A module that joins the topic with the official client. */
-export function javascript({ base, anonKey, topic, isPrivate }) {
+export function javascript(facts) {
+  const { base, anonKey, topic, isPrivate } = facts
   const options = isPrivate ? ", { config: { private: true } }" : ""
   return [
     'import { createClient } from "@supabase/supabase-js"',
@@ -27,14 +37,20 @@ export function javascript({ base, anonKey, topic, isPrivate }) {
     "const client = createClient(",
     `  ${JSON.stringify(base)},`,
     `  ${JSON.stringify(anonKey)},`,
-    ...(isPrivate ? ["  { accessToken: async () => process.env.TOKEN },"] : []),
+    ...(needsToken(facts) ? ["  { accessToken: async () => process.env.TOKEN },"] : []),
     ")",
+    // Otherwise the client joins before it has the token.
+    ...(needsToken(facts) ? ["await client.realtime.setAuth()"] : []),
     "client",
     `  .channel(${JSON.stringify(topic)}${options})`,
     '  .on("broadcast", { event: "*" }, console.log)',
+    ...changes(facts).map((binding) => `  .on("postgres_changes",\n    ${literal(binding)},\n    console.log)`),
     "  .subscribe(console.log)",
   ].join("\n")
 }
+
+const literal = (object) =>
+  `{ ${Object.entries(object).map(([name, value]) => `${name}: ${JSON.stringify(value)}`).join(", ")} }`
 
 // PostgreSQL reads backslashes in '...' as they are.
 const sqlString = (text) => `'${text.replaceAll("'", "''")}'`

@@ -12,6 +12,8 @@ const HINTS = [
   [/^Unauthorized:/, "The policies on realtime.messages decide who may read a private topic. Paste the token of a user they let in."],
   [/^(\w*JWT\w*|JwtSign\w+):/, "A token that this server accepts: realtime-server token --sub USER_ID"],
   [/^PrivateOnly:/, "Choose Private, and paste a token."],
+  [/^Unable to subscribe .* Realtime is enabled/, "Publish the table: alter publication supabase_realtime add table ..."],
+  [/^Unable to subscribe .* invalid column/, "Is it the column's name, and may the role (without a token: anon) select it?"],
 ]
 
 const at = (id) => document.getElementById(id)
@@ -20,13 +22,21 @@ const title = document.title
 
 let anonKey = ""
 let channel = null
-let joined = null // what the channel was made from: {topic, isPrivate, token}
+let joined = null // what the channel was made from: {topic, isPrivate, token, schema, table, filter, event}
 let state = "left"
 let received = 0
 
 // -- the form
 
-const wanted = () => ({ topic: at("topic").value, isPrivate: at("private").checked, token: at("token").value.trim() })
+const wanted = () => ({
+  topic: at("topic").value,
+  isPrivate: at("private").checked,
+  token: at("token").value.trim(),
+  schema: at("schema").value.trim() || at("schema").defaultValue,
+  table: at("table").value.trim(),
+  filter: at("filter").value.trim(),
+  event: at("change-event").value,
+})
 
 function isWanted() {
   const now = wanted()
@@ -38,11 +48,12 @@ function join() {
   if (!topic.trim()) return
   channel?.leave()
   if (joined?.topic !== topic || joined.isPrivate !== isPrivate) clear()
-  joined = { topic, isPrivate, token }
+  joined = wanted()
   history.replaceState(null, "", hash(joined))
   document.title = `${topic} · ${title}`
   const url = `${base.replace(/^http/, "ws")}/realtime/v1/websocket?apikey=${encodeURIComponent(anonKey)}&vsn=2.0.0`
-  channel = new Channel({ url, topic, isPrivate, token, onState: show, onMessage: receive })
+  const changes = lines.changes(joined)
+  channel = new Channel({ url, topic, isPrivate, token, changes, onState: show, onMessage: receive })
   channel.connect()
 }
 
@@ -53,10 +64,13 @@ function leave() {
   at("topic").focus()
 }
 
-/** The topic for links: never the token. */
-function hash({ topic, isPrivate }) {
-  const name = encodeURIComponent(topic).replace(/%(3A|2F|40)/g, decodeURIComponent)
-  return `#topic=${name}${isPrivate ? "&private=true" : ""}`
+/** What was joined, for links: never the token. */
+function hash({ topic, isPrivate, schema, table, filter, event }) {
+  const named = (name, value) => `${name}=${encodeURIComponent(value).replace(/%(3A|2F|40)/g, decodeURIComponent)}`
+  const parts = [named("topic", topic)]
+  if (isPrivate) parts.push("private=true")
+  if (table) parts.push(named("schema", schema), named("table", table), named("filter", filter), named("event", event))
+  return `#${parts.join("&")}`
 }
 
 function readHash() {
@@ -64,6 +78,10 @@ function readHash() {
   if (!link.get("topic")) return false
   at("topic").value = link.get("topic")
   at(link.get("private") === "true" ? "private" : "public").checked = true
+  at("schema").value = link.get("schema") || at("schema").defaultValue
+  at("table").value = link.get("table") ?? ""
+  at("filter").value = link.get("filter") ?? ""
+  at("change-event").value = link.get("event") || "*"
   return true
 }
 
@@ -71,7 +89,8 @@ function formChanged() {
   const facts = { ...wanted(), base, anonKey }
   facts.topic ||= at("topic").defaultValue
   for (const name of ["psql", "curl", "javascript"]) write(at(name), lines[name](facts))
-  at("curl-hint").hidden = at("javascript-hint").hidden = !facts.isPrivate
+  at("curl-hint").hidden = !facts.isPrivate
+  at("javascript-hint").hidden = !lines.needsToken(facts)
   arrangeButtons()
 }
 
@@ -105,8 +124,7 @@ function show(next, reason = "", waitMs = 0) {
   }
   at("state").dataset.state = state
   at("state-text").textContent = words[state]
-  put(at("state-reason"), reason)
-  put(at("state-hint"), HINTS.find(([pattern]) => state === "refused" && pattern.test(reason))?.[1] ?? "")
+  explain(reason, state === "refused")
   at("send").disabled = state !== "joined"
   at("send-result").textContent = state === "joined" ? "" : "Join first."
   at("send-result").classList.remove("error")
@@ -114,6 +132,13 @@ function show(next, reason = "", waitMs = 0) {
     ? "Nothing yet. Send from here, or run one of the lines in a terminal."
     : "Join a topic, then send to it: messages appear here, the newest on top."
   arrangeButtons()
+}
+
+/** A reason, and what to do about it. */
+function explain(reason, isRefusal) {
+  put(at("state-reason"), reason)
+  at("state-reason").classList.toggle("error", isRefusal)
+  put(at("state-hint"), HINTS.find(([pattern]) => isRefusal && pattern.test(reason))?.[1] ?? "")
 }
 
 function put(place, text) {
@@ -124,6 +149,11 @@ function put(place, text) {
 // -- the list
 
 function receive({ event, payload }) {
+  if (event === "system" && payload.extension === "postgres_changes") hearOfChanges(payload)
+  if (event === "postgres_changes") {
+    showChange(payload.data)
+    return
+  }
   if (event !== "broadcast") {
     const item = element("li", "frame")
     item.append(element("span", "event", event), element("code", "", shorten(JSON.stringify(payload))), now())
@@ -141,6 +171,22 @@ function receive({ event, payload }) {
   item.append(head, element("pre", "", pretty(payload.payload)))
   at("count").textContent = (++received).toLocaleString("en")
   add(item)
+}
+
+function showChange({ schema, table, type, record, old_record, errors }) {
+  const item = element("li", "message")
+  const head = element("div", "head")
+  head.append(element("span", "event", type), element("span", "tag", "row change"), element("span", "id", `${schema}.${table}`), now())
+  const shown = Object.entries({ errors, record, old_record }).filter(([, value]) => value)
+  item.append(head, element("pre", "", pretty(Object.fromEntries(shown))))
+  at("count").textContent = (++received).toLocaleString("en")
+  add(item)
+}
+
+function hearOfChanges({ status, message }) {
+  if (status === "gap") note(`Row changes are missing: ${message}`)
+  else if (status === "error") explain(message, true)
+  else explain(`Row changes of ${joined.schema}.${joined.table}: ${message}`, false)
 }
 
 function note(text) {
