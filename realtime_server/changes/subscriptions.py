@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -130,7 +131,8 @@ class Subscriptions:
         return self._tables.get(relation, {})
 
     def circles(self, relation: int, image: Image) -> Iterator[Mapping[Entry, None]]:
-        """The same, in the sets that other images have, too: the same object until an entry comes or goes."""
+        """Entries that the image may fit, whose `exact` it has or that have none, in the sets that other images have, too: the same object
+        until an entry comes or goes."""
         if relation in self._unindexed:
             yield self._unindexed[relation]
         for column, values in self._exact.get(relation, {}).items():

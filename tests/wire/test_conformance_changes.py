@@ -779,7 +779,7 @@ async def test_right_that_is_taken_away_counts_for_the_next_change(
     assert (await hear_row(service, "rights"))[1]["title"] == "secret"
     tables.execute("grant select on todos to anon; alter table todos disable row level security")
     tables.execute("insert into todos values (8, 'open')")
-    frames = []
+    frames: list[str] = []
     while not frames or '"id":8' not in frames[-1]:
         frames.append(str(await anon.socket.recv()))
     assert "secret" not in "".join(frames)
