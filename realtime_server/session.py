@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import structlog
 
@@ -79,6 +79,15 @@ LARGEST_JOIN_BYTES: Final = 256_000
 TOO_MANY_MESSAGES: Final = "Too many messages per second"
 
 log = structlog.get_logger()
+
+
+class _Step(NamedTuple):
+    """What is to be done for a topic, once it is not busy. `size`: bytes that it holds until then. `ends_wait`: it makes no sense to wait
+    any longer for the row changes of what was joined before."""
+
+    action: Action
+    size: int = 0
+    ends_wait: bool = False
 
 
 class Channel(Follower):
@@ -196,7 +205,7 @@ class Session:
         self.shelf = Shelf(services.limits.max_pending_bytes // 2)
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
-        self._busy: dict[str, deque[Action]] = {}
+        self._busy: dict[str, deque[_Step]] = {}
         # Of joins whose reply waits for row changes.
         self._held: dict[str, RowReader] = {}
         self._expiry: asyncio.TimerHandle | None = None
@@ -222,11 +231,8 @@ class Session:
             if not too_many:
                 log.info("frame dropped", code=error.code, problem=str(error))
             return
-        if isinstance(message, Message) and message.event in (messages.JOIN, messages.LEAVE):
-            held = self._held.get(message.topic)
-            if held is not None:
-                held.stop_waiting()
-        self._do(message.topic, lambda: self._handle(message, too_many), size=len(message.payload))
+        ends_wait = isinstance(message, Message) and message.event in (messages.JOIN, messages.LEAVE)
+        self._do(message.topic, _Step(lambda: self._handle(message, too_many), len(message.payload), ends_wait))
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
         """Ask again for the rights of private channels: of one topic (without `realtime:`), of one user, or of all where None."""
@@ -237,7 +243,7 @@ class Session:
             channel = self._channels.get(wire_topic)
             if channel is not None and _is_meant(channel, subject) and channel.doubt():
                 continue
-            again = partial(self._revalidate, wire_topic, subject)
+            again = _Step(partial(self._revalidate, wire_topic, subject))
             if wire_topic in self._busy:
                 self._busy[wire_topic].appendleft(again)
             else:
@@ -265,26 +271,24 @@ class Session:
         self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
         self.connection.push(messages.closed(topic, channel.literal_join_ref))
 
-    def _do(self, topic: str, action: Action, *, size: int = 0) -> None:
-        """Do it now, or after what the topic waits for. `size`: bytes that waiting holds."""
+    def _do(self, topic: str, step: _Step) -> None:
+        """Do it now, or after what the topic waits for."""
         waiting = self._busy.get(topic)
         if waiting is None:
-            work = self._guarded(topic, action)
+            work = self._guarded(topic, step.action)
             if work is not None:
                 self._busy[topic] = deque()
                 self._spawn(self._finish(topic, work), work)
         elif (
             len(waiting) < self._limits.max_pending_messages
-            and self._pending_bytes + size <= self._limits.max_pending_bytes
+            and self._pending_bytes + step.size <= self._limits.max_pending_bytes
         ):
-            self._pending_bytes += size
-            waiting.append(lambda: self._do_now(action, size))
+            self._pending_bytes += step.size
+            waiting.append(step)
+            if step.ends_wait and topic in self._held:
+                self._held[topic].stop_waiting()
         else:
             log.warning("message dropped, too many wait for the join", topic=topic)
-
-    def _do_now(self, action: Action, size: int) -> Work | None:
-        self._pending_bytes -= size
-        return action()
 
     async def _finish(self, topic: str, work: Work | None) -> None:
         """Do the work, then what came for the same topic meanwhile."""
@@ -298,7 +302,9 @@ class Session:
                         self._crash(topic)
                 if not waiting:
                     return
-                work = self._guarded(topic, waiting.popleft())
+                step = waiting.popleft()
+                self._pending_bytes -= step.size
+                work = self._guarded(topic, step.action)
         finally:
             del self._busy[topic]
             if not self.has_channels:
@@ -492,6 +498,8 @@ class Session:
         try:
             self._subscribe_to_changes(channel, rows)
             self._held[topic] = rows
+            if any(step.ends_wait for step in self._busy[topic]):
+                rows.stop_waiting()
             async with asyncio.timeout(wait_ms / 1000):
                 await rows.first_word
             if channel.claims.expires_at <= time.time():

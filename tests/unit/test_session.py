@@ -156,16 +156,22 @@ class _Feed:
         self.registration = None
 
 
-async def wait_for_changes(talk: Talk, **options: Any) -> tuple[_Feed, Registration]:
-    """Join, and let the reply wait."""
+def ask_for_changes(talk: Talk) -> _Feed:
+    """Join with a reply that is to wait."""
     feed = _Feed()
     talk.session.services = talk.services = replace(talk.services, changes=cast(Feed, feed))
     config = {
         "postgres_changes": [{"event": "*", "schema": "public"}],
-        "postgres_changes_options": {"wait": True, **options},
+        "postgres_changes_options": {"wait": True},
         "presence": {"enabled": True},
     }
     talk.say("room", "phx_join", {"config": config, "access_token": "good"}, ref="1")
+    return feed
+
+
+async def wait_for_changes(talk: Talk) -> tuple[_Feed, Registration]:
+    """The same, when it waits."""
+    feed = ask_for_changes(talk)
     async with asyncio.timeout(5):
         while feed.registration is None:
             await asyncio.sleep(0.001)
@@ -218,6 +224,17 @@ async def test_token_that_ends_while_the_reply_waits_refuses_the_join(talk: Talk
     assert reply[4]["response"]["reason"].startswith("InvalidJWTToken: Token has expired")
     assert feed.registration is None
     assert talk.said == []
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+async def test_who_leaves_before_the_reply_does_not_have_to_wait(talk: Talk, is_held: bool) -> None:
+    # Or it has not even begun to wait.
+    feed = (await wait_for_changes(talk))[0] if is_held else ask_for_changes(talk)
+    talk.say("room", "phx_leave", {})
+    answers = [(await talk.hear())[3] for _ in range(4)]
+    assert answers == ["phx_reply", "presence_state", "phx_reply", "phx_close"]
+    assert feed.registration is None
+    assert not talk.session.has_channels
 
 
 async def test_session_that_ends_while_the_reply_waits_leaves_nothing_behind() -> None:
