@@ -11,5 +11,6 @@ pytest_plugins = [
     "tests.fix_rights",
     "tests.fix_browser",
     "tests.fix_oracle",
+    "tests.fix_row_oracle",
     "tests.fix_session",
 ]
