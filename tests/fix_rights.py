@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.fix_database import TestDatabase
 from tests.fix_server import Server, make_token
@@ -28,6 +31,13 @@ def grant_rights(database: TestDatabase) -> None:
 
 def token_with(*rights: str, expires_in: float = 3600, **claims: Any) -> str:
     return make_token(rights=rights, expires_in=expires_in, **claims)
+
+
+def token_of_key(kid: str | None) -> str:
+    """A token of an issuer that the servers of the tests know nothing of."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    payload = {"role": "authenticated", "exp": time.time() + 3600}
+    return jwt.encode(payload, key, "ES256", headers={} if kid is None else {"kid": kid})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from realtime_server import claims
 from tests.fix_database import Cluster
-from tests.fix_rights import READ, READ_PRESENCE, WRITE, token_with
+from tests.fix_rights import READ, READ_PRESENCE, WRITE, token_of_key, token_with
 from tests.fix_server import SECRET, Server, ServerFactory, make_token
 from tests.fix_wire import LIMIT_S, Wire, WireFactory
 
@@ -136,6 +136,15 @@ async def test_039_user_token_wins_over_access_token(shared_server: Server, wire
         (make_token(secret="x" * 40), "JwtSignatureError: Failed to validate JWT signature"),
         (claims.sign({"exp": 4e9}, SECRET), "InvalidJWTToken: Fields `role` and `exp` are required in JWT"),
         (claims.sign({"role": "anon"}, SECRET), "InvalidJWTToken: Fields `role` and `exp` are required in JWT"),
+        (
+            token_of_key("unknown"),
+            'JwtSignerError: Failed to generate JWT signer for key ID (kid) "unknown",'
+            " check your JWT secret or JWKS configuration",
+        ),
+        (
+            token_of_key(None),
+            "JwtSignerError: Failed to generate JWT signer, check your JWT secret or JWKS configuration",
+        ),
     ],
 )
 async def test_040_bad_token(shared_server: Server, wire: WireFactory, token: str, reason: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from realtime_server import claims
-from tests.fix_rights import READ, READ_PRESENCE, WRITE, WRITE_PRESENCE, token_with
+from tests.fix_rights import READ, READ_PRESENCE, WRITE, WRITE_PRESENCE, token_of_key, token_with
 from tests.fix_server import SECRET, Server, make_token
 from tests.fix_wire import Wire, WireFactory
 
@@ -92,6 +92,10 @@ async def test_052_expired_refresh_closes_the_channel(shared_server: Server, wir
         ("", "The token provided is not a valid JWT"),
         (claims.sign({"exp": 4e9}, SECRET), "Fields `role` and `exp` are required in JWT"),
         (claims.sign({"role": "anon"}, SECRET), "Fields `role` and `exp` are required in JWT"),
+        (
+            token_of_key("unknown"),
+            'Failed to generate JWT signer for key ID (kid) "unknown", check your JWT secret or JWKS configuration',
+        ),
         # Not upstream's ":signature_error".
         (make_token(secret="x" * 40), "Failed to validate JWT signature"),
     ],
