@@ -113,7 +113,7 @@ async def test_running_server_is_in_good_health(cluster: Cluster, source: Source
         server.database.execute("create table things (id int primary key)")
         server.database.execute("grant select on things to authenticated")
         server.database.execute("alter publication supabase_realtime add table things")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 code, found = await asyncio.to_thread(findings, server.database, REALTIME_CHANGES=source)
                 if {one["level"] for one in found} == {"ok"}:
