@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+import time
+from dataclasses import dataclass
+from typing import Final, LiteralString, NamedTuple
 
 import msgspec
 import structlog
@@ -14,9 +16,17 @@ from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.relay import CHANGES, ChangeRow, Relay
-from realtime_server.tasks import together
 
-CLEANING_S: Final = 300.0
+# A lock that is waited for holds up everybody behind us: first only what is free is taken, then each of the others is waited for, but all
+# of them together not for longer than this, so that the rest of what is looked at has its turn.
+HASTE_S: Final = 0.001
+PATIENCE_S: Final = 0.1
+PATIENCE_WITH_ALL_S: Final = 0.5
+# No table is locked for longer.
+LIMIT_S: Final = 1.0
+# One table is tried again after so long, and then after twice as long each time.
+SHORTEST_BACKOFF_S: Final = 1.0
+LONGEST_BACKOFF_S: Final = 10.0
 
 log = structlog.get_logger()
 
@@ -27,10 +37,8 @@ class TriggerSource:
     name: Final = "trigger"
 
     def __init__(self, target: Target, pool: Pool, *, timeout_s: float) -> None:
-        self._pool = pool
         self._relay = Relay(target, CHANGES, name="changes", timeout_s=timeout_s)
-        # Tables that cannot be captured now, by oid, and why.
-        self._problems: dict[int, str] = {}
+        self._triggers = CaptureTriggers(pool)
 
     @property
     def is_ready(self) -> bool:
@@ -38,30 +46,117 @@ class TriggerSource:
 
     async def run(self, receiver: Receiver) -> None:
         """Hand on changes until cancelled, through any loss of the database."""
-        await together(self._relay.run(_Pieces(receiver)), self._clean())
+        await self._relay.run(_Pieces(receiver))
 
     async def capture(self) -> list[int]:
-        """Put the triggers in step with the publication; the tables that got one. Raises: DatabaseUnavailable, QueryCanceled."""
-        problems = {}
-        with database.changing():
-            rows = await self._pool.fetch("select * from realtime.sync_capture()")
-        for relation, name, action, problem in rows:
-            if problem is None:
-                log.info(f"table {action}", table=name)
-            else:
-                problems[relation] = problem
-                if self._problems.get(relation) != problem:
-                    log.warning("table cannot be captured", table=name, problem=problem)
-        self._problems = problems
-        return [relation for relation, _, action, _ in rows if action == "captured"]
+        """Put the triggers in step with the publication, as far as that can be had now; the tables that got one."""
+        return await self._triggers.put()
 
-    async def _clean(self) -> None:
-        while True:
-            await asyncio.sleep(CLEANING_S)
-            try:
-                await self._pool.fetch("select realtime.drop_old_changes()")
-            except (DatabaseUnavailable, QueryCanceled) as error:
-                log.info("old changes were not dropped", error=str(error.__cause__))
+
+class _Step(NamedTuple):
+    """What is to be done to a table; to take its trigger away, if there are no events. A row of realtime.capture_plan."""
+
+    relation: int
+    table: str
+    events: list[str]
+
+
+@dataclass(slots=True)
+class _Obstacle:
+    """Why a step could not be taken, and when to try again."""
+
+    events: list[str]
+    problem: str
+    pause_s: float
+    due_at: float
+
+
+class CaptureTriggers:
+    """Puts them on tables and takes them away. Each table is a transaction of its own: none waits for another, or fails with it."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._obstacles: dict[int, _Obstacle] = {}
+
+    async def put(self) -> list[int]:
+        """On the tables of the publication, and on no others; the tables that got one. Call it again and again."""
+        return await self._follow("select * from realtime.capture_plan()")
+
+    async def take_away(self) -> None:
+        """From all tables, unless somebody reads what they write. Call it again and again."""
+        await self._follow("select * from realtime.capture_plan(false) where not realtime.has_change_reader()")
+
+    async def _follow(self, plan: LiteralString) -> list[int]:
+        try:
+            with database.changing():
+                steps = [_Step(*row) for row in await self._pool.fetch(plan)]
+        except (DatabaseUnavailable, QueryCanceled) as error:
+            log.warning("capture triggers were not looked at", error=str(error.__cause__))
+            return []
+        self._obstacles = {
+            step.relation: obstacle
+            for step in steps
+            if (obstacle := self._obstacles.get(step.relation)) is not None and obstacle.events == step.events
+        }
+        captured: list[int] = []
+        try:
+            await self._take_all([step for step in steps if self._due_at(step) <= time.monotonic()], captured)
+        except DatabaseUnavailable as error:
+            log.warning("capture triggers were not all put right", error=str(error.__cause__))
+        return captured
+
+    async def _take_all(self, due: list[_Step], captured: list[int]) -> None:
+        """Raises: DatabaseUnavailable."""
+        ends_at = time.monotonic() + PATIENCE_WITH_ALL_S
+        waiting = []
+        for step in due:
+            action = await self._take(step, HASTE_S)
+            if action == "waiting":
+                waiting.append(step)
+            elif action == "captured":
+                captured.append(step.relation)
+        # Who was not waited for the last time is the first now.
+        for step in sorted(waiting, key=self._due_at):
+            if time.monotonic() > ends_at:
+                break
+            if await self._take(step, PATIENCE_S, is_last_try=True) == "captured":
+                captured.append(step.relation)
+
+    def _due_at(self, step: _Step) -> float:
+        obstacle = self._obstacles.get(step.relation)
+        return 0.0 if obstacle is None else obstacle.due_at
+
+    async def _take(self, step: _Step, patience_s: float, *, is_last_try: bool = False) -> str | None:
+        """What was done. Raises: DatabaseUnavailable."""
+        action: str | None
+        try:
+            rows = await self._pool.fetch(
+                "select action, problem from realtime.capture_table(%s::oid, %s, make_interval(secs => %s))",
+                (step.relation, step.events, patience_s),
+                limit_s=LIMIT_S,
+            )
+        except QueryCanceled:
+            # It has partitions, and there was a little to wait for at each.
+            rows = [("refused", "it took too long")]
+        except database.Error as error:
+            rows = [("refused", str(error))]
+        # No row: another server has done it, or the table was dropped.
+        action, problem = rows[0] if rows else (None, None)
+        if problem is None:
+            self._obstacles.pop(step.relation, None)
+            if action is not None:
+                log.info(f"table {action}", table=step.table)
+        elif action != "waiting" or is_last_try:
+            self._note(step, problem)
+        return action
+
+    def _note(self, step: _Step, problem: str) -> None:
+        before = self._obstacles.get(step.relation)
+        pause_s = SHORTEST_BACKOFF_S if before is None else min(before.pause_s * 2, LONGEST_BACKOFF_S)
+        self._obstacles[step.relation] = _Obstacle(step.events, problem, pause_s, time.monotonic() + pause_s)
+        if before is None or before.problem != problem:
+            what = "table cannot be captured" if step.events else "table cannot be released"
+            log.warning(what, table=step.table, problem=problem)
 
 
 class _Pieces:

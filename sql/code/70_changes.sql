@@ -162,6 +162,8 @@ as $$
             where t.tgrelid = published.oid
                 and t.tgfoid = to_regprocedure('realtime.capture_change()')
                 and not t.tgisinternal
+                -- What the clone of a root's trigger writes is told of the root.
+                and t.tgparentid = 0
                 and t.tgenabled <> 'D'
         ),
         array_remove(array[
@@ -764,24 +766,6 @@ revoke all on function realtime.filter_changes(oid, jsonb) from public;
 
 -- -- capture by triggers
 
-create or replace function realtime.release_capture()
-returns table (relation oid, name text, action text, problem text)
-language plpgsql
-volatile
-as $$
-begin
-    if not exists (
-        select
-        from pg_catalog.pg_stat_activity
-        where application_name = 'realtime-server changes' and datname = current_database()
-    ) then
-        return query select released.* from realtime.sync_capture(false) as released;
-    end if;
-end
-$$;
-comment on function realtime.release_capture() is 'Takes the capture triggers away, unless a server reads what they write.';
-revoke all on function realtime.release_capture() from public;
-
 -- Whose row it is depends on nothing of the writer's: definer rights, and settings that make equal values equal texts.
 create or replace function realtime.capture_change()
 returns trigger
@@ -927,9 +911,98 @@ $$;
 comment on function realtime.drop_old_changes(interval) is 'Deletes captured changes older than the retention; how many. A server that has not read them by then reports a gap.';
 revoke all on function realtime.drop_old_changes(interval) from public;
 
--- One table at a time, and none for longer than a moment: a table in use is left for the next time.
-create or replace function realtime.sync_capture(is_wanted boolean default true)
-returns table (relation oid, name text, action text, problem text)
+create or replace function realtime.has_change_reader()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select exists (
+        select from pg_stat_activity where application_name = 'realtime-server changes' and datname = current_database()
+    )
+$$;
+comment on function realtime.has_change_reader() is 'Whether a server reads captured changes now.';
+revoke all on function realtime.has_change_reader() from public;
+
+-- The oid in it keeps it apart from what users name, and from the clone that a partition gets of the trigger of its root.
+create or replace function realtime.capture_trigger(relation oid)
+returns text
+language sql
+immutable
+as $$
+    select 'realtime_capture_' || relation::text
+$$;
+comment on function realtime.capture_trigger(oid) is 'Name of the capture trigger on this table.';
+revoke all on function realtime.capture_trigger(oid) from public;
+
+create or replace function realtime.capture_triggers()
+returns table (relation oid, name text, events text[], is_sound boolean)
+language sql
+stable
+as $$
+    select
+        t.tgrelid,
+        t.tgname::text,
+        -- Bits of pg_trigger.tgtype.
+        pg_catalog.array_remove(array[
+            case when t.tgtype & 4 > 0 then 'INSERT' end,
+            case when t.tgtype & 16 > 0 then 'UPDATE' end,
+            case when t.tgtype & 8 > 0 then 'DELETE' end
+        ], null),
+        t.tgenabled <> 'D'
+            and t.tgname = realtime.capture_trigger(t.tgrelid)
+            and t.tgargs = pg_catalog.convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea
+    from pg_catalog.pg_trigger as t
+    where t.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and not t.tgisinternal and t.tgparentid = 0
+$$;
+comment on function realtime.capture_triggers() is
+    'The capture triggers, without the clones on partitions. Not sound: disabled, or made for another table, as in a restored dump.';
+revoke all on function realtime.capture_triggers() from public;
+
+create or replace function realtime.capture_plan(is_wanted boolean default true)
+returns table (relation oid, name text, events text[])
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with wanted as materialized (
+        select
+            c.oid,
+            array_remove(array[
+                case when p.pubinsert then 'INSERT' end,
+                case when p.pubupdate then 'UPDATE' end,
+                case when p.pubdelete then 'DELETE' end
+            ], null) as events
+        from pg_publication as p
+        join pg_publication_tables as pt on pt.pubname = p.pubname
+        join pg_namespace as n on n.nspname = pt.schemaname
+        join pg_class as c on c.relnamespace = n.oid and c.relname = pt.tablename
+        where p.pubname = 'supabase_realtime'
+            and n.nspname <> 'realtime'
+            and is_wanted
+            and (p.pubinsert or p.pubupdate or p.pubdelete)
+    ),
+    present as materialized (
+        select
+            t.relation as oid,
+            min(t.events) as events,
+            count(*) = 1 and bool_and(t.is_sound) as is_sound
+        from realtime.capture_triggers() as t
+        group by t.relation
+    )
+    select coalesce(wanted.oid, present.oid), realtime.table_name(coalesce(wanted.oid, present.oid)), coalesce(wanted.events, '{}')
+    from wanted
+    full join present on present.oid = wanted.oid
+    where present.is_sound is not true or wanted.events is distinct from present.events
+    order by wanted.oid is not null, 1
+$$;
+comment on function realtime.capture_plan(boolean) is
+    'Tables whose capture trigger is to be taken away (no events), made or made anew, in this order. capture_plan(false): all are to be taken away.';
+revoke all on function realtime.capture_plan(boolean) from public;
+
+-- While a lock is waited for, whoever comes later waits behind. So it is not waited for long, and with other tables' locks best not at all.
+create or replace function realtime.capture_table(relation oid, events text[], patience interval default '0.1 s')
+returns table (action text, problem text)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -937,84 +1010,88 @@ set lock_timeout = '1s'
 as $$
 #variable_conflict use_column
 declare
-    v_table record;
-    -- Bits of pg_trigger.tgtype.
-    c_insert constant integer := 4;
-    c_delete constant integer := 8;
-    c_update constant integer := 16;
+    v_table text := realtime.table_name(capture_table.relation);
+    v_trigger text := realtime.capture_trigger(capture_table.relation);
+    v_present text;
 begin
-    perform pg_advisory_xact_lock(realtime.doorbell_key() + 3);
-    for v_table in
-        with wanted as (
-            select
-                c.oid,
-                (case when p.pubinsert then c_insert else 0 end)
-                + (case when p.pubdelete then c_delete else 0 end)
-                + (case when p.pubupdate then c_update else 0 end) as events
-            from pg_publication as p
-            join pg_publication_tables as pt on pt.pubname = p.pubname
-            join pg_namespace as n on n.nspname = pt.schemaname
-            join pg_class as c on c.relnamespace = n.oid and c.relname = pt.tablename
-            where p.pubname = 'supabase_realtime' and n.nspname <> 'realtime' and is_wanted
-        ),
-        present as (
-            select
-                t.tgrelid as oid,
-                t.tgtype & (c_insert + c_delete + c_update) as events,
-                t.tgenabled <> 'D' and t.tgargs = convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea as is_right
-            from pg_trigger as t
-            where t.tgfoid = 'realtime.capture_change()'::regprocedure and not t.tgisinternal and t.tgparentid = 0
-        )
-        select
-            coalesce(wanted.oid, present.oid) as oid,
-            coalesce(wanted.events, 0) as events,
-            present.oid is not null as is_present
-        from wanted
-        full join present on present.oid = wanted.oid
-        where wanted.oid is null
-            or (wanted.events = 0) <> (present.oid is null)
-            or wanted.events <> coalesce(present.events, wanted.events)
-            or not coalesce(present.is_right, true)
-        order by 1
-    loop
-        relation := v_table.oid;
-        name := v_table.oid::regclass;
-        problem := null;
-        begin
-            if v_table.is_present then
-                execute format('drop trigger if exists realtime_capture on %s', name);
-                action := 'released';
+    if v_table is null then
+        -- It was dropped.
+        return;
+    end if;
+    begin
+        -- Servers that look at the same time do it once. Oids of users' tables begin far above what is added for other locks.
+        perform pg_advisory_xact_lock(realtime.doorbell_key() + capture_table.relation::bigint);
+        perform set_config('lock_timeout', greatest(1, extract(epoch from patience) * 1000)::integer::text, true);
+        for v_present in
+            select t.name
+            from realtime.capture_triggers() as t
+            where t.relation = capture_table.relation and not (t.is_sound and t.events = capture_table.events)
+        loop
+            execute format('drop trigger %I on %s', v_present, v_table);
+            action := 'released';
+        end loop;
+        if cardinality(capture_table.events) > 0
+            and not exists (select from realtime.capture_triggers() as t where t.relation = capture_table.relation)
+        then
+            execute format(
+                'create trigger %I after %s on %s for each row execute function realtime.capture_change(%L)',
+                v_trigger,
+                concat_ws(
+                    ' or ',
+                    case when 'INSERT' = any (capture_table.events) then 'insert' end,
+                    case when 'UPDATE' = any (capture_table.events) then 'update' end,
+                    case when 'DELETE' = any (capture_table.events) then 'delete' end
+                ),
+                v_table,
+                capture_table.relation
+            );
+            -- As the log would: also what arrives by replication. Only its owner may say so.
+            if pg_has_role((select c.relowner from pg_class as c where c.oid = capture_table.relation), 'usage') then
+                execute format('alter table %s enable always trigger %I', v_table, v_trigger);
             end if;
-            if v_table.events > 0 then
-                execute format(
-                    'create trigger realtime_capture after %s on %s for each row execute function realtime.capture_change(%L)',
-                    concat_ws(
-                        ' or ',
-                        case when v_table.events & c_insert > 0 then 'insert' end,
-                        case when v_table.events & c_update > 0 then 'update' end,
-                        case when v_table.events & c_delete > 0 then 'delete' end
-                    ),
-                    name,
-                    v_table.oid
-                );
-                -- As the log would: also what arrives by replication. Only its owner may say so.
-                if pg_has_role((select relowner from pg_class where oid = v_table.oid), 'usage') then
-                    execute format('alter table %s enable always trigger realtime_capture', name);
-                end if;
-                action := 'captured';
-            end if;
-        exception
-            when lock_not_available then
-                action := 'waiting';
-                problem := 'the table is in use';
-            when insufficient_privilege then
-                action := 'refused';
-                problem := sqlerrm;
-        end;
+            action := 'captured';
+        end if;
+    exception
+        when lock_not_available then
+            action := 'waiting';
+            problem := 'the table is in use';
+        -- Whatever it is (rights, an event trigger, a table that is gone by now), it is this table's alone.
+        when others then
+            action := 'refused';
+            problem := sqlerrm;
+    end;
+    if action is not null then
         return next;
-    end loop;
+    end if;
 end
 $$;
+comment on function realtime.capture_table(oid, text[], interval) is
+    'Gives a table the capture trigger for these events, or takes it away if there are none; what was done (captured, released), or why nothing was (waiting, refused). No row: nothing was to do. Locks are waited for up to patience each.';
+revoke all on function realtime.capture_table(oid, text[], interval) from public;
+
+create or replace function realtime.sync_capture(is_wanted boolean default true)
+returns table (relation oid, name text, action text, problem text)
+language sql
+volatile
+as $$
+    select plan.relation, plan.name, done.action, done.problem
+    from realtime.capture_plan(is_wanted) as plan
+    cross join lateral realtime.capture_table(plan.relation, plan.events, '0.01 s') as done
+$$;
 comment on function realtime.sync_capture(boolean) is
-    'Puts capture triggers on the tables of the publication and takes them from all others; what was done, and why something was not. sync_capture(false) takes them all away.';
+    'Puts capture triggers on the tables of the publication and takes them from all others; what was done, and why something was not. sync_capture(false) takes them all away. By hand: servers take one table at a time, so that no lock is kept while another one is waited for.';
 revoke all on function realtime.sync_capture(boolean) from public;
+
+create or replace function realtime.release_capture()
+returns table (relation oid, name text, action text, problem text)
+language plpgsql
+volatile
+as $$
+begin
+    if not realtime.has_change_reader() then
+        return query select released.* from realtime.sync_capture(false) as released;
+    end if;
+end
+$$;
+comment on function realtime.release_capture() is 'Takes the capture triggers away, unless a server reads what they write.';
+revoke all on function realtime.release_capture() from public;

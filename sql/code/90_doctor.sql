@@ -613,9 +613,7 @@ as $$
     world as materialized (
         select
             exists (select from realtime.nodes where last_seen_at > now() - interval '30 seconds') as has_server,
-            exists (
-                select from pg_stat_activity where application_name = 'realtime-server changes' and datname = current_database()
-            ) as has_reader
+            realtime.has_change_reader() as has_reader
     )
     select
         'capture',
@@ -628,8 +626,8 @@ as $$
             when not t.may_capture and t.is_enabled is null
                 then format('role %I may not put one on it: "grant trigger on %s to %1$I", or let the log be read', current_user, t.title)
             when t.is_enabled is not null and not t.is_ours
-                then format('its owner runs "alter table %s enable always trigger realtime_capture"', t.title)
-            else 'a server that reads triggers puts it right within a second, unless the table is in use; at once: select * from realtime.sync_capture()'
+                then format('its owner runs "alter table %s enable always trigger %I"', t.title, realtime.capture_trigger(t.relation))
+            else 'a server that reads triggers puts it right within a second, where the table is in use or it was refused within ten; at once: select * from realtime.sync_capture()'
         end
     from tables as t
     cross join world
@@ -639,7 +637,7 @@ as $$
         'capture',
         'note',
         format('%s is not owned by role %I: what arrives there by replication is not captured, and only its owner can drop the capture trigger', t.title, current_user),
-        format('its owner runs "alter table %s enable always trigger realtime_capture"', t.title)
+        format('its owner runs "alter table %s enable always trigger %I"', t.title, realtime.capture_trigger(t.relation))
     from tables as t
     where source = 'trigger' and t.is_enabled and not t.is_ours
     union all

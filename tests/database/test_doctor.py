@@ -401,7 +401,7 @@ CAUSES = [
         "capture",
         "problem",
         "the capture trigger of public.things is disabled",
-        ("select realtime.sync_capture()", "alter table things disable trigger realtime_capture"),
+        ("select realtime.sync_capture()", "alter table things disable trigger user"),
         ("select realtime.sync_capture()",),
         TRIGGER,
     ),

@@ -1,0 +1,297 @@
+"""Capture triggers: no table's trouble is another's, no lock of ours is in anybody's way, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from realtime_server.changes import trigger
+from realtime_server.changes.trigger import CaptureTriggers
+from realtime_server.database import Pool, Target
+from tests.fix_database import TestDatabase
+
+SYNC = "select name, action from realtime.sync_capture()"
+LIMIT_S = 20.0
+
+
+def captured(database: TestDatabase) -> set[str]:
+    return {name for (name,) in database.execute("select relation::regclass::text from realtime.capture_triggers()")}
+
+
+def actions(database: TestDatabase) -> dict[str, str]:
+    return dict(database.execute(SYNC))
+
+
+def problem(database: TestDatabase) -> str:
+    ((problem,),) = database.execute("select problem from realtime.sync_capture()")
+    return str(problem)
+
+
+def publish(database: TestDatabase, *tables: str) -> None:
+    for table in tables:
+        run(
+            database,
+            f"create table {table} (id int primary key)",
+            f"alter publication supabase_realtime add table {table}",
+        )
+
+
+def run(database: TestDatabase, *statements: str, as_administrator: bool = False) -> None:
+    with psycopg.connect(database.administrator_url if as_administrator else database.url, autocommit=True) as db:
+        for statement in statements:
+            db.execute(statement.encode())
+
+
+def written(database: TestDatabase) -> list[tuple[Any, ...]]:
+    return database.execute("select relation::regclass::text, action from realtime.changes order by seq")
+
+
+@contextmanager
+def held(database: TestDatabase, *tables: str) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction that has written to these tables and is still open."""
+    with database.connect() as db, db.transaction():
+        for table in tables:
+            db.execute(f"insert into {table} values (-1)".encode())
+        yield db
+
+
+@pytest.fixture
+async def triggers(database: TestDatabase) -> AsyncIterator[CaptureTriggers]:
+    pool = Pool(Target(database.url), name="test", size=2, timeout_s=5, statement_timeout_s=5)
+    await pool.open()
+    yield CaptureTriggers(pool)
+    await pool.close()
+
+
+# -- one table's trouble
+
+
+def test_event_trigger_that_refuses_one_table_keeps_no_other_from_being_captured(any_database: TestDatabase) -> None:
+    publish(any_database, "first", "second", "third")
+    run(
+        any_database,
+        """
+        create function refuse() returns event_trigger language plpgsql as $$
+        begin
+            if exists (select from pg_event_trigger_ddl_commands() where object_identity like '%public.second') then
+                raise division_by_zero using message = 'not this one';
+            end if;
+        end
+        $$
+        """,
+        "create event trigger refuse on ddl_command_end when tag in ('CREATE TRIGGER') execute function refuse()",
+        as_administrator=True,
+    )
+    assert actions(any_database) == {"public.first": "captured", "public.second": "refused", "public.third": "captured"}
+    assert problem(any_database) == "not this one"
+    assert captured(any_database) == {"first", "third"}
+    run(any_database, "drop event trigger refuse", as_administrator=True)
+    assert actions(any_database) == {"public.second": "captured"}
+
+
+def test_trigger_of_a_user_with_our_name_stays(any_database: TestDatabase) -> None:
+    publish(any_database, "first", "second")
+    run(
+        any_database,
+        "create function own() returns trigger language plpgsql as 'begin return null; end'",
+        "create trigger realtime_capture after insert on first for each row execute function own()",
+    )
+    ((name,),) = any_database.execute("select realtime.capture_trigger('second'::regclass)")
+    run(any_database, f"create trigger {name} after insert on second for each row execute function own()")
+    assert actions(any_database) == {"public.first": "captured", "public.second": "refused"}
+    assert "already exists" in problem(any_database)
+    ((count,),) = any_database.execute("select count(*) from pg_trigger where tgfoid = 'own'::regproc")
+    assert count == 2
+
+
+def test_trigger_of_a_restored_dump_is_made_anew(any_database: TestDatabase) -> None:
+    publish(any_database, "things")
+    run(
+        any_database,
+        "create trigger realtime_capture_1 after insert on things for each row execute function realtime.capture_change(1)",
+    )
+    assert actions(any_database) == {"public.things": "captured"}
+    run(any_database, "insert into things values (1)")
+    assert written(any_database) == [("things", "INSERT")]
+    assert actions(any_database) == {}
+
+
+def test_events_of_the_publication_are_followed(any_database: TestDatabase) -> None:
+    publish(any_database, "things")
+    actions(any_database)
+    run(any_database, "alter publication supabase_realtime set (publish = 'delete')")
+    assert actions(any_database) == {"public.things": "captured"}
+    run(any_database, "insert into things values (1)", "delete from things")
+    assert written(any_database) == [("things", "DELETE")]
+    run(any_database, "alter publication supabase_realtime set (publish = '')")
+    assert actions(any_database) == {"public.things": "released"}
+    assert captured(any_database) == set()
+
+
+# -- partitions
+
+
+def create_partitions(database: TestDatabase) -> None:
+    run(
+        database,
+        "create table parted (id int primary key) partition by range (id)",
+        "create table low partition of parted for values from (0) to (10)",
+        "create table high partition of parted for values from (10) to (20)",
+        "alter publication supabase_realtime add table parted",
+    )
+
+
+def test_root_and_leaves_are_captured_in_turn(any_database: TestDatabase) -> None:
+    create_partitions(any_database)
+    for is_root, expected in ((False, {"low", "high"}), (True, {"parted"}), (False, {"low", "high"})):
+        run(any_database, f"alter publication supabase_realtime set (publish_via_partition_root = {is_root})")
+        assert set(actions(any_database).values()) <= {"captured", "released"}
+        assert captured(any_database) == expected
+        any_database.execute("truncate realtime.changes")
+        run(any_database, "insert into parted values (1)", "delete from parted")
+        assert written(any_database) == [("parted" if is_root else "low", action) for action in ("INSERT", "DELETE")]
+
+
+def test_partition_that_is_published_itself_is_attached(any_database: TestDatabase) -> None:
+    create_partitions(any_database)
+    publish(any_database, "more")
+    run(any_database, "alter publication supabase_realtime set (publish_via_partition_root = true)")
+    actions(any_database)
+    assert captured(any_database) == {"parted", "more"}
+    run(any_database, "alter table parted attach partition more for values from (20) to (30)")
+    assert actions(any_database) == {"public.more": "released"}
+    run(any_database, "insert into parted values (21)")
+    assert written(any_database) == [("parted", "INSERT")]
+    run(any_database, "alter table parted detach partition more")
+    assert actions(any_database) == {"public.more": "captured"}
+
+
+# -- tables in use
+
+
+async def test_free_table_is_captured_at_once_beside_tables_in_use(
+    database: TestDatabase, triggers: CaptureTriggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trigger, "PATIENCE_S", 0.9)
+    monkeypatch.setattr(trigger, "PATIENCE_WITH_ALL_S", 60)
+    monkeypatch.setattr(trigger, "LIMIT_S", 5)
+    busy = [f"busy_{number}" for number in range(6)]
+    publish(database, *busy, "free")
+    ((free,),) = database.execute("select 'free'::regclass::oid")
+    with held(database, *busy):
+        put = asyncio.create_task(triggers.put())
+        since = time.monotonic()
+        while not await asyncio.to_thread(captured, database):
+            await asyncio.sleep(0.01)
+        # Behind the others it would be its turn after five seconds.
+        assert time.monotonic() - since < 3
+        assert await put == [free]
+        assert captured(database) == {"free"}
+
+
+async def test_table_in_use_is_left_alone_for_a_while(
+    database: TestDatabase, triggers: CaptureTriggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trigger, "SHORTEST_BACKOFF_S", 3)
+    publish(database, "busy")
+    with held(database, "busy"):
+        assert await triggers.put() == []
+    since = time.monotonic()
+    while not await triggers.put():
+        assert time.monotonic() - since < LIMIT_S
+        await asyncio.sleep(0.05)
+    assert time.monotonic() - since > 2
+    assert captured(database) == {"busy"}
+
+
+async def test_writers_never_wait_long_for_a_table_that_is_to_be_captured(
+    database: TestDatabase, triggers: CaptureTriggers
+) -> None:
+    publish(database, "busy")
+    is_over = False
+    longest_s = 0.0
+
+    def write() -> None:
+        nonlocal longest_s
+        with database.connect() as db:
+            for number in range(10_000):
+                since = time.monotonic()
+                db.execute("insert into busy values (%s)", (number,))
+                longest_s = max(longest_s, time.monotonic() - since)
+                if is_over:
+                    return
+                time.sleep(0.005)
+
+    with held(database, "busy"):
+        writing = asyncio.create_task(asyncio.to_thread(write))
+        ends_at = time.monotonic() + 4
+        while time.monotonic() < ends_at:
+            await triggers.put()
+            await asyncio.sleep(0.05)
+        is_over = True
+        await writing
+        assert captured(database) == set()
+    assert 0 < longest_s < 0.5
+
+
+async def test_what_is_to_be_done_has_changed_so_it_is_tried_at_once(
+    database: TestDatabase, triggers: CaptureTriggers
+) -> None:
+    publish(database, "things")
+    ((things,),) = database.execute("select 'things'::regclass::oid")
+    with held(database, "things"):
+        for _ in range(3):
+            assert await triggers.put() == []
+            await asyncio.sleep(1.1)
+    # It would be left alone for two seconds more.
+    run(database, "alter publication supabase_realtime set (publish = 'insert')")
+    assert await triggers.put() == [things]
+
+
+async def test_triggers_are_taken_away_from_free_tables_and_later_from_those_in_use(
+    database: TestDatabase, triggers: CaptureTriggers
+) -> None:
+    publish(database, "busy", "free")
+    assert len(await triggers.put()) == 2
+    with held(database, "busy"):
+        await triggers.take_away()
+        assert captured(database) == {"busy"}
+    since = time.monotonic()
+    while captured(database):
+        await triggers.take_away()
+        assert time.monotonic() - since < LIMIT_S
+        await asyncio.sleep(0.05)
+
+
+async def test_two_servers_put_one_trigger(database: TestDatabase, triggers: CaptureTriggers) -> None:
+    tables = [f"t{number}" for number in range(20)]
+    publish(database, *tables)
+    done = await asyncio.gather(triggers.put(), CaptureTriggers(triggers._pool).put())
+    assert sorted(oid for oids in done for oid in oids) == sorted(
+        oid for (oid,) in database.execute("select relation from realtime.capture_triggers()")
+    )
+    assert captured(database) == set(tables)
+    assert actions(database) == {}
+
+
+# -- what is written
+
+
+def test_row_that_jsonb_cannot_hold_is_written_all_the_same(any_database: TestDatabase) -> None:
+    run(
+        any_database,
+        "create table things (id int primary key, data json)",
+        "alter publication supabase_realtime add table things",
+    )
+    actions(any_database)
+    run(any_database, r"""insert into things values (1, '{"a": "\u0000"}')""", "update things set data = '{}'")
+    assert any_database.execute("select action, record, old_record from realtime.changes order by seq") == [
+        ("INSERT", None, None),
+        ("UPDATE", None, None),
+    ]
