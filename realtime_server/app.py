@@ -25,6 +25,7 @@ from starlette.types import Scope
 from realtime_server import __version__
 from realtime_server.authorization import Authorization
 from realtime_server.changes.feed import Feed
+from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
 from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
@@ -127,6 +128,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 ("roster", roster.run()),
                 ("changes", changes.run()),
                 ("maintenance", _maintain(pool, settings.retention)),
+                ("upkeep of row changes", Upkeep(pool, lambda: changes.mode).run()),
             )
         ]
         try:

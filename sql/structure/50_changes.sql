@@ -24,7 +24,7 @@ create table realtime.changes (
 );
 alter sequence realtime.changes_seq owned by realtime.changes.seq;
 
-comment on table realtime.changes is 'Captured row changes, for the servers only, kept for an hour. Empty where the servers read the log instead.';
+comment on table realtime.changes is 'Captured row changes, for the servers only. A server deletes what is older than an hour, every five minutes, and all of it when no table is captured and no server reads here.';
 comment on column realtime.changes.seq is 'Order of writing.';
 comment on column realtime.changes.xid is 'Transaction that wrote the row: the servers read by it.';
 comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';

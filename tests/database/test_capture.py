@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
+import structlog
+from psycopg import conninfo
 
-from realtime_server.changes import trigger
+from realtime_server.changes import trigger, upkeep
 from realtime_server.changes.trigger import CaptureTriggers
+from realtime_server.changes.upkeep import Upkeep
 from realtime_server.database import Pool, Target
 from tests.fix_database import TestDatabase
 
@@ -62,11 +65,16 @@ def held(database: TestDatabase, *tables: str) -> Iterator[psycopg.Connection[An
 
 
 @pytest.fixture
-async def triggers(database: TestDatabase) -> AsyncIterator[CaptureTriggers]:
+async def pool(database: TestDatabase) -> AsyncIterator[Pool]:
     pool = Pool(Target(database.url), name="test", size=2, timeout_s=5, statement_timeout_s=5)
     await pool.open()
-    yield CaptureTriggers(pool)
+    yield pool
     await pool.close()
+
+
+@pytest.fixture
+def triggers(pool: Pool) -> CaptureTriggers:
+    return CaptureTriggers(pool)
 
 
 # -- one table's trouble
@@ -295,3 +303,107 @@ def test_row_that_jsonb_cannot_hold_is_written_all_the_same(any_database: TestDa
         ("INSERT", None, None),
         ("UPDATE", None, None),
     ]
+
+
+# -- what is left behind
+
+
+def age(database: TestDatabase, condition: str = "true") -> None:
+    run(database, f"update realtime.changes set changed_at = changed_at - interval '2 hours' where {condition}")
+
+
+@contextmanager
+def reader(database: TestDatabase) -> Iterator[None]:
+    """As a server that reads captured changes shows itself."""
+    url = conninfo.make_conninfo(database.url, application_name="realtime-server changes")
+    with psycopg.connect(url, autocommit=True):
+        yield
+
+
+async def test_old_changes_are_dropped_some_blocks_at_a_time(
+    database: TestDatabase, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(database, "things")
+    actions(database)
+    run(database, "insert into things select generate_series(1, 5000)", "insert into things values (0)")
+    # In the middle of old ones, young ones: of a transaction that takes long.
+    age(database, "(record ->> 'id')::int not between 1000 and 2000")
+    ((last,),) = database.execute("select max(xid::text::bigint) from realtime.changes")
+    fetched: list[object] = []
+    fetch = pool.fetch
+
+    async def watched(query: LiteralString, arguments: Sequence[object] = (), **more: Any) -> list[tuple[Any, ...]]:
+        fetched.append(arguments)
+        return await fetch(query, arguments, **more)
+
+    monkeypatch.setattr(pool, "fetch", watched)
+    monkeypatch.setattr(upkeep, "BLOCKS_AT_ONCE", 10)
+    await Upkeep(pool, lambda: "trigger").clean()
+    assert len(fetched) > 5
+    assert database.execute("select count(*), min((record ->> 'id')::int) from realtime.changes") == [(1001, 1000)]
+    assert database.execute("select realtime.dropped_change_xid()::text::bigint") == [(last,)]
+
+
+def test_one_server_at_a_time_drops_old_changes(database: TestDatabase) -> None:
+    with database.connect() as db, db.transaction():
+        assert db.execute("select next_block from realtime.drop_old_changes()").fetchall() == [(None,)]
+        assert database.execute("select next_block from realtime.drop_old_changes()") == []
+
+
+async def test_outbox_is_emptied_when_the_triggers_are_gone_and_nobody_reads(
+    any_database: TestDatabase,
+) -> None:
+    publish(any_database, "things")
+    actions(any_database)
+    run(any_database, "insert into things values (1)")
+    ((xid,),) = any_database.execute("select xid::text::bigint from realtime.changes")
+    empty = "select realtime.empty_changes()"
+    assert any_database.execute(empty) == [(False,)]
+    any_database.execute("select realtime.sync_capture(false)")
+    with reader(any_database):
+        assert any_database.execute(empty) == [(False,)]
+    with any_database.connect() as db, db.transaction():
+        db.execute("select from realtime.changes")
+        assert any_database.execute(empty) == [(False,)]
+    assert len(written(any_database)) == 1
+    assert any_database.execute(empty) == [(True,)]
+    assert written(any_database) == []
+    assert any_database.execute("select realtime.dropped_change_xid()::text::bigint") == [(xid,)]
+    assert any_database.execute(empty) == [(False,)]
+
+
+async def test_server_that_reads_the_log_takes_triggers_away_that_nobody_reads(
+    database: TestDatabase, pool: Pool
+) -> None:
+    publish(database, "things")
+    actions(database)
+    await Upkeep(pool, lambda: "trigger").look()
+    with reader(database):
+        await Upkeep(pool, lambda: "wal").look()
+    assert captured(database) == {"things"}
+    await Upkeep(pool, lambda: "wal").look()
+    assert captured(database) == set()
+
+
+@pytest.fixture
+def slot(database: TestDatabase) -> Iterator[str]:
+    """A slot of ours that nobody reads."""
+    ((name,),) = database.execute("select realtime.slot_name()")
+    with psycopg.connect(database.administrator_url, autocommit=True) as db:
+        db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
+        yield name
+        db.execute("select pg_drop_replication_slot(%s)", (name,))
+
+
+async def test_slot_that_nobody_reads_is_told_of(database: TestDatabase, pool: Pool, slot: str) -> None:
+    care = Upkeep(pool, lambda: "trigger")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            await care.look()
+    (line,) = logs
+    assert (line["log_level"], line["slot"]) == ("error", slot)
+    assert "realtime.drop_slot()" in line["advice"]
+    with structlog.testing.capture_logs() as logs:
+        # It is about to be read.
+        await Upkeep(pool, lambda: "wal").look()
+    assert logs == []

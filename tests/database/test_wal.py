@@ -256,11 +256,18 @@ async def running(source: WalSource, received: Received) -> AsyncIterator[asynci
         yield task
         assert not task.done(), task
     finally:
+        before = received.database.slot_state()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+
+        def is_free() -> bool:
+            state = received.database.slot_state()
+            # Or another source has it by now.
+            return not state or not state[0] or state != before
+
         # PostgreSQL has noticed that we are gone.
-        await until(lambda: not (received.database.slot_state() or [False])[0], "the slot to be free")
+        await until(is_free, "the slot to be free")
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ create table realtime.changes (
 );
 alter sequence realtime.changes_seq owned by realtime.changes.seq;
 
-comment on table realtime.changes is 'Captured row changes, for the servers only, kept for an hour. Empty where the servers read the log instead.';
+comment on table realtime.changes is 'Captured row changes, for the servers only. A server deletes what is older than an hour, every five minutes, and all of it when no table is captured and no server reads here.';
 comment on column realtime.changes.seq is 'Order of writing.';
 comment on column realtime.changes.xid is 'Transaction that wrote the row: the servers read by it.';
 comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
@@ -1990,29 +1990,55 @@ $$;
 comment on function realtime.dropped_change_xid() is 'Highest transaction id among captured changes that were dropped in this life of the database.';
 revoke all on function realtime.dropped_change_xid() from public;
 
-create or replace function realtime.drop_old_changes(retention interval default '1 hour')
-returns bigint
+create or replace function realtime.note_dropped_change(xid xid8)
+returns void
 language sql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-    with dropped as (
-        delete from realtime.changes where changed_at < now() - retention
-        returning xid
-    ),
-    noted as (
-        update realtime.stream
-        set
-            dropped_change_xid = greatest(realtime.dropped_change_xid()::text::numeric, summary.xid)::text::xid8,
-            dropped_change_in_life = realtime.life()
-        from (select max(dropped.xid::text::numeric) as xid from dropped) as summary
-        where summary.xid is not null
-        returning 1
-    )
-    select count(*) from dropped, (select count(*) from noted) as done
+    update realtime.stream
+    set
+        dropped_change_xid = note_dropped_change.xid,
+        dropped_change_in_life = realtime.life()
+    where note_dropped_change.xid > realtime.dropped_change_xid()
 $$;
-comment on function realtime.drop_old_changes(interval) is 'Deletes captured changes older than the retention; how many. A server that has not read them by then reports a gap.';
-revoke all on function realtime.drop_old_changes(interval) from public;
+comment on function realtime.note_dropped_change(xid8) is 'Remembers that captured changes of transactions up to this one were dropped.';
+revoke all on function realtime.note_dropped_change(xid8) from public;
+
+-- Block by block: an index on the time would cost every writer, and without one a table that has grown large is too much for one statement.
+create or replace function realtime.drop_old_changes(retention interval default '1 hour', from_block bigint default 0, blocks bigint default 4294967295)
+returns table (dropped bigint, next_block bigint)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_end bigint := least(drop_old_changes.from_block + drop_old_changes.blocks, 4294967295);
+    v_xid xid8;
+begin
+    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
+        return;
+    end if;
+    with gone as (
+        delete from realtime.changes as c
+        where c.ctid >= format('(%s,0)', drop_old_changes.from_block)::tid
+            and c.ctid < format('(%s,0)', v_end)::tid
+            and c.changed_at < now() - drop_old_changes.retention
+        returning c.xid
+    )
+    select count(*), max(gone.xid::text::numeric)::text::xid8 into dropped, v_xid from gone;
+    perform realtime.note_dropped_change(v_xid);
+    next_block := v_end;
+    if v_end * current_setting('block_size')::bigint >= pg_relation_size('realtime.changes') then
+        next_block := null;
+    end if;
+    return next;
+end
+$$;
+comment on function realtime.drop_old_changes(interval, bigint, bigint) is
+    'Deletes captured changes older than the retention from so many blocks of the table; how many, and the block to go on from, null at the end. No row: another server is at it. A server that has not read them by then reports a gap.';
+revoke all on function realtime.drop_old_changes(interval, bigint, bigint) from public;
 
 create or replace function realtime.has_change_reader()
 returns boolean
@@ -2171,6 +2197,40 @@ $$;
 comment on function realtime.capture_table(oid, text[], interval) is
     'Gives a table the capture trigger for these events, or takes it away if there are none; what was done (captured, released), or why nothing was (waiting, refused). No row: nothing was to do. Locks are waited for up to patience each.';
 revoke all on function realtime.capture_table(oid, text[], interval) from public;
+
+create or replace function realtime.empty_changes()
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '0.1s'
+as $$
+declare
+    v_xid xid8;
+begin
+    if pg_relation_size('realtime.changes') = 0
+        or realtime.has_change_reader()
+        or exists (select from realtime.capture_triggers())
+    then
+        return false;
+    end if;
+    -- Whoever begins to write or to read meanwhile is seen behind the lock.
+    lock table realtime.changes in access exclusive mode;
+    perform pg_stat_clear_snapshot();
+    if realtime.has_change_reader() or exists (select from realtime.capture_triggers()) then
+        return false;
+    end if;
+    select c.xid into v_xid from realtime.changes as c order by c.xid desc limit 1;
+    perform realtime.note_dropped_change(v_xid);
+    truncate realtime.changes;
+    return true;
+exception when lock_not_available then
+    return false;
+end
+$$;
+comment on function realtime.empty_changes() is
+    'Drops all captured changes and gives their space back, if no table is captured and no server reads; whether that was so.';
+revoke all on function realtime.empty_changes() from public;
 
 create or replace function realtime.sync_capture(is_wanted boolean default true)
 returns table (relation oid, name text, action text, problem text)
