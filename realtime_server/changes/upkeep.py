@@ -38,12 +38,12 @@ class Upkeep:
 
     async def run(self) -> None:
         """Look after it all until cancelled, through any loss of the database."""
-        begun_at = time.monotonic()
-        while self._mode() is None and time.monotonic() < begun_at + LOOK_S:
-            await asyncio.sleep(START_S)
         await together(self._repeat(self.clean, CLEANING_S), self._repeat(self.look, LOOK_S))
 
     async def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], pause_s: float) -> None:
+        begun_at = time.monotonic()
+        while self._mode() is None and time.monotonic() < begun_at + LOOK_S:
+            await asyncio.sleep(START_S)
         while True:
             try:
                 with database.changing():
