@@ -1,0 +1,18 @@
+"""Larger pieces and stricter images: what the functions of row changes and of the relay have learnt since."""
+
+from alembic import op
+from realtime_server.schema import run_sql_file
+
+revision = "core_0003"
+down_revision = "core_0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    run_sql_file(__file__)
+
+
+def downgrade() -> None:
+    # The functions serve older servers as well.
+    pass
