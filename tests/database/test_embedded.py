@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +18,9 @@ import pytest
 
 from realtime_server.embedded import EmbeddedPostgres, bundled_bin, lock_data_dir
 from realtime_server.errors import EmbeddedError
+from tests.fix_postgres import FAST, open_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
-FAST = {"fsync": "off", "full_page_writes": "off"}
 LIMIT_S = 60
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
@@ -33,11 +31,8 @@ Embedded = Callable[..., EmbeddedPostgres]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Not tmp_path: its parents have mode 0700, and PostgreSQL, not being root, could not walk in."""
-    path = Path(tempfile.mkdtemp(prefix="embedded-"))
-    path.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
+    with open_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -112,9 +107,10 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.fixture(params=[None, DEBIAN_15], ids=["bundled", "debian-15"])
+@pytest.fixture(params=["newest", "oldest"])
 def any_version(request: pytest.FixtureRequest, embedded: Embedded) -> EmbeddedPostgres:
-    return embedded(request.param, {"log_line_prefix": "it's \\ %m "}).start()
+    bin_dir = None if request.param == "newest" else request.getfixturevalue("old_programs")
+    return embedded(bin_dir, {"log_line_prefix": "it's \\ %m "}).start()
 
 
 def test_the_ordinary_role_owns_the_database_and_may_replicate_and_nothing_else(any_version: EmbeddedPostgres) -> None:
@@ -299,9 +295,9 @@ def test_a_half_made_cluster_is_made_anew(data_dir: Path, embedded: Embedded) ->
     assert not (data_dir / "postgres.new.password").exists()
 
 
-def test_data_of_another_major_version_is_refused_with_the_way_out(embedded: Embedded) -> None:
-    embedded(DEBIAN_15).start().stop()
-    with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 15, but this is PostgreSQL 18.*pg_upgrade") as refused:
+def test_data_of_another_major_version_is_refused_with_the_way_out(embedded: Embedded, old_programs: Path) -> None:
+    embedded(old_programs).start().stop()
+    with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 14, but this is PostgreSQL 18.*pg_upgrade") as refused:
         embedded().start()
     assert "REALTIME_DATA_DIR" in str(refused.value)
 

@@ -20,7 +20,7 @@ from psycopg import conninfo, sql
 from realtime_server import schema
 from realtime_server.embedded import bundled_bin
 from tests.fix_database import OWNER, Cluster, TestDatabase
-from tests.fix_postgres import DEBIAN_PROGRAMS, embedded_cluster
+from tests.fix_postgres import embedded_cluster
 
 LIMIT_S = 60
 ROLES = ["anon", "authenticated", "service_role"]
@@ -68,7 +68,7 @@ class BareCluster:
 
 @pytest.fixture(scope="module", params=["newest", "oldest"])
 def bare_postgres(request: pytest.FixtureRequest) -> Iterator[BareCluster]:
-    for url in embedded_cluster(None if request.param == "newest" else DEBIAN_PROGRAMS[0]):
+    for url in embedded_cluster(None if request.param == "newest" else request.getfixturevalue("old_programs")):
         yield BareCluster(url)
 
 

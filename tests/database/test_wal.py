@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.errors import EmbeddedError
 from tests.database.test_relay import until
 from tests.fix_database import OWNER, Cluster, TestDatabase
-from tests.fix_postgres import FAST
+from tests.fix_postgres import FAST, open_folder
 from tests.fix_proxy import Proxy, ProxyFactory, Pump
 
 PUBLICATION = "supabase_realtime"
@@ -159,15 +158,13 @@ class OwnCluster:
 
 @pytest.fixture(scope="module")
 def own_cluster() -> Iterator[OwnCluster]:
-    root = Path(tempfile.mkdtemp(prefix="realtime-test-"))
-    root.chmod(0o711)
     settings = {**FAST, "max_prepared_transactions": "10", "max_wal_senders": "3", "max_replication_slots": "4"}
-    postgres = EmbeddedPostgres(root / "data", settings=settings)
-    try:
-        yield OwnCluster(postgres.start())
-    finally:
-        postgres.stop("immediate")
-        shutil.rmtree(root)
+    with open_folder() as folder:
+        postgres = EmbeddedPostgres(folder / "data", settings=settings)
+        try:
+            yield OwnCluster(postgres.start())
+        finally:
+            postgres.stop("immediate")
 
 
 @pytest.fixture
@@ -574,30 +571,47 @@ async def test_values_of_every_type_are_as_postgresql_writes_them_and_reads_them
                 assert unlike == []
 
 
-async def test_tables_may_change_and_publications_may_be_narrow(source_database: WalDatabase) -> None:
-    source_database.execute("create table item (number int primary key, body text, secret text)")
+async def test_tables_may_change(source_database: WalDatabase) -> None:
+    source_database.execute("create table item (number int primary key, body text)")
     source_database.execute("create table other (number int primary key)")
-    source_database.administrate(
-        "alter publication supabase_realtime add table item (number, body) where (number < 100)"
-    )
+    source_database.publish("item")
     async with reading(source_database) as received:
         source_database.execute("insert into other values (1)")
-        source_database.execute("insert into item values (1, 'a', 's'), (100, 'b', 's')")
+        source_database.execute("insert into item values (1, 'a')")
         source_database.execute("alter table item rename column body to content")
         source_database.execute("update item set content = 'c' where number = 1")
-        source_database.execute("update item set number = number + 100 where number = 1")
-        source_database.administrate("alter publication supabase_realtime set table item, other")
+        source_database.publish("other")
         source_database.execute("insert into other values (2)")
         source_database.execute("alter table item drop column content, add column more int default 7")
-        source_database.execute("insert into item values (5, 's')")
-        await received.until_there_are(5)
+        source_database.execute("insert into item values (5)")
+        await received.until_there_are(4)
     assert received.told == [
         ("INSERT", {"number": "1", "body": "a"}, None),
         ("UPDATE", {"number": "1", "content": "c"}, {"number": "1"}),
+        ("INSERT", {"number": "2"}, None),
+        ("INSERT", {"number": "5", "more": "7"}, None),
+    ]
+
+
+async def test_publications_may_be_narrow(newest_database: WalDatabase) -> None:
+    """By row filters and column lists, which came with PostgreSQL 15."""
+    newest_database.execute("create table item (number int primary key, body text, secret text)")
+    newest_database.administrate(
+        "alter publication supabase_realtime add table item (number, body) where (number < 100)"
+    )
+    async with reading(newest_database) as received:
+        newest_database.execute("insert into item values (1, 'a', 's'), (100, 'b', 's')")
+        newest_database.execute("update item set body = 'c' where number = 1")
+        newest_database.execute("update item set number = number + 100 where number = 1")
+        newest_database.administrate("alter publication supabase_realtime set table item")
+        newest_database.execute("insert into item values (5, 'd', 's')")
+        await received.until_there_are(4)
+    assert received.told == [
+        ("INSERT", {"number": "1", "body": "a"}, None),
+        ("UPDATE", {"number": "1", "body": "c"}, {"number": "1"}),
         # It left the filter.
         ("DELETE", None, {"number": "1"}),
-        ("INSERT", {"number": "2"}, None),
-        ("INSERT", {"number": "5", "secret": "s", "more": "7"}, None),
+        ("INSERT", {"number": "5", "body": "d", "secret": "s"}, None),
     ]
 
 
@@ -1015,16 +1029,16 @@ async def test_slot_that_is_lost_is_made_anew_and_the_gap_is_told(own: OwnCluste
     own.reset()
 
 
-async def test_place_that_cannot_be_decoded_is_given_up_and_the_gap_is_told(source_database: WalDatabase) -> None:
-    """Here: a row filter that fails. It fails again each time, however often it is read."""
-    source_database.execute("create table item (number int primary key)")
-    source_database.administrate("alter publication supabase_realtime add table item where (1 / number > -5)")
-    received = Received(source_database)
-    async with running(source_of(source_database), received):
-        source_database.execute("insert into item values (1)")
-        source_database.execute("insert into item values (0)")
+async def test_place_that_cannot_be_decoded_is_given_up_and_the_gap_is_told(newest_database: WalDatabase) -> None:
+    """Here: a row filter that fails, which PostgreSQL 15 brought. It fails again each time, however often it is read."""
+    newest_database.execute("create table item (number int primary key)")
+    newest_database.administrate("alter publication supabase_realtime add table item where (1 / number > -5)")
+    received = Received(newest_database)
+    async with running(source_of(newest_database), received):
+        newest_database.execute("insert into item values (1)")
+        newest_database.execute("insert into item values (0)")
         await until(lambda: received.gaps != [], "the gap")
-        source_database.execute("insert into item values (2)")
+        newest_database.execute("insert into item values (2)")
         await received.until_there_are(2)
     assert received.numbers == [1, 2]
     assert received.gaps == ["a part of the database's log cannot be read"]
