@@ -1,6 +1,5 @@
 """Larger pieces and stricter images: what the functions of row changes and of the relay have learnt since."""
 
-from alembic import op
 from realtime_server.schema import run_sql_file
 
 revision = "core_0003"
