@@ -80,7 +80,7 @@ def run() -> None:
 
         def announce(row_changes: str) -> None:
             mode = f"row changes: {row_changes} · wake-up: {'poll' if target.is_pooled else 'notify'} · bus: in-process · workers: 1"
-            _announce(f"http://{settings.host}:{port}", shown_url, anon_key, service_key, mode)
+            _announce(_url(settings.host, port), shown_url, anon_key, service_key, mode)
 
         server.serve(app, settings, listener, announce)
 
@@ -152,7 +152,7 @@ def keys(
     secret = _secret(settings)
     anon_key, service_key = _api_keys(settings, secret)
     facts = {
-        "url": _url(settings),
+        "url": _url(settings.host, settings.port),
         "anon_key": anon_key,
         "service_role_key": service_key,
         "jwt_secret": secret,
@@ -268,7 +268,7 @@ def _client(url: str | None, key: str | None, token: str | None) -> Client:
     if key is None:
         raise SettingsError("give --key, or set REALTIME_SERVICE_KEY: without a secret none can be made")
     try:
-        return Client(url or _url(settings), key, token=token)
+        return Client(url or _url(settings.host, settings.port), key, token=token)
     except ValueError as error:
         raise SettingsError(f"--url: {error}") from None
 
@@ -333,8 +333,8 @@ def _store(file: Path, cursor: str) -> None:
     new.replace(file)
 
 
-def _url(settings: Settings) -> str:
-    return f"http://{settings.host}:{settings.port}"
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -437,9 +437,11 @@ def _secret(settings: Settings) -> str | None:
             '(for a new one: python3 -c "import secrets; print(secrets.token_urlsafe(48))"), '
             "or REALTIME_JWKS_URL to where their public keys are"
         )
+    from realtime_server.embedded import make_data_dir
+
     file = settings.data_dir / "jwt_secret"
     if not file.exists():
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        make_data_dir(settings.data_dir)
         with contextlib.suppress(FileExistsError), open(file, "x", opener=_private_opener) as new:
             new.write(secrets.token_urlsafe(48))
     secret = file.read_text().strip()

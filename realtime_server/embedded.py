@@ -99,7 +99,7 @@ class EmbeddedPostgres:
         if sys.platform == "win32":
             raise EmbeddedError("the embedded PostgreSQL does not run on Windows; set REALTIME_DATABASE_URL")
         try:
-            _make_data_dir(self.data_dir)
+            make_data_dir(self.data_dir)
             with self._locked():
                 programs = _Programs.find(self._bin_dir, _account_for(self.location))
                 cluster = self._place(programs)
@@ -418,7 +418,7 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
     data_dir = data_dir.resolve()
     file = data_dir / "server.lock"
     try:
-        _make_data_dir(data_dir)
+        make_data_dir(data_dir)
         lock = _take_lock(file, limit_s=0)
     except OSError as error:
         raise EmbeddedError(f"{data_dir} can't be used as the data folder: {error}") from error
@@ -454,7 +454,8 @@ def _take_lock(file: Path, limit_s: float) -> int | None:
             return lock
 
 
-def _make_data_dir(data_dir: Path) -> None:
+def make_data_dir(data_dir: Path) -> None:
+    """Harmless where there is one, which keeps its mode."""
     # Open for walking through when we are root: the cluster's own user must reach it. The secrets have mode 0600.
     mode = 0o711 if os.geteuid() == 0 else 0o700
     try:

@@ -304,6 +304,8 @@ async def test_second_server_on_one_data_folder_says_so_plainly(folder: Path) ->
 
 async def test_keys_and_token_serve_programs(folder: Path, wire: WireFactory) -> None:
     assert "there is no PostgreSQL in" in run_command("keys", cwd=folder).stderr
+    # Nobody else may look in, also where a server has never run.
+    assert (folder / ".realtime").stat().st_mode & 0o066 == 0
     async with newcomer(folder) as server:
         keys = json.loads((await asyncio.to_thread(run_command, "keys", "--json", cwd=folder)).stdout)
         assert set(keys) == {"url", "anon_key", "service_role_key", "jwt_secret", "database_url"}
