@@ -66,12 +66,13 @@ class Row(NamedTuple):
 
 
 class ChangeRow(NamedTuple):
-    """One captured row change. `record` and `old_record` are jsonb text; `changed_at` seconds since 1970."""
+    """One captured row change. `record` and `old_record` are texts of rows, of these `columns`; `changed_at` seconds since 1970."""
 
     seq: int
     relation: int
     action: str
     changed_at: float
+    columns: list[str] | None
     record: str | None
     old_record: str | None
     xid: int
@@ -103,7 +104,7 @@ MESSAGES: Final = Outbox(
 CHANGES: Final = Outbox(
     ChangeRow,
     listen="listen realtime_changes",
-    read="select * from realtime.changes_since(%s::pg_snapshot)",
+    read="select * from realtime.captured_since(%s::pg_snapshot)",
     doorbell="realtime.change_doorbell_key()",
     begin="select realtime.life(), pg_current_snapshot()::text, 0::bigint, '', realtime.dropped_change_xid()::text::bigint",
 )

@@ -6,12 +6,9 @@ again is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
-import msgspec
-
-from realtime_server.changes.change import Action, Change, Image
+from realtime_server.changes.change import Action, Change, Image, size_of, written
 from realtime_server.changes.pgoutput import (
     UNCHANGED,
     Begin,
@@ -24,9 +21,6 @@ from realtime_server.changes.pgoutput import (
     Tuple,
     Update,
 )
-
-_NULL: Final = msgspec.Raw(b"null")
-_encode: Final = msgspec.json.Encoder().encode
 
 
 class Taken(NamedTuple):
@@ -58,49 +52,37 @@ class Piece(NamedTuple):
 class _Table:
     """How rows of one table become images."""
 
-    def __init__(self, relation: Relation, is_json: Callable[[int], bool]) -> None:
-        self._columns = [(column.name, is_json(column.type)) for column in relation.columns]
+    def __init__(self, relation: Relation) -> None:
+        self._columns = [column.name for column in relation.columns]
         self._key = [column.name for column in relation.columns if column.is_key]
 
-    def image(self, row: Tuple, fallback: Tuple | None = None) -> tuple[Image, int]:
-        """And its size. `fallback` has the values that `row` leaves out because they are unchanged."""
+    def image(self, row: Tuple, fallback: Tuple | None = None) -> Image:
+        """`fallback` has the values that `row` leaves out because they are unchanged."""
         if len(row) != len(self._columns) or (fallback is not None and len(fallback) != len(row)):
             raise MalformedReplication(f"expected a row of {len(self._columns)} columns, got {len(row)}")
         image: Image = {}
-        size = 0
-        for index, (name, is_json) in enumerate(self._columns):
+        for index, name in enumerate(self._columns):
             value = row[index]
             if value is UNCHANGED:
                 # Null here means: not part of the old key, for a null would not have been kept apart from its row.
                 value = None if fallback is None else fallback[index]
                 if value is None or value is UNCHANGED:
                     continue
-            if value is None:
-                image[name] = _NULL
-                size += 4
-                continue
             # A database of encoding SQL_ASCII may send anything.
-            text = str(value, errors="replace")
-            json = text.encode() if is_json else _encode(text)
-            image[name] = msgspec.Raw(json)
-            size += len(json)
-        return image, size
+            image[name] = written(None if value is None else str(value, errors="replace"))
+        return image
 
-    def key_of(self, image: Image) -> tuple[Image | None, int]:
-        """What of a row is its identity, None if it has none, and its size."""
-        key = {name: image[name] for name in self._key if name in image}
-        return key or None, sum(len(memoryview(value)) for value in key.values())
+    def key_of(self, image: Image) -> Image | None:
+        """What of a row is its identity, None if it has none."""
+        return {name: image[name] for name in self._key if name in image} or None
 
-    def old_image(self, row: Tuple, is_whole: bool) -> tuple[Image | None, int]:
-        image, size = self.image(row)
-        return (image, size) if is_whole else self.key_of(image)
+    def old_image(self, row: Tuple, is_whole: bool) -> Image | None:
+        image = self.image(row)
+        return image if is_whole else self.key_of(image)
 
 
 class Assembly:
-    """`is_json`: whether values of the type with this oid are JSON as they are."""
-
-    def __init__(self, is_json: Callable[[int], bool], taken: Taken) -> None:
-        self._is_json = is_json
+    def __init__(self, taken: Taken) -> None:
         self._taken = taken
         self._tables: dict[int, _Table] = {}
         self._changes: list[Change] = []
@@ -146,7 +128,7 @@ class Assembly:
                 self._end_lsn = max(self._end_lsn, message.end_lsn)
                 self._begin = None
             case Relation():
-                self._tables[message.oid] = _Table(message, self._is_json)
+                self._tables[message.oid] = _Table(message)
             case _:
                 # Clients are not told of TRUNCATE; types are known by their oid; origins and logical messages nobody asked for.
                 pass
@@ -181,25 +163,21 @@ class Assembly:
             return
         new: Image | None = None
         old: Image | None = None
-        new_size = old_size = 0
         has_whole_old = False
         match message:
             case Insert():
                 action = Action.INSERT
-                new, new_size = table.image(message.new)
+                new = table.image(message.new)
             case Update():
                 action = Action.UPDATE
                 has_whole_old = message.has_whole_old
-                new, new_size = table.image(message.new, message.old)
-                if message.old is None:
-                    old, old_size = table.key_of(new)
-                else:
-                    old, old_size = table.old_image(message.old, has_whole_old)
+                new = table.image(message.new, message.old)
+                old = table.key_of(new) if message.old is None else table.old_image(message.old, has_whole_old)
             case Delete():
                 action = Action.DELETE
                 has_whole_old = message.has_whole_old
-                old, old_size = table.old_image(message.old, has_whole_old)
-        size = new_size + old_size
+                old = table.old_image(message.old, has_whole_old)
+        size = size_of(new) + size_of(old)
         self.bytes_waiting += size
         self._changes.append(
             Change(message.relation, action, begin.committed_at, new, old, has_whole_old, size, begin.xid)

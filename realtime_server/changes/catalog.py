@@ -19,8 +19,6 @@ class Column(msgspec.Struct, frozen=True):
 
     name: str
     type: str
-    type_oid: int
-    is_json: bool
     is_bytea: bool
     is_bool: bool
     is_key: bool
@@ -127,12 +125,6 @@ class Catalog:
         self._rows = new
         self.version += 1
         return True
-
-    def is_json(self, type_oid: int) -> bool:
-        """Whether values of the type are JSON, as far as published tables have such columns."""
-        return any(
-            column.is_json for table in self.tables.values() for column in table.columns if column.type_oid == type_oid
-        )
 
 
 def _table(row: tuple[Any, ...]) -> Table:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-# Column → its value as JSON text. Two forms go: the value as `to_jsonb` writes it, and a JSON string of the text that PostgreSQL writes
-# for it. `jsonb_populate_record` reads both; only json and jsonb values must stand as they are. A column that is absent is not known.
+# Column → a JSON string of the text that PostgreSQL writes for its value, or null. A column that is absent is not known.
 Image = dict[str, msgspec.Raw]
+
+_NULL: Final = msgspec.Raw(b"null")
+_encode: Final = msgspec.json.Encoder().encode
 
 
 class Action(StrEnum):
@@ -36,6 +38,15 @@ class Change(NamedTuple):
     has_whole_old: bool
     size: int
     xid: int
+
+
+def written(text: str | None) -> msgspec.Raw:
+    """A value of an image."""
+    return _NULL if text is None else msgspec.Raw(_encode(text))
+
+
+def size_of(image: Image | None) -> int:
+    return sum(len(memoryview(value)) for value in (image or {}).values())
 
 
 class Receiver(Protocol):

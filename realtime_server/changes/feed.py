@@ -322,7 +322,6 @@ class Feed:
                 self._pool,
                 publication=PUBLICATION,
                 slot=slot,
-                is_json=self._catalog.is_json,
                 timeout_s=self._timeout_s,
             )
             obstacle = self._lost or await wal.obstacle()
@@ -518,6 +517,8 @@ class Feed:
             for registration in {entry.registration for entry in self._subscriptions.of_table(table.relation)}:
                 if Identity.of(registration.claims) == identity:
                     self._say(registration, text, ok=problem is None)
+        for registration in {entry.registration for entry in round.missed}:
+            registration.subscriber.tell_missing_changes(f"gap: changes of {table} could not be judged")
         for entry, problem in round.unmatched.items():
             registration = entry.registration
             self._put(registration, [one for one in registration.entries if one is not entry])

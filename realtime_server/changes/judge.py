@@ -54,10 +54,15 @@ class Matches(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """`images` that somebody may see; `problem`: SQLSTATE and text when that could not be found out."""
+    """`images` that somebody may see; `unknown` those of which nobody can say, because policies read what is not known of them; `problem`:
+    SQLSTATE and text when it could not be found out."""
 
     images: frozenset[int]
+    unknown: frozenset[int] = frozenset()
     problem: str | None = None
+
+
+BLIND: Final = Sight(frozenset())
 
 
 class Judge:
@@ -137,7 +142,7 @@ class Judge:
         limit_s: float | None = None,
     ) -> list[Sight]:
         rows = await self._ask(
-            "select question, visible, problem"
+            "select question, visible, unknown, problem"
             " from realtime.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
             table.relation,
             images,
@@ -146,7 +151,7 @@ class Judge:
             msgspec.json.encode([sorted(numbers) for _, numbers in wanted]).decode(),
             limit_s=limit_s,
         )
-        return [Sight(frozenset(visible), problem) for _, visible, problem in sorted(rows)]
+        return [Sight(frozenset(visible), frozenset(unknown), problem) for _, visible, unknown, problem in sorted(rows)]
 
     async def _see_alone(
         self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
@@ -160,7 +165,7 @@ class Judge:
                     raise QueryCanceled
                 sights += await self._see(table, images, [one], LIMIT_ALONE_S)
             except (QueryCanceled, database.Error) as error:
-                sights.append(Sight(frozenset(), _problem(error)))
+                sights.append(Sight(frozenset(), problem=_problem(error)))
         return sights
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
@@ -169,7 +174,7 @@ class Judge:
         return [_image(text) for (text,) in rows]
 
     async def complete(self, table: Table, images: bytes) -> list[Image]:
-        """The images with generated columns, and with what is not known of them taken from the rows as they are now.
+        """The images with generated columns, and with what is not known of them taken from the rows, if these are still the same.
 
         Raises: QueryCanceled.
         """

@@ -11,7 +11,7 @@ import msgspec
 
 from realtime_server.changes.catalog import Table
 from realtime_server.changes.change import Action, Change, Image
-from realtime_server.changes.judge import Identity, Judge
+from realtime_server.changes.judge import BLIND, Identity, Judge, Sight
 from realtime_server.changes.payload import NO_KEY, UNAUTHORIZED, View
 from realtime_server.changes.subscriptions import Entry, Subscriptions
 from realtime_server.protocol.filters import Condition
@@ -20,7 +20,7 @@ from realtime_server.protocol.filters import Condition
 @dataclass(slots=True, eq=False)
 class Picture:
     """A row as it was. `told` is what clients may be told of it; `known` what it is judged by, which is more where an UPDATE left large
-    values alone; only what is whole can be judged."""
+    values alone. Not `is_whole`: only the replica identity is known, and nobody can judge it."""
 
     told: Image
     known: Image
@@ -73,7 +73,8 @@ class Round:
     saw it, those whom row-level security binds are not even told its key.
 
     Afterwards, `judged` are the identities that policies were asked about; `unjudged` those among them for whom they could not be
-    evaluated, and `unmatched` entries whose filter could not, each with the reason.
+    evaluated, and `unmatched` entries whose filter could not, each with the reason. `missed` are entries to be told of a gap: for their
+    identities, policies read what is not known of a row any more.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Round:
         self.judged: set[Identity] = set()
         self.unjudged: dict[Identity, str] = {}
         self.unmatched: dict[Entry, str] = {}
+        self.missed: set[Entry] = set()
 
     async def decide(self, changes: Sequence[Change]) -> list[Verdict]:
         """Raises: DatabaseUnavailable, QueryCanceled, database.Error."""
@@ -109,8 +111,7 @@ class Round:
             if not self._table.generated:
                 await self._complete(verdicts)
             await self._see(await self._match(wishes))
-        if not self._is_captured:
-            await self._render([verdict for verdict in verdicts if verdict.told])
+        await self._render([verdict for verdict in verdicts if verdict.told])
         return verdicts
 
     def _verdict(self, change: Change) -> Verdict:
@@ -224,7 +225,6 @@ class Round:
         for number, picture in enumerate(lacking):
             picture.known = {name: value for name, value in known[number].items() if name in names}
             picture.told |= {name: value for name, value in picture.known.items() if name in generated}
-            picture.is_whole = len(picture.known) == len(names)
 
     # -- whether it fits
 
@@ -264,11 +264,11 @@ class Round:
                     if picture.is_whole:
                         wanted[identity].add(album.add(picture.known))
         questions = list(wanted.items())
-        seen: dict[Identity, frozenset[int]] = {}
+        seen: dict[Identity, Sight] = {}
         if questions:
             sights = await self._judge.see(self._table, album.json(), questions)
             for (identity, _), sight in zip(questions, sights, strict=True):
-                seen[identity] = sight.images
+                seen[identity] = sight
                 self.judged.add(identity)
                 if sight.problem is not None:
                     self.unjudged[identity] = sight.problem
@@ -276,13 +276,21 @@ class Round:
         def sees(wish: _Wish, picture: Picture | None) -> bool:
             if picture is None or not self._is_bound(wish.want.identity):
                 return picture is not None
-            return picture.is_whole and album.number_of(picture.known) in seen.get(wish.want.identity, ())
+            return picture.is_whole and album.number_of(picture.known) in seen.get(wish.want.identity, BLIND).images
+
+        def is_unknown(wish: _Wish) -> bool:
+            decisive = wish.verdict.new or wish.verdict.old
+            asked = _pictures(wish.verdict) if wish.is_leaving else [decisive] if decisive else []
+            unknown = seen.get(wish.want.identity, BLIND).unknown
+            return any(album.number_of(picture.known) in unknown for picture in asked)
 
         # Leaving comes after staying: who still has the row is not told that it is gone.
         staying: dict[Verdict, set[Entry]] = {wish.verdict: set() for wish in wishes if wish.is_leaving}
         for wish in sorted(wishes, key=lambda wish: wish.is_leaving):
             verdict = wish.verdict
-            if wish.is_leaving:
+            if is_unknown(wish):
+                self.missed.update(_present(wish))
+            elif wish.is_leaving:
                 if sees(wish, verdict.old):
                     self._tell(wish, Action.DELETE, self._table.key, but=staying[verdict])
             elif verdict.new is None:
@@ -312,9 +320,7 @@ class Round:
         return self._table.access_of(identity.role).is_bound
 
     def _tell(self, wish: _Wish, action: Action, old: frozenset[str], *, but: Collection[Entry] = ()) -> None:
-        """Tell those who were there when it was committed."""
-        xid = wish.verdict.change.xid
-        entries = [entry for entry in wish.entries if entry not in but and not entry.registration.is_past(xid)]
+        entries = [entry for entry in _present(wish) if entry not in but]
         columns = self._table.access_of(wish.want.identity.role).columns
         if wish.want.select:
             columns &= self._table.key.union(wish.want.select)
@@ -355,6 +361,11 @@ class Album:
 
     def json(self) -> bytes:
         return msgspec.json.encode(self._images)
+
+
+def _present(wish: _Wish) -> list[Entry]:
+    """Those who were there when it was committed."""
+    return [entry for entry in wish.entries if not entry.registration.is_past(wish.verdict.change.xid)]
 
 
 def _pictures(verdict: Verdict) -> Iterable[Picture]:

@@ -24,7 +24,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, ClassVar, Final, LiteralString, NamedTuple
 
@@ -62,7 +62,7 @@ POOLED: Final = "the database is behind a transaction pooler, which has no repli
 
 # How values are written, whatever the role or the database sets.
 SESSION: Final = (
-    "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=1 -c bytea_output=hex"
+    "-c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=1 -c bytea_output=hex"
     f" -c wal_sender_timeout={WALSENDER_TIMEOUT_S}s"
 )
 
@@ -85,8 +85,7 @@ class _Backend(NamedTuple):
 class WalSource:
     """Reads for one server; of several with the same slot, one gets it.
 
-    `is_json` tells of a type's oid whether its values are JSON as they are: json, jsonb and domains over them. `pool` must be of the same
-    database as `target`. `timeout_s` bounds connecting and short questions.
+    `pool` must be of the same database as `target`. `timeout_s` bounds connecting and short questions.
     """
 
     name: Final = "wal"
@@ -98,14 +97,12 @@ class WalSource:
         *,
         publication: str,
         slot: str,
-        is_json: Callable[[int], bool],
         timeout_s: float,
     ) -> None:
         self._target = target
         self._pool = pool
         self._publication = publication
         self._slot = slot
-        self._is_json = is_json
         self._timeout_s = timeout_s
         # Which history of which cluster the places are of.
         self._life: tuple[str, int] | None = None
@@ -279,7 +276,7 @@ class WalSource:
         self._life = life
 
     async def _follow(self, stream: _Stream, db: Database, receiver: Receiver) -> None:
-        assembly = Assembly(self._is_json, self._taken)
+        assembly = Assembly(self._taken)
         while True:
             arrived = stream.receive(PIECE_CHANGES - assembly.changes_waiting, PIECE_BYTES - assembly.bytes_waiting)
             wants_reply = False

@@ -1,7 +1,7 @@
 -- Row changes: which tables tell theirs, what of them is wanted, and who may see it. Called by the servers only.
 --
--- An image is a row as a JSON object, column by column: values as to_jsonb writes them, or strings of the text that PostgreSQL writes for
--- them (json and jsonb always as they are). A column that is not known is absent.
+-- An image is a row as a JSON object, column by column: strings of the text that PostgreSQL writes for the values, null for null. So what is
+-- read from it is what was written: bounds of arrays, and null in json, which is not null. A column that is not known is absent.
 
 create or replace function realtime.table_name(relation oid)
 returns text
@@ -38,7 +38,7 @@ language sql
 stable
 set search_path = ''
 as $$
-    select pg_catalog.format_type(a.atttypid, a.atttypmod)
+    select case when realtime.base_type(a.atttypid) in (114, 3802) then 'text' else pg_catalog.format_type(a.atttypid, a.atttypmod) end
         || coalesce((
             select pg_catalog.format(' collate %I.%I', n.nspname, c.collname)
             from pg_catalog.pg_collation as c
@@ -49,7 +49,8 @@ as $$
     join pg_catalog.pg_type as t on t.oid = a.atttypid
     where a.attrelid = declared_type.relation and a.attnum = declared_type.attnum
 $$;
-comment on function realtime.declared_type(oid, smallint) is 'The type of a column, as in a list of column definitions.';
+comment on function realtime.declared_type(oid, smallint) is
+    'The type of a column, as in a list of column definitions for an image; text instead of json and jsonb, for which a string would be one of JSON.';
 revoke all on function realtime.declared_type(oid, smallint) from public;
 
 -- A row of which only some columns are known is none of its table, where a domain among the others does not allow null.
@@ -59,28 +60,59 @@ language sql
 stable
 set search_path = ''
 as $$
-    select case
-        when pg_catalog.bool_or(t.typtype = 'd') then pg_catalog.format(
-            'pg_catalog.jsonb_to_record(%s) as row (%s)',
-            populated.image,
-            pg_catalog.string_agg(
-                pg_catalog.format(
-                    '%I %s',
-                    a.attname,
-                    case when t.typtype = 'd' then pg_catalog.format_type(realtime.base_type(t.oid), -1)
-                    else realtime.declared_type(a.attrelid, a.attnum) end
-                ),
-                ', ' order by a.attnum
-            )
+    select pg_catalog.format(
+        '(select %s from pg_catalog.jsonb_to_record(%s) as image (%s)) as row',
+        pg_catalog.string_agg(pg_catalog.format('image.%1$I::%2$s as %1$I', a.attname, known.type), ', ' order by a.attnum),
+        populated.image,
+        pg_catalog.string_agg(
+            pg_catalog.format(
+                '%I %s',
+                a.attname,
+                case when t.typtype = 'd' and known.base not in (114, 3802) then known.type else realtime.declared_type(a.attrelid, a.attnum) end
+            ),
+            ', ' order by a.attnum
         )
-        else pg_catalog.format('pg_catalog.jsonb_populate_record(null::%s, %s) as row', realtime.table_name(populated.relation), populated.image)
-    end
+    )
     from pg_catalog.pg_attribute as a
     join pg_catalog.pg_type as t on t.oid = a.atttypid
+    cross join lateral (
+        select base, pg_catalog.format_type(base, -1) as type from realtime.base_type(t.oid) as base
+    ) as known
     where a.attrelid = populated.relation and a.attnum > 0 and not a.attisdropped
 $$;
-comment on function realtime.populated(oid, text) is 'An item for FROM: "row", of a table''s columns, from an expression that is an image. Columns that are absent become null.';
+comment on function realtime.populated(oid, text) is 'A lateral item for FROM: "row", of a table''s columns, from an expression that is an image. Columns that are absent become null.';
 revoke all on function realtime.populated(oid, text) from public;
+
+-- Only by its text does a whole row become one of its table's type, which policies may ask for, with each value read as it was written.
+create or replace function realtime.row_texts(relation oid, images jsonb)
+returns jsonb
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select jsonb_agg(written.row order by i.n)
+    from jsonb_array_elements(images) with ordinality as i (image, n)
+    cross join lateral (
+        select '(' || string_agg(
+            coalesce('"' || replace(replace(i.image ->> a.attname, '\', '\\'), '"', '""') || '"', ''), ',' order by a.attnum
+        ) || ')' as row
+        from pg_attribute as a
+        where a.attrelid = row_texts.relation and a.attnum > 0 and not a.attisdropped
+    ) as written
+$$;
+comment on function realtime.row_texts(oid, jsonb) is 'Images as the texts of rows of a table''s type, in order. Columns that are absent become null.';
+revoke all on function realtime.row_texts(oid, jsonb) from public;
+
+create or replace function realtime.written(value anyelement)
+returns text
+language sql
+stable
+strict
+as $$
+    select pg_catalog.format('%s', value)
+$$;
+comment on function realtime.written(anyelement) is 'The text that the type of a value writes for it, which a cast to text is not always.';
+revoke all on function realtime.written(anyelement) from public;
 
 create or replace function realtime.published_tables(roles text[])
 returns table (
@@ -465,7 +497,7 @@ begin
                     from rows from (pg_catalog.unnest($2), pg_catalog.unnest($3)) as w (value, number)
                 ),
                 found as materialized (
-                    select i.n::integer - 1 as n, row.x
+                    select i.n::integer - 1 as n, row.x::%6$s as x
                     from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
                     cross join lateral pg_catalog.jsonb_to_record(pg_catalog.jsonb_build_object('x', i.image -> %3$L)) as row (x %4$s)
                     where i.image ? %3$L
@@ -476,7 +508,8 @@ begin
             case when v_group.operator = 'in' then '[]' else '' end,
             v_group.column_name,
             v_declared ->> v_group.column_name,
-            realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword)
+            realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword),
+            v_type
         ) using images, v_group.vals, v_group.numbers;
     end loop;
 end
@@ -520,6 +553,42 @@ comment on function realtime.policy_condition(oid, text) is
     'The policies for SELECT of a table, as they apply to a role, as one condition. Names are written out as far as the search path asks for it.';
 revoke all on function realtime.policy_condition(oid, text) from public;
 
+-- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given.
+create or replace function realtime.policy_columns(relation oid)
+returns text[]
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array(
+        select a.attname::text
+        from pg_attribute as a
+        where a.attrelid = policy_columns.relation
+            and a.attnum > 0
+            and not a.attisdropped
+            and exists (
+                select
+                from pg_policy as p
+                where p.polrelid = a.attrelid
+                    and p.polcmd in ('r', '*')
+                    and (
+                        strpos(p.polqual::text, ' :varattno 0 ') > 0
+                        or exists (
+                            select
+                            from pg_depend as d
+                            where d.classid = 'pg_policy'::regclass
+                                and d.objid = p.oid
+                                and d.refclassid = 'pg_class'::regclass
+                                and d.refobjid = a.attrelid
+                                and d.refobjsubid = a.attnum
+                        )
+                    )
+            )
+    )
+$$;
+comment on function realtime.policy_columns(oid) is 'The columns of a table that its policies for SELECT read: without them, a row cannot be judged.';
+revoke all on function realtime.policy_columns(oid) from public;
+
 -- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog, because
 -- the path is empty where they are written. Where these would be taken for something else on the caller's path, or where the role may not
 -- use a schema that the policy reaches into (as is advised for definer functions), the condition becomes the body of a function, which is
@@ -540,8 +609,8 @@ begin
     select pg_catalog.format(
         $q$
             select coalesce(pg_catalog.array_agg(asked.n), '{}')
-            from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as asked (image, n)
-            where (select %s from pg_catalog.jsonb_populate_record(null::%s, asked.image) as %I)
+            from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as asked (row, n)
+            where (select %s from cast(asked.row as %s) as %I)
         $q$,
         realtime.policy_condition(policy_query.relation, policy_query.role),
         realtime.table_name(policy_query.relation),
@@ -554,27 +623,34 @@ begin
         return v_query;
     end if;
     execute pg_catalog.format(
-        'create or replace function pg_temp.realtime_visible(jsonb[], integer[]) returns integer[] begin atomic %s; end', v_query
+        'create or replace function pg_temp.realtime_visible(text[], integer[]) returns integer[] begin atomic %s; end', v_query
     );
-    grant execute on function pg_temp.realtime_visible(jsonb[], integer[]) to public;
+    grant execute on function pg_temp.realtime_visible(text[], integer[]) to public;
     return 'select pg_temp.realtime_visible($1, $2)';
 end
 $$;
 comment on function realtime.policy_query(oid, text, text, boolean) is
-    'Statement that tells which of the images $1, whose numbers are $2, a role may see by the policies for SELECT. May make the function pg_temp.realtime_visible, which is to be dropped in the same transaction.';
+    'Statement that tells which of the rows $1, as texts, whose numbers are $2, a role may see by the policies for SELECT. May make the function pg_temp.realtime_visible, which is to be dropped in the same transaction.';
 revoke all on function realtime.policy_query(oid, text, text, boolean) from public;
 
 -- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
 -- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
 -- of claims stands alone: a policy that raises for one hides nothing from the others.
 create or replace function realtime.visible_changes(relation oid, images jsonb, roles text[], claims jsonb[], wanted jsonb)
-returns table (question integer, visible integer[], problem text)
+returns table (question integer, visible integer[], problem text, unknown integer[])
 language plpgsql
 volatile
 as $$
 #variable_conflict use_column
 declare
     c_path constant text := pg_catalog.current_setting('search_path');
+    c_rows constant jsonb := realtime.row_texts(visible_changes.relation, visible_changes.images);
+    c_columns constant text[] := realtime.policy_columns(visible_changes.relation);
+    c_unknown constant integer[] := array(
+        select i.n - 1
+        from pg_catalog.jsonb_array_elements(visible_changes.images) with ordinality as i (image, n)
+        where not i.image ?& c_columns
+    );
     v_asked record;
     v_role text;
     v_query text;
@@ -587,18 +663,24 @@ begin
             c.claims,
             c.number::integer - 1 as number,
             w.numbers,
-            w.images
+            w.rows,
+            w.unknown
         from rows from (
             pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
         ) with ordinality as c (role, claims, wanted, number)
-        -- Not all images: EXECUTE copies its arguments.
+        -- Not all rows: EXECUTE copies its arguments.
         cross join lateral (
-            select pg_catalog.array_agg(n::integer) as numbers, pg_catalog.array_agg(visible_changes.images -> n::integer) as images
+            select
+                pg_catalog.array_agg(n::integer) filter (where is_known) as numbers,
+                pg_catalog.array_agg(c_rows ->> n::integer) filter (where is_known) as rows,
+                coalesce(pg_catalog.array_agg(n::integer) filter (where not is_known), '{}') as unknown
             from pg_catalog.jsonb_array_elements_text(c.wanted) as n
+            cross join lateral (select n::integer <> all (c_unknown) as is_known) as known
         ) as w
         order by c.role
     loop
         question := v_asked.number;
+        unknown := v_asked.unknown;
         if v_role is distinct from v_asked.role then
             v_role := v_asked.role;
             v_query := null;
@@ -621,7 +703,7 @@ begin
             v_is_done := false;
             begin
                 perform realtime.take_identity(v_role, v_asked.claims);
-                execute v_query into visible using v_asked.images, v_asked.numbers;
+                execute v_query into visible using v_asked.rows, v_asked.numbers;
                 -- Takes role and settings back.
                 v_is_done := true;
                 raise exception using errcode = 'RT000';
@@ -637,13 +719,13 @@ begin
         end loop;
         return next;
     end loop;
-    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(jsonb[], integer[])') is not null then
-        drop function pg_temp.realtime_visible(jsonb[], integer[]);
+    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(text[], integer[])') is not null then
+        drop function pg_temp.realtime_visible(text[], integer[]);
     end if;
 end
 $$;
 comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
-    'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible.';
+    'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible. unknown: images that lack a column that policies read.';
 revoke all on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) from public;
 
 create or replace function realtime.render_changes(relation oid, images jsonb)
@@ -666,73 +748,83 @@ $$;
 comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order. Columns that are absent become null.';
 revoke all on function realtime.render_changes(oid, jsonb) from public;
 
--- The log has no generated columns before PostgreSQL 18, and no large values that an UPDATE left as they were.
+-- The log has no generated columns before PostgreSQL 18, no columns that are not published, and no large values that an UPDATE left as they
+-- were. Those the table may still have: the row as it is now tells them if it is, in what is known, what it was at the change. Then clients
+-- are told nothing that they could not select.
 create or replace function realtime.complete_changes(relation oid, images jsonb)
 returns jsonb
 language plpgsql
 volatile
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
 as $$
 declare
     v_generated text;
+    v_stored text;
     v_key text;
+    v_is_read boolean;
     v_complete jsonb;
 begin
     select
-        (
-            select pg_catalog.string_agg(
-                pg_catalog.format('%L, (%s)', a.attname, pg_catalog.pg_get_expr(d.adbin, d.adrelid)), ', ' order by a.attnum
-            )
-            from pg_catalog.pg_attribute as a
-            join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
-            where a.attrelid = c.oid and a.attgenerated <> '' and not a.attisdropped
+        pg_catalog.string_agg(
+            pg_catalog.format(
+                'case when known.image ?& %L::text[] then pg_catalog.jsonb_build_object(%L, realtime.written(%s)) else ''{}'' end',
+                array(
+                    select source.attname
+                    from pg_catalog.pg_attribute as source
+                    where source.attrelid = a.attrelid
+                        and pg_catalog.strpos(d.adbin::text, pg_catalog.concat(' :varattno ', source.attnum, ' ')) > 0
+                ),
+                a.attname,
+                pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+            ),
+            ' || ' order by a.attnum
+        ) filter (where a.attgenerated <> ''),
+        pg_catalog.string_agg(
+            pg_catalog.format('array[%1$L, realtime.written(stored.%1$I)]', a.attname), ', ' order by a.attnum
         ),
-        (
-            select pg_catalog.string_agg(pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and ')
-            from pg_catalog.pg_index as i
-            join pg_catalog.pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::int2[])
-            where i.indrelid = c.oid and i.indisprimary
-                -- The table itself, which somebody may have locked, is read only for what cannot be computed.
-                and exists (
-                    select
-                    from pg_catalog.jsonb_array_elements(images) as wanted (image)
-                    cross join pg_catalog.pg_attribute as known
-                    where known.attrelid = c.oid
-                        and known.attnum > 0
-                        and not known.attisdropped
-                        and known.attgenerated = ''
-                        and not wanted.image ? known.attname
-                )
-        )
-    into v_generated, v_key
-    from pg_catalog.pg_class as c
-    where c.oid = complete_changes.relation;
+        pg_catalog.string_agg(
+            pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and '
+        ) filter (where a.attnum = any (i.indkey::int2[])),
+        -- The table itself, which somebody may have locked, is read only for what cannot be computed.
+        pg_catalog.bool_or(a.attgenerated = '' and exists (
+            select from pg_catalog.jsonb_array_elements(images) as wanted (image) where not wanted.image ? a.attname
+        ))
+    into v_generated, v_stored, v_key, v_is_read
+    from pg_catalog.pg_attribute as a
+    left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
+    left join pg_catalog.pg_index as i on i.indrelid = a.attrelid and i.indisprimary
+    where a.attrelid = complete_changes.relation and a.attnum > 0 and not a.attisdropped;
     execute pg_catalog.format(
         $q$
-            select pg_catalog.jsonb_agg(coalesce(stored.image, '{}') || i.image || coalesce(generated.image, '{}') order by i.n)
+            select pg_catalog.jsonb_agg(known.image || coalesce(generated.image, '{}') order by i.n)
             from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-            left join lateral (%1$s) as stored on true
-            left join lateral (
-                select pg_catalog.jsonb_build_object(%2$s) as image
-                from %3$s
-            ) as generated on true
+            left join lateral (%1$s) as stored on stored.image @> i.image
+            cross join lateral (select coalesce(stored.image, '{}') || i.image as image) as known
+            left join lateral (select %2$s as image from %3$s) as generated on true
         $q$,
         case
-            when v_key is null then 'select null::jsonb as image'
+            when v_key is null or not v_is_read then 'select null::jsonb as image'
             else pg_catalog.format(
-                'select pg_catalog.to_jsonb(stored.*) as image from %s as stored cross join %s where %s',
+                'select pg_catalog.jsonb_object(array[%s]) as image from %s as stored cross join lateral %s'
+                ' where %s',
+                v_stored,
                 realtime.table_name(complete_changes.relation),
                 realtime.populated(complete_changes.relation, 'i.image'),
                 v_key
             )
         end,
-        v_generated,
-        realtime.populated(complete_changes.relation, 'coalesce(stored.image, ''{}'') || i.image')
+        coalesce(v_generated, 'null::jsonb'),
+        realtime.populated(complete_changes.relation, 'known.image')
     ) into v_complete using images;
     return v_complete;
 end
 $$;
 comment on function realtime.complete_changes(oid, jsonb) is
-    'Images with their generated columns computed, and with columns that are not known from the row as it is stored now.';
+    'Images with their generated columns computed, and with columns that are not known from the row as it is stored now, if it is still the same otherwise.';
 revoke all on function realtime.complete_changes(oid, jsonb) from public;
 
 create or replace function realtime.filter_changes(relation oid, images jsonb)
@@ -752,13 +844,13 @@ begin
     return query execute pg_catalog.format(
         $q$
             select i.n::integer - 1
-            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-            where (select %3$s from pg_catalog.jsonb_populate_record(null::%1$s, i.image) as %2$I)
+            from pg_catalog.jsonb_array_elements_text($1) with ordinality as i (row, n)
+            where (select %3$s from cast(i.row as %1$s) as %2$I)
         $q$,
         realtime.table_name(filter_changes.relation),
         v_name,
         coalesce(v_filter, 'true')
-    ) using images;
+    ) using realtime.row_texts(filter_changes.relation, images);
 end
 $$;
 comment on function realtime.filter_changes(oid, jsonb) is 'Which images, counted from 0, pass the row filter of the publication.';
@@ -784,20 +876,32 @@ declare
     v_old_record jsonb;
 begin
     begin
-        v_record := case when tg_op <> 'DELETE' then to_jsonb(new) end;
-        v_old_record := case when tg_op <> 'INSERT' then to_jsonb(old) end;
+        v_record := case when tg_op <> 'DELETE' then to_jsonb(new::text) end;
+        v_old_record := case when tg_op <> 'INSERT' then to_jsonb(old::text) end;
     exception when others then
-        -- The writer is not to suffer for it. jsonb has no form for \u0000 in a json value, for numbers beyond numeric, for 256 MB.
+        -- The writer is not to suffer for it: values may take up 256 MB.
         v_record := null;
         v_old_record := null;
     end;
-    insert into realtime.changes (relation, action, record, old_record)
-    values (tg_argv[0]::oid, tg_op, v_record, v_old_record);
+    insert into realtime.changes (relation, action, record, old_record, columns)
+    values (
+        tg_argv[0]::oid,
+        tg_op,
+        v_record,
+        v_old_record,
+        -- The table may be altered before it is read.
+        array(
+            select a.attname::text
+            from pg_attribute as a
+            where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped
+            order by a.attnum
+        )
+    );
     return null;
 end
 $$;
 comment on function realtime.capture_change() is
-    'Writes the row change to realtime.changes; without its rows, where jsonb cannot hold them. On tables of the publication; the argument is the oid of the table as the publication names it.';
+    'Writes the row change to realtime.changes; without its rows, where these are too large. On tables of the publication; the argument is the oid of the table as the publication names it.';
 revoke all on function realtime.capture_change() from public;
 
 create or replace function realtime.change_doorbell_key()
@@ -836,12 +940,13 @@ create or replace trigger ring_doorbell
 comment on trigger ring_doorbell on realtime.changes is 'Wakes the readers at commit if one sleeps.';
 
 -- Exactly the rows that were not visible in "position" and are visible now, as realtime.messages_since reads messages.
-create or replace function realtime.changes_since("position" pg_snapshot)
+create or replace function realtime.captured_since("position" pg_snapshot)
 returns table (
     seq bigint,
     relation oid,
     action text,
     changed_at double precision,
+    columns text[],
     record text,
     old_record text,
     xid bigint,
@@ -863,15 +968,47 @@ as $$
         from realtime.changes as c
         where c.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
     )
-    select null, null, null, null, null, null, null, current.snapshot::text
+    select null, null, null, null, null, null, null, null, current.snapshot::text
     from current
     union all
-    select c.seq, c.relation, c.action, extract(epoch from c.changed_at)::double precision, c.record::text, c.old_record::text, c.xid::text::bigint, null
+    select
+        c.seq,
+        c.relation,
+        c.action,
+        extract(epoch from c.changed_at)::double precision,
+        c.columns,
+        -- Without columns it was written in another form, by a trigger of before.
+        case when c.columns is not null then c.record #>> '{}' end,
+        case when c.columns is not null then c.old_record #>> '{}' end,
+        c.xid::text::bigint,
+        null
     from committed as c
     order by 1 asc nulls first
 $$;
-comment on function realtime.changes_since(pg_snapshot) is
-    'Captured changes committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
+comment on function realtime.captured_since(pg_snapshot) is
+    'Captured changes committed since a snapshot, in the order written, their rows as texts; the first row carries the snapshot to go on from.';
+revoke all on function realtime.captured_since(pg_snapshot) from public;
+
+-- For servers of before, to which it tells only that there were changes that they cannot read.
+create or replace function realtime.changes_since("position" pg_snapshot)
+returns table (
+    seq bigint,
+    relation oid,
+    action text,
+    changed_at double precision,
+    record text,
+    old_record text,
+    xid bigint,
+    snapshot text
+)
+language sql
+stable
+as $$
+    select c.seq, c.relation, c.action, c.changed_at, null, null, c.xid, c.snapshot
+    from realtime.captured_since("position") as c
+    order by c.seq asc nulls first
+$$;
+comment on function realtime.changes_since(pg_snapshot) is 'Captured changes committed since a snapshot, without their rows.';
 revoke all on function realtime.changes_since(pg_snapshot) from public;
 
 create or replace function realtime.dropped_change_xid()

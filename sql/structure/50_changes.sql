@@ -20,7 +20,8 @@ create table realtime.changes (
     action text not null,
     changed_at timestamptz not null default clock_timestamp(),
     record jsonb,
-    old_record jsonb
+    old_record jsonb,
+    columns text[]
 );
 alter sequence realtime.changes_seq owned by realtime.changes.seq;
 
@@ -30,8 +31,9 @@ comment on column realtime.changes.xid is 'Transaction that wrote the row: the s
 comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
 comment on column realtime.changes.action is 'INSERT, UPDATE or DELETE.';
 comment on column realtime.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
-comment on column realtime.changes.record is 'The new row; null for DELETE. Both are null where jsonb cannot hold them.';
+comment on column realtime.changes.record is 'The new row as a string, the text of its values in brackets; null for DELETE. Both are null where they are too large.';
 comment on column realtime.changes.old_record is 'The old row; null for INSERT.';
+comment on column realtime.changes.columns is 'Names of the columns, in the order of the values in the rows.';
 
 create index changes_xid_idx on realtime.changes (xid);
 alter table realtime.changes enable row level security;  -- no policies: for its owner only

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString
 
+import msgspec
 import psycopg
 import pytest
 import structlog
-from psycopg import conninfo
+from msgspec import Raw
+from psycopg import conninfo, sql
 
 from realtime_server.changes import trigger, upkeep
-from realtime_server.changes.trigger import CaptureTriggers
+from realtime_server.changes.trigger import CaptureTriggers, captured_image
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.database import Pool, Target
 from tests.fix_database import TestDatabase
@@ -43,6 +45,10 @@ def publish(database: TestDatabase, *tables: str) -> None:
             f"create table {table} (id int primary key)",
             f"alter publication supabase_realtime add table {table}",
         )
+
+
+def quoted(name: str) -> str:
+    return sql.Identifier(name).as_string()
 
 
 def run(database: TestDatabase, *statements: str, as_administrator: bool = False) -> None:
@@ -291,18 +297,68 @@ async def test_two_servers_put_one_trigger(database: TestDatabase, triggers: Cap
 # -- what is written
 
 
-def test_row_that_jsonb_cannot_hold_is_written_all_the_same(any_database: TestDatabase) -> None:
+VALUES = {
+    "text": ["", "null", " a ", ',()"\\', '"a""b"', "\\.", "{é\n}", "(1,2)"],
+    "json": ["null", " null", '"null"', r'{"a": "\u0000"}', "1e400"],
+    "jsonb": ["null", r'{"a": [null, "\""]}'],
+    "jsonb[]": ['{"null",NULL}', "{}"],
+    "int[]": ["[0:1]={1,2}", "{{1},{2}}"],
+    "pair": ["(,)", '("a,""",)', "(,null)"],
+    "float8": ["-0", "NaN", "0.30000000000000004"],
+    "timestamptz": ["2025-01-02 00:00:00+00", "infinity"],
+    "interval": ["-1 mons +2 days"],
+    "bytea": [r"\x00ff"],
+    "regclass": ["things"],
+}
+# Of the writer, who would write many values otherwise.
+ODD_SETTINGS = "-c datestyle=German -c intervalstyle=sql_standard -c timezone=Asia/Kathmandu -c bytea_output=escape -c extra_float_digits=0"
+PLAIN = "-c search_path=pg_catalog -c datestyle=ISO -c timezone=UTC -c bytea_output=hex"
+CAPTURED = "select action, columns, record, old_record from realtime.captured_since('1:1:') where seq is not null"
+
+
+def test_rows_are_captured_as_postgresql_writes_them(any_database: TestDatabase) -> None:
+    names = [f'c{number},"' for number in range(len(VALUES))]
     run(
         any_database,
-        "create table things (id int primary key, data json)",
+        "create type pair as (a text, b jsonb)",
+        "create table things (id int primary key, gone int)",
+        *(f"alter table things add {quoted(name)} {type_}" for name, type_ in zip(names, VALUES, strict=True)),
+        "alter table things drop gone",
         "alter publication supabase_realtime add table things",
     )
     actions(any_database)
-    run(any_database, r"""insert into things values (1, '{"a": "\u0000"}')""", "update things set data = '{}'")
-    assert any_database.execute("select action, record, old_record from realtime.changes order by seq") == [
-        ("INSERT", None, None),
-        ("UPDATE", None, None),
+    rows = max(map(len, VALUES.values())) + 1
+    with psycopg.connect(any_database.url, autocommit=True, options=ODD_SETTINGS) as db:
+        for number in range(rows):
+            values = [values[number] if number < len(values) else None for values in VALUES.values()]
+            db.execute(f"insert into things values (%s{', %s' * len(values)})".encode(), [number, *values])
+    texts = ", ".join(f"realtime.written({quoted(name)})" for name in ("id", *names))
+    with psycopg.connect(any_database.url, options=PLAIN) as db:
+        stored = db.execute(f"select array[{texts}] from public.things order by id".encode()).fetchall()
+    # Who reads them later finds them under the names that they had.
+    run(any_database, f"alter table things drop {quoted(names[0])}", "alter table things rename id to number")
+    captured = [captured_image(columns, record) for _, columns, record, _ in any_database.execute(CAPTURED)]
+    assert len(captured) == rows
+    assert [{name: msgspec.json.decode(value) for name, value in (image or {}).items()} for image in captured] == [
+        dict(zip(["id", *names], texts, strict=True)) for (texts,) in stored
     ]
+
+
+def test_rows_that_a_trigger_of_before_has_written_are_not_misread(any_database: TestDatabase) -> None:
+    publish(any_database, "things")
+    actions(any_database)
+    any_database.execute(
+        "insert into realtime.changes (relation, action, record)"
+        """ select 'things'::regclass, 'INSERT', '{"id": 1, "data": "null"}'"""
+    )
+    run(any_database, "insert into things values (2)", "delete from things")
+    captured = any_database.execute(CAPTURED)
+    assert captured == [
+        ("INSERT", None, None, None),
+        ("INSERT", ["id"], "(2)", None),
+        ("DELETE", ["id"], None, "(2)"),
+    ]
+    assert [captured_image(columns, record) for _, columns, record, _ in captured] == [None, {"id": Raw(b'"2"')}, None]
 
 
 # -- what is left behind
@@ -327,7 +383,7 @@ async def test_old_changes_are_dropped_some_blocks_at_a_time(
     actions(database)
     run(database, "insert into things select generate_series(1, 5000)", "insert into things values (0)")
     # In the middle of old ones, young ones: of a transaction that takes long.
-    age(database, "(record ->> 'id')::int not between 1000 and 2000")
+    age(database, "trim('()' from record #>> '{}')::int not between 1000 and 2000")
     ((last,),) = database.execute("select max(xid::text::bigint) from realtime.changes")
     fetched: list[object] = []
     fetch = pool.fetch
@@ -340,7 +396,8 @@ async def test_old_changes_are_dropped_some_blocks_at_a_time(
     monkeypatch.setattr(upkeep, "BLOCKS_AT_ONCE", 10)
     await Upkeep(pool, lambda: "trigger").clean()
     assert len(fetched) > 5
-    assert database.execute("select count(*), min((record ->> 'id')::int) from realtime.changes") == [(1001, 1000)]
+    left = "select count(*), min(trim('()' from record #>> '{}')::int) from realtime.changes"
+    assert database.execute(left) == [(1001, 1000)]
     assert database.execute("select realtime.dropped_change_xid()::text::bigint") == [(last,)]
 
 

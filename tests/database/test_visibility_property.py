@@ -1,7 +1,7 @@
 """Who may see an image of a row is PostgreSQL's own answer: that of `select` on the table, under the client's role and claims.
 
-Images come in two forms, as triggers capture rows (`to_jsonb`) and as the log has them (the text of each value). A policy that raises for
-somebody shows nothing, in either way. What `select` hides and the server would tell is a hole.
+Images come from two sources: triggers write rows as text, and the log has the text of each value. A policy that raises for somebody shows
+nothing, in either way. What `select` hides and the server would tell is a hole.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
+from realtime_server.changes.trigger import captured_image
 from tests.fix_database import OWNER, Cluster
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -90,22 +92,22 @@ Images = list[tuple[int, dict[str, Any]]]
 
 
 def images_of(db: Connection, table: str) -> dict[str, Images]:
-    """All rows by their ids, in both forms; for who may see all."""
-    columns = run(
-        db,
-        "select attname, realtime.base_type(atttypid) in (114, 3802) from pg_attribute"
-        f" where attrelid = {literal(table)}::regclass and attnum > 0 and not attisdropped order by attnum",
-    )
-    pairs = []
-    for name, is_json in columns:
-        value = f"t__.{quoted(name)}"
-        # Format takes the text that the type's output function writes, which is what the log carries.
-        text = f"to_jsonb({value})" if is_json else f"to_jsonb(format('%s', {value}))"
-        pairs.append(f"{literal(name)}::text, case when num_nulls({value}) = 0 then {text} end")
-    forms = {"captured": "to_jsonb(t__.*)", "logged": f"jsonb_build_object({', '.join(pairs)})"}
+    """All rows by their ids, of both sources; for who may see all."""
+    columns = [
+        name
+        for (name,) in run(
+            db,
+            "select attname from pg_attribute"
+            f" where attrelid = {literal(table)}::regclass and attnum > 0 and not attisdropped order by attnum",
+        )
+    ]
+    values = (f"t__.{quoted(name)}" for name in columns)
+    # Format takes the text that the type's output function writes, which is what the log carries.
+    texts = ", ".join(f"case when num_nulls({value}) = 0 then format('%s', {value}) end" for value in values)
+    found = run(db, f"select t__.id, t__::text, array[{texts}] from {table} as t__ order by 1")
     return {
-        form: [(id, row) for id, row in run(db, f"select t__.id, {image} from {table} as t__ order by 1")]
-        for form, image in forms.items()
+        "captured": [(id, json.loads(msgspec.json.encode(captured_image(columns, text)))) for id, text, _ in found],
+        "logged": [(id, dict(zip(columns, texts, strict=True))) for id, _, texts in found],
     }
 
 
@@ -564,13 +566,15 @@ class World:
     flag: str
     label: str
     body: str
+    list: str
     member_team: str
     member: str
     members_are_private: bool
 
     def fill(self, template: str) -> str:
         names = {
-            name: quoted(getattr(self, name)) for name in ("table", "owner", "team", "flag", "label", "body", "member")
+            name: quoted(getattr(self, name))
+            for name in ("table", "owner", "team", "flag", "label", "body", "list", "member")
         }
         return template.format(
             **names,
@@ -587,9 +591,9 @@ def names(count: int) -> st.SearchStrategy[list[str]]:
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     table, members = draw(names(2))
-    owner, team, flag, label, body = draw(names(5))
+    owner, team, flag, label, body, list_ = draw(names(6))
     member_team, member = draw(names(2))
-    return World(table, members, owner, team, flag, label, body, member_team, member, draw(st.booleans()))
+    return World(table, members, owner, team, flag, label, body, list_, member_team, member, draw(st.booleans()))
 
 
 rows = st.lists(
@@ -598,7 +602,8 @@ rows = st.lists(
         st.sampled_from([0, 1, 2, None]),
         st.sampled_from([True, False, None]),
         st.sampled_from(["private", "public", "", 'it\'s {a,b} \\ "x"', None]),
-        st.sampled_from(['{"public": "yes", "tags": ["x", null]}', "[1]", '"text"', "{}", None]),
+        st.sampled_from(['{"public": "yes", "tags": ["x", null]}', "[1]", '"text"', '"1"', "{}", "null", None]),
+        st.sampled_from(["{1,2}", "[0:1]={1,2}", "[0:0][2:3]={{1,2}}", "{}", "{null}", None]),
     ),
     min_size=1,
     max_size=5,
@@ -618,6 +623,12 @@ ATOMS = [
     "{label} like 'p%'",
     "coalesce({table}.{label}, '') <> ''",
     "{body} ->> 'public' = 'yes'",
+    "{body} is null",
+    "{body} is not null",
+    "{body} = 'null'",
+    "jsonb_typeof({body}) = 'string'",
+    "{list}[0] = 1",
+    "array_lower({table}.{list}, 1) = 1",
     """{body} @> '{{"tags": ["x"]}}'""",
     "auth.role() = 'authenticated'",
     "current_user in ('anon', 'authenticated')",
@@ -662,7 +673,7 @@ policies = st.lists(
 def test_any_judgement_is_that_of_select(
     db: Connection,
     world: World,
-    rows: list[tuple[str | None, int | None, bool | None, str | None, str | None]],
+    rows: list[tuple[str | None, int | None, bool | None, str | None, str | None, str | None]],
     members: list[tuple[int, str]],
     policies: list[tuple[str, str, str, str]],
     hides_members: bool,
@@ -672,7 +683,8 @@ def test_any_judgement_is_that_of_select(
         for statement in (
             f"create schema app; grant usage on schema app to {EVERYBODY}; create schema private",
             "create table {members} ({member_team} int, {member} uuid); grant select on {members} to public",
-            f"create table {table} (id int primary key, {{owner}} uuid, {{team}} int, {{flag}} boolean, {{label}} text, {{body}} jsonb)",
+            f"create table {table} (id int primary key, {{owner}} uuid, {{team}} int, {{flag}} boolean, {{label}} text, {{body}} jsonb,"
+            " {list} int[])",
             f"grant select on {table} to {EVERYBODY}; alter publication supabase_realtime add table {table}",
             "create function app.is_member(int) returns boolean language sql stable security definer as"
             " $$ select exists (select from {members} where {member_team} = $1) $$",

@@ -36,7 +36,7 @@ class Nobody:
 
 
 def column(name: str, type: str = "text", *, is_key: bool = False, is_bytea: bool = False) -> Column:
-    return Column(name, type, 25, False, is_bytea, False, is_key, is_key, False, True)
+    return Column(name, type, is_bytea, False, is_key, is_key, False, True)
 
 
 TABLE = Table(

@@ -80,8 +80,8 @@ async def test_column_that_is_not_published_still_hides_rows(tables: Tables, ann
     publish_columns(tables, "docs", "id, title")
     await subscribe(ann, "list", tables.binding("docs"))
     tables.execute("insert into docs values (1, 'secret', true), (2, 'open', false)")
-    tables.execute("update docs set title = title || '!'")
     assert await hear_row(ann, "list") == ("INSERT", {"id": 2, "title": "open"})
+    tables.execute("update docs set title = title || '!'")
     assert await hear_row(ann, "list") == ("UPDATE", {"id": 2, "title": "open!"})
     assert await ann.is_alive()
 
@@ -231,7 +231,145 @@ async def test_json_that_is_no_jsonb_harms_neither_its_writer_nor_others(tables:
     assert (await bob.hear())[4]["status"] == "gap"
 
 
+# -- values that look alike
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("j is null", [2, 4]),
+        ("j is not null", [1, 3]),
+        ("k is null", [2, 4]),
+        ("sheet is not null", [1, 3]),
+        ("jsonb_typeof(j) = 'null'", [1]),
+        ("(pair).a = 1 and (pair).b is null", [2]),
+        ("list[2] is null and list[1] is not null", [1, 3]),
+        ("numbers[0] = 1", [1]),
+        ("numbers = '{1,2}'", [3]),
+        ("docs.* is null", []),
+    ],
+)
+async def test_null_in_json_is_not_null_and_arrays_begin_where_they_begin(
+    tables: Tables, ann: Wire, condition: str, expected: list[int]
+) -> None:
+    """To policies; clients are told both as null, and arrays alike, because JSON has no other words."""
+    tables.execute("create domain sheet as jsonb")
+    tables.execute("create type pair as (a int, b jsonb)")
+    tables.create(
+        "docs", "id int primary key, j jsonb, k json, sheet sheet, pair pair, list jsonb[], numbers int[]", SECURED
+    )
+    tables.execute(f"create policy p on docs using ({condition})")
+    tables.execute("insert into docs select 0")
+    await subscribe(ann, "alike", tables.binding("docs"))
+    tables.execute("""
+        insert into docs values
+            (1, 'null', ' null ', 'null', row(1, 'null'), array['null', null]::jsonb[], '[0:1]={1,2}'),
+            (2, null, null, null, row(1, null), '{NULL,NULL}', '{NULL,1}'),
+            (3, '"null"', '"null"', '"null"', row(1, '"null"'), array['"null"', null]::jsonb[], '{1,2}'),
+            (4, null, null, null, null, null, null)
+    """)
+    assert [
+        id for (id,) in tables.execute(f"select id from docs where id > 0 and ({condition}) order by id")
+    ] == expected
+    words = {1: None, 2: None, 3: "null"}
+    for id in expected:
+        action, row = await hear_row(ann, "alike")
+        assert (action, row["id"]) == ("INSERT", id)
+        if id in words:
+            word = words[id]
+            assert (row["j"], row["k"], row["sheet"], row["list"][0]) == (word, word, word, word)
+            assert row["numbers"] == [[1, 2], [None, 1], [1, 2]][id - 1]
+    assert await ann.is_alive()
+
+
+async def test_null_in_json_is_not_null_to_filters(tables: Tables, ann: Wire) -> None:
+    tables.create("docs", "id int primary key, j jsonb, k json, numbers int[]")
+    filters = {
+        "j=is.null": {2},
+        "j=not.is.null": {1, 3},
+        "j=eq.null": {1},
+        "j=isdistinct.null": {2, 3},
+        "k=is.null": {2},
+        "k=not.is.null": {1, 3},
+        'numbers=eq."{1,2}"': {3},
+        'numbers=eq."[0:1]={1,2}"': {1},
+    }
+    ids = await subscribe(ann, "filters", *(tables.binding("docs", filter=filter) for filter in filters))
+    tables.execute(
+        """insert into docs values (1, 'null', 'null', '[0:1]={1,2}'), (2, null, null, null), (3, '"null"', '1', '{1,2}')"""
+    )
+    for id in (1, 2, 3):
+        payload = await hear_change(ann, "filters")
+        assert payload["data"]["record"]["id"] == id
+        told = {filter for filter, its in zip(filters, ids, strict=True) if its in payload["ids"]}
+        assert told == {filter for filter, rows in filters.items() if id in rows}
+    assert await ann.is_alive()
+
+
+# -- what is not known of a row
+
+
+async def test_large_value_that_no_policy_reads_is_not_missed_when_the_row_is_gone(tables: Tables, ann: Wire) -> None:
+    tables.create(
+        "docs",
+        "id int primary key, owner uuid, n int, twice int generated always as (n * 2) stored, large text",
+        *OWN_ROWS,
+        "alter table {table} alter large set storage external",
+    )
+    tables.execute("insert into docs values (1, %s, 1, default, repeat('x', 10000))", ANN)
+    await subscribe(ann, "large", tables.binding("docs", filter="twice=gt.0"), tables.binding("docs", "DELETE"))
+    with tables.db.transaction():
+        tables.execute("update docs set n = 2")
+        tables.execute("update docs set n = 3, large = 'small'")
+        tables.execute("delete from docs")
+    for n in (2, 3):
+        action, row = await hear_row(ann, "large")
+        assert (action, row["n"], row["twice"]) == ("UPDATE", n, 2 * n)
+    assert await hear_row(ann, "large") == ("DELETE", {"id": 1})
+
+
+@pytest.mark.parametrize("condition", ["large like 'x%'", "docs.* is not null", "to_jsonb(docs) ? 'large'"])
+async def test_who_may_see_what_is_not_known_any_more_is_told_of_a_gap(
+    tables: Tables, source: Source, ann: Wire, condition: str
+) -> None:
+    tables.create(
+        "docs", "id int primary key, n int, large text", SECURED, "alter table {table} alter large set storage external"
+    )
+    tables.execute(f"create policy p on docs using ({condition})")
+    tables.execute("insert into docs values (1, 1, repeat('x', 10000))")
+    await subscribe(ann, "gap", tables.binding("docs", "UPDATE"))
+    # Is still there, unchanged but for this.
+    tables.execute("update docs set n = 2")
+    action, row = await hear_row(ann, "gap")
+    assert (action, row["n"]) == ("UPDATE", 2)
+    with tables.db.transaction():
+        tables.execute("update docs set n = 3")
+        # From now on anybody might see it.
+        tables.execute("update docs set n = 4, large = 'xyz'")
+    if source == "wal":
+        frame = await ann.hear()
+        assert (frame[2:4], frame[4]["status"]) == (["realtime:gap", "system"], "gap")
+        assert frame[4]["message"] == f"gap: changes of {tables.schema}.docs could not be judged"
+    else:
+        assert (await hear_row(ann, "gap"))[1]["n"] == 3
+    assert (await hear_row(ann, "gap"))[1]["n"] == 4
+    assert await ann.is_alive()
+
+
 # -- policies
+
+
+@pytest.mark.parametrize("condition", ["tableoid <> 0", "docs.ctid is not null", "xmin::text <> '0'"])
+async def test_policy_on_what_no_row_of_a_change_has_is_withheld_and_that_is_said(
+    tables: Tables, ann: Wire, condition: str
+) -> None:
+    tables.create("docs", "id int primary key", SECURED)
+    tables.execute(f"create policy p on docs using ({condition})")
+    await subscribe(ann, "system", tables.binding("docs"))
+    tables.execute("insert into docs values (1)")
+    withheld = f"Changes of {tables.schema}.docs are withheld: a policy could not be evaluated for your claims (42703)"
+    assert (await ann.hear())[1:] == word("system", withheld, status="error")
+    assert await ann.is_alive()
 
 
 async def test_policy_may_reach_into_a_schema_that_clients_may_not_use(tables: Tables, ann: Wire, bob: Wire) -> None:
