@@ -209,6 +209,7 @@ as $$
                     jsonb_build_object(
                         'name', a.attname,
                         'type', a.typname,
+                        -- These two for servers of before.
                         'type_oid', a.atttypid::bigint,
                         'is_json', a.base in (114, 3802),
                         'is_bytea', a.base = 17,

@@ -300,7 +300,8 @@ async def test_each_kind_of_change_under_the_default_identity(source_database: W
         ):
             source_database.execute(query)
         changes = await received.until_there_are(7)
-    meta = {"a": [1, 2.5]}
+    # As PostgreSQL writes it, to the letter.
+    meta = '{"a": [1, 2.50]}'
     assert received.told == [
         ("INSERT", {"number": "1", "body": "one", "meta": meta}, None),
         ("INSERT", {"number": "2", "body": None, "meta": None}, None),
@@ -310,9 +311,6 @@ async def test_each_kind_of_change_under_the_default_identity(source_database: W
         ("DELETE", None, {"number": "3"}),
         ("INSERT", {"number": "9", "body": None, "meta": None}, None),
     ]
-    assert changes[0].new is not None
-    # jsonb as PostgreSQL writes it, to the letter: a number is not a float here.
-    assert bytes(changes[0].new["meta"]) == b'{"a": [1, 2.50]}'
     assert {change.table for change in changes} == {source_database.oid("item")}
     assert not any(change.has_whole_old for change in changes)
     ((now,),) = source_database.execute("select extract(epoch from now())::float")
@@ -372,7 +370,7 @@ async def test_large_values_that_an_update_does_not_touch(source_database: WalDa
             source_database.execute(f"insert into {name} values (1, %s, jsonb_build_array(%s::text), 0)", large, large)
             source_database.execute(f"update {name} set n = 1")
         changes = await received.until_there_are(4)
-    whole = {"number": "1", "body": large, "meta": [large]}
+    whole = {"number": "1", "body": large, "meta": f'["{large}"]'}
     assert received.told[1] == ("UPDATE", {"number": "1", "n": "1"}, {"number": "1"})
     assert received.told[3] == ("UPDATE", {**whole, "n": "1"}, {**whole, "n": "0"})
     assert [change.size > 40_000 for change in changes] == [True, False, True, True]

@@ -87,6 +87,151 @@ $$;
 comment on function realtime.written(anyelement) is 'The text that the type of a value writes for it, which a cast to text is not always.';
 revoke all on function realtime.written(anyelement) from public;
 
+create or replace function realtime.published_tables(roles text[])
+returns table (
+    relation oid,
+    schema text,
+    name text,
+    has_row_security boolean,
+    has_whole_old boolean,
+    row_filter text,
+    is_captured boolean,
+    events text[],
+    columns jsonb,
+    access jsonb
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with published as (
+        select
+            c.oid,
+            n.nspname,
+            n.oid as namespace,
+            c.relname,
+            c.relowner,
+            c.relrowsecurity,
+            c.relforcerowsecurity,
+            c.relreplident,
+            -- Row filters and column lists came with PostgreSQL 15.
+            to_jsonb(p) ->> 'rowfilter' as rowfilter,
+            to_jsonb(p) -> 'attnames' as attnames
+        from pg_publication_tables as p
+        join pg_namespace as n on n.nspname = p.schemaname
+        join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+        -- In a publication for all tables there are ours, too.
+        where p.pubname = 'supabase_realtime' and n.nspname <> 'realtime'
+    ),
+    attribute as (
+        select
+            a.attrelid,
+            a.attname,
+            a.attnum,
+            a.attgenerated <> '' as is_generated,
+            a.atttypid,
+            t.typname,
+            realtime.base_type(a.atttypid) as base,
+            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key,
+            -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+            published.attnames is null
+                or published.attnames ? a.attname
+                or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
+                    select count(*)
+                    from pg_attribute as plain
+                    where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
+                )) as is_published
+        from published
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
+        join pg_type as t on t.oid = a.atttypid
+        left join pg_index as primary_key on primary_key.indrelid = published.oid and primary_key.indisprimary
+    ),
+    identity as (
+        select published.oid, array_agg(a.attname::text) as columns
+        from published
+        join pg_index as i on i.indrelid = published.oid
+            and case published.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any (i.indkey::int2[])
+        group by published.oid
+    )
+    select
+        published.oid,
+        published.nspname::text,
+        published.relname::text,
+        published.relrowsecurity,
+        published.relreplident = 'f',
+        published.rowfilter,
+        exists (
+            select
+            from pg_trigger as t
+            where t.tgrelid = published.oid
+                and t.tgfoid = to_regprocedure('realtime.capture_change()')
+                and not t.tgisinternal
+                -- What the clone of a root's trigger writes is told of the root.
+                and t.tgparentid = 0
+                and t.tgenabled <> 'D'
+        ),
+        array_remove(array[
+            case when publication.pubinsert then 'INSERT' end,
+            case when publication.pubupdate then 'UPDATE' end,
+            case when publication.pubdelete then 'DELETE' end
+        ], null),
+        (
+            select coalesce(
+                jsonb_agg(
+                    jsonb_build_object(
+                        'name', a.attname,
+                        'type', a.typname,
+                        -- These two for servers of before.
+                        'type_oid', a.atttypid::bigint,
+                        'is_json', a.base in (114, 3802),
+                        'is_bytea', a.base = 17,
+                        'is_bool', a.base = 16,
+                        'is_key', a.is_key,
+                        'is_identity', published.relreplident = 'f' or coalesce(a.attname = any (identity.columns), false),
+                        'is_generated', a.is_generated,
+                        'is_published', a.is_published
+                    )
+                    order by a.attnum
+                ),
+                '[]'
+            )
+            from attribute as a
+            where a.attrelid = published.oid
+        ),
+        (
+            select coalesce(
+                jsonb_object_agg(
+                    r.rolname,
+                    jsonb_build_object(
+                        'columns', (
+                            select coalesce(jsonb_agg(a.attname order by a.attnum), '[]')
+                            from attribute as a
+                            where a.attrelid = published.oid
+                                and a.is_published
+                                and has_schema_privilege(r.oid, published.namespace, 'usage')
+                                and has_column_privilege(r.oid, published.oid, a.attnum, 'select')
+                        ),
+                        'is_bound', published.relrowsecurity
+                            and not (r.rolsuper or r.rolbypassrls)
+                            and (published.relforcerowsecurity or not pg_has_role(r.oid, published.relowner, 'usage'))
+                    )
+                ),
+                '{}'
+            )
+            from pg_roles as r
+            where r.rolname = any (roles)
+        )
+    from published
+    cross join pg_publication as publication
+    left join identity on identity.oid = published.oid
+    where publication.pubname = 'supabase_realtime'
+    order by published.oid
+$$;
+comment on function realtime.published_tables(text[]) is
+    'The tables of the publication: columns in order, and for each role which of the published ones it may read and whether row-level security binds it.';
+revoke all on function realtime.published_tables(text[]) from public;
+
 create or replace function realtime.match_changes(relation oid, role text, images jsonb, conditions jsonb)
 returns table (image integer, condition integer)
 language plpgsql
