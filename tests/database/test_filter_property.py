@@ -389,7 +389,7 @@ async def test_filter_gives_the_answer_of_postgresql(
                 # Where equal values have equal texts, the server looks them up and asks nobody.
                 event("looked up")
                 if kind.type == "boolean":
-                    fitting = {text[0] for text in fitting}
+                    fitting = frozenset(text[0] for text in fitting)
                 assert [text_of(image[kind.name]) in fitting for image in images] == found, f"{form}: {condition}"
 
 

@@ -59,19 +59,23 @@ revoke all on function realtime.populated(oid, text) from public;
 
 create or replace function realtime.row_texts(relation oid, images jsonb)
 returns jsonb
-language sql
+language plpgsql  -- which keeps its plan
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select jsonb_agg(written.row order by i.n)
-    from jsonb_array_elements(images) with ordinality as i (image, n)
-    cross join lateral (
-        select '(' || string_agg(
-            coalesce('"' || replace(replace(i.image ->> a.attname, '\', '\\'), '"', '""') || '"', ''), ',' order by a.attnum
-        ) || ')' as row
-        from pg_attribute as a
-        where a.attrelid = row_texts.relation and a.attnum > 0 and not a.attisdropped
-    ) as written
+begin
+    return (
+        select jsonb_agg(written.row order by i.n)
+        from jsonb_array_elements(images) with ordinality as i (image, n)
+        cross join lateral (
+            select '(' || string_agg(
+                coalesce('"' || replace(replace(i.image ->> a.attname, '\', '\\'), '"', '""') || '"', ''), ',' order by a.attnum
+            ) || ')' as row
+            from pg_attribute as a
+            where a.attrelid = row_texts.relation and a.attnum > 0 and not a.attisdropped
+        ) as written
+    );
+end
 $$;
 comment on function realtime.row_texts(oid, jsonb) is 'Images as the texts of rows of a table''s type, in order. Columns that are absent become null.';
 revoke all on function realtime.row_texts(oid, jsonb) from public;
@@ -292,11 +296,12 @@ revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from publ
 
 create or replace function realtime.policy_columns(relation oid)
 returns text[]
-language sql
+language plpgsql  -- which keeps its plan
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select array(
+begin
+    return array(
         select a.attname::text
         from pg_attribute as a
         where a.attrelid = policy_columns.relation
@@ -320,7 +325,8 @@ as $$
                         )
                     )
             )
-    )
+    );
+end
 $$;
 comment on function realtime.policy_columns(oid) is 'The columns of a table that its policies for SELECT read: without them, a row cannot be judged.';
 revoke all on function realtime.policy_columns(oid) from public;
