@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from realtime_server.changes.change import Action, Change, Image, size_of, written
+from realtime_server.changes.change import Action, Change, Row
 from realtime_server.changes.pgoutput import (
     UNCHANGED,
     Begin,
@@ -50,35 +50,35 @@ class Piece(NamedTuple):
 
 
 class _Table:
-    """How rows of one table become images."""
+    """How rows of one table are read."""
 
     def __init__(self, relation: Relation) -> None:
         self._columns = [column.name for column in relation.columns]
         self._key = [column.name for column in relation.columns if column.is_key]
 
-    def image(self, row: Tuple, fallback: Tuple | None = None) -> Image:
-        """`fallback` has the values that `row` leaves out because they are unchanged."""
-        if len(row) != len(self._columns) or (fallback is not None and len(fallback) != len(row)):
-            raise MalformedReplication(f"expected a row of {len(self._columns)} columns, got {len(row)}")
-        image: Image = {}
+    def row(self, values: Tuple, fallback: Tuple | None = None) -> Row:
+        """`fallback` has the values that are left out because they are unchanged."""
+        if len(values) != len(self._columns) or (fallback is not None and len(fallback) != len(values)):
+            raise MalformedReplication(f"expected a row of {len(self._columns)} columns, got {len(values)}")
+        row: Row = {}
         for index, name in enumerate(self._columns):
-            value = row[index]
+            value = values[index]
             if value is UNCHANGED:
                 # Null here means: not part of the old key, for a null would not have been kept apart from its row.
                 value = None if fallback is None else fallback[index]
                 if value is None or value is UNCHANGED:
                     continue
             # A database of encoding SQL_ASCII may send anything.
-            image[name] = written(None if value is None else str(value, errors="replace"))
-        return image
+            row[name] = None if value is None else str(value, errors="replace")
+        return row
 
-    def key_of(self, image: Image) -> Image | None:
+    def key_of(self, row: Row) -> Row | None:
         """What of a row is its identity, None if it has none."""
-        return {name: image[name] for name in self._key if name in image} or None
+        return {name: row[name] for name in self._key if name in row} or None
 
-    def old_image(self, row: Tuple, is_whole: bool) -> Image | None:
-        image = self.image(row)
-        return image if is_whole else self.key_of(image)
+    def old_row(self, values: Tuple, is_whole: bool) -> Row | None:
+        row = self.row(values)
+        return row if is_whole else self.key_of(row)
 
 
 class Assembly:
@@ -161,24 +161,22 @@ class Assembly:
         self._count += 1
         if self._count <= self._skip:
             return
-        new: Image | None = None
-        old: Image | None = None
+        new: Row | None = None
+        old: Row | None = None
         has_whole_old = False
         match message:
             case Insert():
                 action = Action.INSERT
-                new = table.image(message.new)
+                new = table.row(message.new)
             case Update():
                 action = Action.UPDATE
                 has_whole_old = message.has_whole_old
-                new = table.image(message.new, message.old)
-                old = table.key_of(new) if message.old is None else table.old_image(message.old, has_whole_old)
+                new = table.row(message.new, message.old)
+                old = table.key_of(new) if message.old is None else table.old_row(message.old, has_whole_old)
             case Delete():
                 action = Action.DELETE
                 has_whole_old = message.has_whole_old
-                old = table.old_image(message.old, has_whole_old)
-        size = size_of(new) + size_of(old)
-        self.bytes_waiting += size
-        self._changes.append(
-            Change(message.relation, action, begin.committed_at, new, old, has_whole_old, size, begin.xid)
-        )
+                old = table.old_row(message.old, has_whole_old)
+        change = Change.of_rows(message.relation, action, begin.committed_at, new, old, has_whole_old, begin.xid)
+        self.bytes_waiting += change.size
+        self._changes.append(change)

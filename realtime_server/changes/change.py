@@ -8,7 +8,9 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-# Column → a JSON string of the text that PostgreSQL writes for its value, or null. A column that is absent is not known.
+# Column → the text that PostgreSQL writes for its value, None for null. A column that is absent is not known.
+Row = dict[str, str | None]
+# The same as JSON.
 Image = dict[str, msgspec.Raw]
 
 _NULL: Final = msgspec.Raw(b"null")
@@ -22,7 +24,7 @@ class Action(StrEnum):
 
 
 class Change(NamedTuple):
-    """`table` is the oid of the table as the publication names it; `committed_at` seconds since 1970; `size` bytes of both images.
+    """`table` is the oid of the table as the publication names it; `committed_at` seconds since 1970; `size` bytes of all values.
 
     `xid` is the id of the transaction, of which the log tells the lower 32 bits only.
 
@@ -39,14 +41,25 @@ class Change(NamedTuple):
     size: int
     xid: int
 
+    @classmethod
+    def of_rows(
+        cls,
+        table: int,
+        action: Action,
+        committed_at: float,
+        new: Row | None,
+        old: Row | None,
+        has_whole_old: bool,
+        xid: int,
+    ) -> Change:
+        size = sum(len(text.encode()) for row in (new, old) for text in (row or {}).values() if text is not None)
+        return cls(table, action, committed_at, image_of(new), image_of(old), has_whole_old, size, xid)
 
-def written(text: str | None) -> msgspec.Raw:
-    """A value of an image."""
-    return _NULL if text is None else msgspec.Raw(_encode(text))
 
-
-def size_of(image: Image | None) -> int:
-    return sum(len(memoryview(value)) for value in (image or {}).values())
+def image_of(row: Row | None) -> Image | None:
+    if row is None:
+        return None
+    return {name: _NULL if text is None else msgspec.Raw(_encode(text)) for name, text in row.items()}
 
 
 class Receiver(Protocol):

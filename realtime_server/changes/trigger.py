@@ -11,7 +11,7 @@ from typing import Final, LiteralString, NamedTuple
 import structlog
 
 from realtime_server import database
-from realtime_server.changes.change import Action, Change, Image, Receiver, size_of, written
+from realtime_server.changes.change import Action, Change, Receiver, Row
 from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
@@ -170,17 +170,10 @@ class _Pieces:
         self._changes: list[Change] = []
 
     def row(self, row: ChangeRow, behind: Place) -> None:
-        new, old = (captured_image(row.columns, text) for text in (row.record, row.old_record))
+        new, old = (captured_row(row.columns, text) for text in (row.record, row.old_record))
         self._changes.append(
-            Change(
-                table=row.relation,
-                action=Action(row.action),
-                committed_at=row.changed_at,
-                new=new,
-                old=old,
-                has_whole_old=old is not None,
-                size=size_of(new) + size_of(old),
-                xid=row.xid,
+            Change.of_rows(
+                row.relation, Action(row.action), row.changed_at, new, old, has_whole_old=old is not None, xid=row.xid
             )
         )
 
@@ -195,7 +188,7 @@ class _Pieces:
         self._receiver.gap("gap: the database was restored or promoted, or away for longer than changes are kept")
 
 
-def captured_image(columns: list[str] | None, text: str | None) -> Image | None:
+def captured_row(columns: list[str] | None, text: str | None) -> Row | None:
     """A row from its text, None where it was not written.
 
     Source: PostgreSQL manual, "Composite Types", on what a row is written as: nothing for null, quotes where they are needed.
@@ -206,4 +199,4 @@ def captured_image(columns: list[str] | None, text: str | None) -> Image | None:
     for field in _FIELD.finditer(text):
         quoted, plain = field.groups()
         values.append(plain or None if quoted is None else quoted.replace('""', '"').replace("\\\\", "\\"))
-    return {name: written(value) for name, value in zip(columns, values, strict=True)}
+    return dict(zip(columns, values, strict=True))

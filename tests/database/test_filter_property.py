@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from realtime_server.changes.catalog import Catalog, Table
-from realtime_server.changes.change import Image, written
+from realtime_server.changes.change import Image, Row, image_of
 from realtime_server.changes.judge import Judge, Rejected
 from realtime_server.changes.subscriptions import text_of
-from realtime_server.changes.trigger import captured_image
+from realtime_server.changes.trigger import captured_row
 from realtime_server.database import Pool, Target
 from realtime_server.protocol.filters import Condition, Operator
 from tests.fix_database import Cluster, TestDatabase
@@ -284,15 +284,22 @@ def insert(db: Connection, kind: Kind, rows: list[str | None]) -> None:
         db.execute(query.format(sql.Identifier(kind.name), sql.SQL(kind.type)), (number, value))
 
 
+def made(row: Row | None) -> Image:
+    image = image_of(row)
+    assert image is not None
+    return image
+
+
 def images_of(db: Connection, kind: Kind) -> dict[str, list[Image]]:
     """The rows, as triggers write them and as the log has them."""
     columns = ["n", *(kind.name for kind in KINDS)]
     rows = db.execute("select things::text from things order by n").fetchall()
-    captured = [image for (text,) in rows if (image := captured_image(columns, text))]
+    captured = [captured_row(columns, text) for (text,) in rows]
     # Format takes the text that the type's output function writes, which is what the log carries.
     output = sql.SQL("select case when num_nulls({0}) = 0 then format('%s', {0}) end from things order by n")
     texts = db.execute(output.format(sql.Identifier(kind.name)))
-    return {"captured": captured, "decoded": [{kind.name: written(text)} for (text,) in texts]}
+    decoded = [{kind.name: text} for (text,) in texts]
+    return {"captured": list(map(made, captured)), "decoded": list(map(made, decoded))}
 
 
 async def texts_for(things: Things, condition: Condition) -> frozenset[str] | Literal["any", "refused"]:

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import msgspec
 import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from realtime_server.changes.trigger import captured_image
+from realtime_server.changes.trigger import captured_row
 from tests.fix_database import OWNER, Cluster
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -106,7 +105,7 @@ def images_of(db: Connection, table: str) -> dict[str, Images]:
     texts = ", ".join(f"case when num_nulls({value}) = 0 then format('%s', {value}) end" for value in values)
     found = run(db, f"select t__.id, t__::text, array[{texts}] from {table} as t__ order by 1")
     return {
-        "captured": [(id, json.loads(msgspec.json.encode(captured_image(columns, text)))) for id, text, _ in found],
+        "captured": [(id, captured_row(columns, text) or {}) for id, text, _ in found],
         "logged": [(id, dict(zip(columns, texts, strict=True))) for id, _, texts in found],
     }
 

@@ -223,7 +223,8 @@ def known(change: Change) -> tuple[Action, dict[str, bytes] | None, dict[str, by
     def texts(image: dict[str, msgspec.Raw] | None) -> dict[str, bytes] | None:
         return None if image is None else {name: bytes(value) for name, value in image.items()}
 
-    size = sum(len(value) for image in (texts(change.new), texts(change.old)) for value in (image or {}).values())
+    values = [value for image in (change.new, change.old) for value in (image or {}).values()]
+    size = sum(len((msgspec.json.decode(value) or "").encode()) for value in values)
     assert (change.table, change.committed_at, change.size) == (1, 12.5, size)
     return change.action, texts(change.new), texts(change.old), change.has_whole_old
 

@@ -422,7 +422,8 @@ async def test_101_table_without_a_key(tables: Tables, socket: Wire) -> None:
 async def test_101_change_that_is_too_large(tables: Tables, socket: Wire) -> None:
     columns = "id int primary key, small text, just text, over text, nothing text, large text"
     tables.create("notes", columns)
-    await subscribe(socket, "101-l", tables.binding("notes"))
+    tables.create("letters", "id int primary key, words jsonb")
+    await subscribe(socket, "101-l", tables.binding(None))
     # As JSON with its quotes: 64 bytes, and 65.
     just, over = "x" * 62, "x" * 63
     tables.execute(
@@ -438,6 +439,9 @@ async def test_101_change_that_is_too_large(tables: Tables, socket: Wire) -> Non
     assert [column["name"] for column in data["columns"]] == ["id", "small", "just", "over", "nothing", "large"]
     assert TIMESTAMP.fullmatch(data["commit_timestamp"])
     assert (await hear_row(socket, "101-l"))[1]["nothing"] is None
+    # What counts is the text of the values, without what it takes to carry it.
+    tables.execute("insert into letters select 1, jsonb_agg('') from generate_series(1, 240000)")
+    assert (await hear_row(socket, "101-l"))[1]["words"] == [""] * 240_000
 
 
 # -- 102: several bindings
