@@ -440,7 +440,7 @@ async def test_101_change_that_is_too_large(tables: Tables, socket: Wire) -> Non
     assert TIMESTAMP.fullmatch(data["commit_timestamp"])
     assert (await hear_row(socket, "101-l"))[1]["nothing"] is None
     # What counts is the text of the values, without what it takes to carry it.
-    tables.execute("insert into letters select 1, jsonb_agg('') from generate_series(1, 240000)")
+    tables.execute("insert into letters select 1, jsonb_agg(''::text) from generate_series(1, 240000)")
     assert (await hear_row(socket, "101-l"))[1]["words"] == [""] * 240_000
 
 
