@@ -309,10 +309,13 @@ async def test_null_in_json_is_not_null_to_filters(tables: Tables, ann: Wire) ->
 # -- what is not known of a row
 
 
-async def test_large_value_that_no_policy_reads_is_not_missed_when_the_row_is_gone(tables: Tables, ann: Wire) -> None:
+async def test_large_value_that_no_policy_reads_is_not_missed_when_the_row_is_gone(
+    tables: Tables, source: Source, ann: Wire
+) -> None:
     tables.create(
         "docs",
-        "id int primary key, owner uuid, n int, twice int generated always as (n * 2) stored, large text",
+        "id int primary key, owner uuid, n int, twice int generated always as (n * 2) stored, large text,"
+        " size int generated always as (length(large)) stored",
         *OWN_ROWS,
         "alter table {table} alter large set storage external",
     )
@@ -322,9 +325,10 @@ async def test_large_value_that_no_policy_reads_is_not_missed_when_the_row_is_go
         tables.execute("update docs set n = 2")
         tables.execute("update docs set n = 3, large = 'small'")
         tables.execute("delete from docs")
-    for n in (2, 3):
-        action, row = await hear_row(ann, "large")
-        assert (action, row["n"], row["twice"]) == ("UPDATE", n, 2 * n)
+    # What is computed from what is not known is not known.
+    left_alone = {} if source == "wal" else {"large": "x" * 10000, "size": 10000}
+    for n, large in ((2, left_alone), (3, {"large": "small", "size": 5})):
+        assert await hear_row(ann, "large") == ("UPDATE", {"id": 1, "owner": ANN, "n": n, "twice": 2 * n} | large)
     assert await hear_row(ann, "large") == ("DELETE", {"id": 1})
 
 
