@@ -22,7 +22,7 @@ from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from realtime_server import __version__
+from realtime_server import __version__, database
 from realtime_server.authorization import Authorization
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
@@ -37,7 +37,7 @@ from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
 from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
 from realtime_server.endpoints.websocket import Sockets, websocket_endpoint
-from realtime_server.errors import DatabaseUnavailable, QueryCanceled
+from realtime_server.errors import RealtimeError
 from realtime_server.history import History
 from realtime_server.hub import Hub
 from realtime_server.limits import Rate
@@ -80,8 +80,9 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         target,
         name="history",
         size=POOL_SIZE,
-        timeout_s=HISTORY_TIMEOUT_S,
+        timeout_s=settings.database_timeout_s,
         statement_timeout_s=HISTORY_TIMEOUT_S,
+        patience_s=HISTORY_TIMEOUT_S,
     )
     changes_pool = Pool(
         target,
@@ -137,6 +138,9 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             await end(parts)
             await asyncio.gather(*(one.close() for one in pools))
 
+    def parts_ready() -> dict[str, bool]:
+        return {"relay": relay.is_ready, "serving": not sockets.is_draining}
+
     async def start_facts(request: Request) -> Response:
         return JSONResponse({"anon_key": anon_key})
 
@@ -170,7 +174,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             Route("/metrics", read_metrics),
             Route("/metrics/{region}", read_metrics),
             Route("/healthz", alive),
-            Route("/readyz", ready_endpoint(lambda: {"relay": relay.is_ready, "serving": not sockets.is_draining})),
+            Route("/readyz", ready_endpoint(parts_ready, lambda: relay.obstacle)),
             Route("/start.json", start_facts),
             Mount("/", Pages(directory=PAGES, html=True)),
         ],
@@ -295,8 +299,9 @@ async def _maintain(pool: Pool, retention: timedelta) -> None:
         try:
             for partition, action in await pool.fetch("select * from realtime.maintain(%s)", (retention,)):
                 log.info(f"partition {action}", partition=partition)
-        except (DatabaseUnavailable, QueryCanceled) as error:
-            log.warning("partitions were not looked after", error=str(error.__cause__))
+        except (RealtimeError, database.Error) as error:
+            # Not the end of the server: the rows go to the default partition meanwhile.
+            log.error("partitions were not looked after", error=str(error.__cause__ or error))
         await asyncio.sleep(MAINTENANCE_S)
 
 

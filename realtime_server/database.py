@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, cast
 
 import psycopg
 from psycopg import AsyncConnection, conninfo
@@ -49,6 +51,8 @@ class Target:
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
+            # What was said and is not acknowledged: by itself the kernel would go on for a quarter of an hour.
+            "tcp_user_timeout": int(2000 * timeout_s),
             "client_encoding": "UTF8",
         }
         if not self.is_pooled:
@@ -75,6 +79,9 @@ def target_of(url: str, *, timeout_s: float) -> Target:
             # A pooler that lets our settings through gives LISTEN and NOTIFY to different sessions, or forgets the first.
             hears = any(True for _ in db.notifies(timeout=1.0, stop_after=1))
         return Target(url, is_pooled=not hears)
+    except psycopg.errors.ReadOnlySqlTransaction:
+        # A standby, where nobody may listen. The relay waits for it to be promoted.
+        return direct
     except psycopg.OperationalError as error:
         if "unsupported startup parameter" in str(error):
             return Target(url, is_pooled=True)
@@ -89,19 +96,35 @@ async def connect(target: Target, *, name: str, timeout_s: float) -> Database:
 
 
 class Pool:
-    """Connections for short questions, each answered within `statement_timeout_s`."""
+    """Connections for short questions, each answered within `statement_timeout_s`.
 
-    def __init__(self, target: Target, *, name: str, size: int, timeout_s: float, statement_timeout_s: float) -> None:
+    `timeout_s`: how long it may take to connect, and how long a line may be silent beyond what the database takes for an answer at most;
+    `patience_s`: how long to wait for a connection that others have, by default no longer than that.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        name: str,
+        size: int,
+        timeout_s: float,
+        statement_timeout_s: float,
+        patience_s: float | None = None,
+    ) -> None:
         self.size = size
         self._is_pooled = target.is_pooled
-        self._statement_timeout_ms = int(statement_timeout_s * 1000)
+        self._statement_timeout_s = statement_timeout_s
+        self._timeout_s = timeout_s
         self._pool: AsyncConnectionPool[Database] = AsyncConnectionPool(
             target.parameters(name=name, timeout_s=timeout_s, statement_timeout_s=statement_timeout_s),
             kwargs=target.connection_options,
             min_size=1,
             max_size=size,
-            timeout=timeout_s,
-            check=AsyncConnectionPool.check_connection,
+            timeout=timeout_s if patience_s is None else patience_s,
+            check=self._check,
+            # Who asks begins anew; the pause between attempts would grow to minutes.
+            reconnect_timeout=timeout_s,
             open=False,
             name=name,
         )
@@ -120,17 +143,29 @@ class Pool:
 
         Raises: DatabaseUnavailable, QueryCanceled, Gap, MalformedCursor.
         """
-        async with self._connection() as db, contextlib.AsyncExitStack() as stack:
-            if limit_s is not None:
-                await stack.enter_async_context(db.transaction())
-                await db.execute("select set_config('statement_timeout', %s, true)", (str(int(limit_s * 1000)),))
-            cursor = await db.execute(query, arguments)
-            return await cursor.fetchall()
+        longest_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
+        async with self._connection() as db:
+            with hanging_up(db, longest_s):
+                async with contextlib.AsyncExitStack() as stack:
+                    if limit_s is not None:
+                        await stack.enter_async_context(db.transaction())
+                        limit_ms = str(int(limit_s * 1000))
+                        await db.execute("select set_config('statement_timeout', %s, true)", (limit_ms,))
+                    cursor = await db.execute(query, arguments)
+                    return await cursor.fetchall()
 
     async def stream(self, query: LiteralString, arguments: Sequence[object] = ()) -> AsyncGenerator[tuple[Any, ...]]:
         """The same rows, of which only `ROWS_AT_ONCE` are in memory; who closes the iterator gets no more of them."""
-        async with self._connection() as db, db.cursor() as cursor:
-            async for row in cursor.stream(query, arguments, size=ROWS_AT_ONCE):
+        longest_s = self._statement_timeout_s + self._timeout_s
+        async with (
+            self._connection() as db,
+            streaming(db, query, arguments, size=ROWS_AT_ONCE, closing_s=longest_s) as rows,
+        ):
+            while True:
+                with hanging_up(db, longest_s):
+                    row = await anext(rows, None)
+                if row is None:
+                    return
                 yield row
 
     @contextlib.asynccontextmanager
@@ -141,15 +176,63 @@ class Pool:
                 async with db, contextlib.AsyncExitStack() as stack:
                     if self._is_pooled:
                         # Settings of a session would be some other client's next.
-                        await stack.enter_async_context(db.transaction())
-                        await db.execute(
-                            "select set_config('statement_timeout', %s, true)", (str(self._statement_timeout_ms),)
-                        )
+                        with hanging_up(db, self._timeout_s):
+                            await stack.enter_async_context(db.transaction())
+                            limit_ms = str(int(self._statement_timeout_s * 1000))
+                            await db.execute("select set_config('statement_timeout', %s, true)", (limit_ms,))
                     yield db
+                    with hanging_up(db, self._timeout_s):
+                        await stack.aclose()
+            except psycopg.errors.FeatureNotSupported as error:
+                # Our tables with an unlogged part cannot be read on a standby, which may become the primary.
+                if db.info.parameter_status("in_hot_standby") == "on":
+                    raise DatabaseUnavailable from error
+                raise
             finally:
                 # Not the pool's own `connection`: it forgets one whose return is cancelled, as happens to clients that leave while others
                 # wait, until it has none to give.
                 await asyncio.shield(self._pool.putconn(db))
+
+    async def _check(self, db: Database) -> None:
+        try:
+            # Half of it, so that who waits for this one has time for another.
+            with hanging_up(db, self._timeout_s / 2):
+                await AsyncConnectionPool.check_connection(db)
+        except psycopg.Error:
+            # What silenced or ended one has as a rule done so to all: they are not waited for one after the other.
+            await self._pool.drain()
+            raise
+
+
+@contextlib.contextmanager
+def hanging_up(db: Database, timeout_s: float) -> Iterator[None]:
+    """End the connection when this takes longer. To cancel would be to ask the server first, which takes long if it is away."""
+
+    def hang_up() -> None:
+        # The other side, or libpq, may have closed it.
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(db.pgconn.socket)) as line:
+            line.shutdown(socket.SHUT_RDWR)
+
+    timer = asyncio.get_running_loop().call_later(timeout_s, hang_up)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.asynccontextmanager
+async def streaming(
+    db: Database, query: LiteralString, arguments: Sequence[object], *, size: int, closing_s: float
+) -> AsyncIterator[AsyncIterator[tuple[Any, ...]]]:
+    """The rows of one statement as they come, `size` at a time. The rest is given up within `closing_s`."""
+    async with db.cursor() as cursor:
+        rows = cast(AsyncGenerator[tuple[Any, ...]], cursor.stream(query, arguments, size=size))
+        try:
+            yield rows
+        finally:
+            # Until it is closed the connection takes nothing else, not even its own end.
+            with hanging_up(db, closing_s):
+                await rows.aclose()
 
 
 def describe(error: psycopg.Error) -> str:
@@ -174,7 +257,13 @@ def errors() -> Iterator[None]:
         yield
     except psycopg.errors.QueryCanceled as error:
         raise QueryCanceled from error
-    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+    except (
+        psycopg.OperationalError,
+        psycopg.InterfaceError,
+        PoolTimeout,
+        psycopg.errors.ReadOnlySqlTransaction,
+    ) as error:
+        # Read-only: a standby, which may become the primary, or maintenance.
         raise DatabaseUnavailable from error
     except psycopg.Error as error:
         if error.sqlstate == GAP:

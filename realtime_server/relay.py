@@ -16,15 +16,19 @@ same loop looks again every few hundredths of a second.
 then forgets transactions that left nothing on disk (rolled back, or with an id and no changes) and gives their ids to others, which a newer
 snapshot takes for seen. What was handed on already is dropped by its sequence number; so is what a read that broke off had handed on.
 Clients' cursors begin at the durable snapshot, too.
+
+**A line that is silent** looks like a database that has nothing to say, so nothing waits for an answer without a limit, and ready is who
+has read lately.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final, Generic, LiteralString, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
@@ -33,7 +37,7 @@ import structlog
 from realtime_server import database
 from realtime_server.cursor import Place, Snapshot
 from realtime_server.database import Database, Target
-from realtime_server.errors import DatabaseUnavailable, QueryCanceled
+from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 
 # Awake: the pause between reads is the latency under load. It grows while nothing comes, until the relay falls asleep.
 SHORTEST_PAUSE_S: Final = 0.004
@@ -44,6 +48,9 @@ DOZE_S: Final = 0.05
 # Falling asleep: a transaction older than the lock may still commit silently; this bounds how late its messages can be.
 LONGEST_DRAIN_PAUSE_S: Final = 0.1
 SAFETY_READ_S: Final = 5.0
+# A line that was silent for longer than an answer may take is given up. The next one gets twice as much time, as it may be the answer that
+# takes so long: that of a large read, or of a machine with too much to do.
+LONGEST_SILENCE_S: Final = 300.0
 SETTLE_S: Final = 0.5
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
@@ -98,7 +105,7 @@ MESSAGES: Final = Outbox(
     listen="listen realtime",
     read="select * from realtime.messages_since(%s::pg_snapshot)",
     doorbell="realtime.doorbell_key()",
-    begin="select realtime.life(), pg_current_snapshot()::text, (realtime.read_cursor(realtime.cursor())).seq,"
+    begin="select realtime.life(), pg_current_snapshot()::text, substring(realtime.cursor() from '[0-9]+$')::bigint,"
     " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
 )
 CHANGES: Final = Outbox(
@@ -127,7 +134,8 @@ class Receiver(Protocol[R_contra]):
 
 
 class Relay(Generic[R]):
-    """Reads one outbox for one process. `name` shows in pg_stat_activity."""
+    """Reads one outbox for one process. `name` shows in pg_stat_activity; `timeout_s`: how long a connection may take, an answer twice as
+    long."""
 
     def __init__(self, target: Target, outbox: Outbox[R], *, name: str, timeout_s: float) -> None:
         self._target = target
@@ -146,40 +154,73 @@ class Relay(Generic[R]):
         self._handed_on_next: set[int] = set()
         self._settled_at = 0.0
         self._last_seq = 0
-        self.is_ready = False
+        self._read_at: float | None = None
+        self._shortest_silence_s = self._silence_s = 2 * timeout_s
+        # Of the answers since the last whole read.
+        self._slowest_answer_s = 0.0
+        self._backoff_s = SHORTEST_BACKOFF_S
+        # What was said to be wrong, in the log and to everybody.
+        self._problem = self._obstacle = ""
         self.is_asleep = False
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether what is committed is on its way: it was read lately, as it is even when nothing comes."""
+        return self._read_at is not None and time.monotonic() - self._read_at < SAFETY_READ_S + self._timeout_s
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it is not ready, in words for everybody; None when it is."""
+        return None if self.is_ready else self._obstacle or "the database has not answered yet"
+
     async def run(self, receiver: Receiver[R]) -> None:
-        """Relay until cancelled, through any loss of the database."""
+        """Relay until cancelled, through any loss of the database, and whatever it refuses."""
         self._receiver: Receiver[R] = receiver
-        backoff_s = SHORTEST_BACKOFF_S
         while True:
             try:
                 reader = await database.connect(self._target, name=self._name, timeout_s=self._timeout_s)
                 async with reader:
                     with database.errors():
                         await self._begin(reader)
-                        backoff_s = SHORTEST_BACKOFF_S
                         await self._relay(reader)
-            # Canceled: somebody called pg_cancel_backend.
-            except (DatabaseUnavailable, QueryCanceled) as error:
+            except (RealtimeError, database.Error) as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
-                    # To let go of the lock failed as well, and that error took the place of our cancellation.
+                    # To let go of the queue failed as well, and that error took the place of our cancellation.
                     raise asyncio.CancelledError from error
-                log.warning("relay has no database", error=str(error.__cause__), retry_in_s=round(backoff_s, 1))
-                self.is_ready = False
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
-                backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+                self._read_at, self.is_asleep = None, False
+                self._complain(error)
+                await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
+                self._backoff_s = min(self._backoff_s * 2, LONGEST_BACKOFF_S)
+
+    def _complain(self, error: RealtimeError | database.Error) -> None:
+        """Say what is wrong, once until it is something else."""
+        cause = error.__cause__ or error
+        # Without position and context, which differ from one statement to the next.
+        problem = database.describe(cause) if isinstance(cause, database.Error) and cause.sqlstate else str(cause)
+        if problem == self._problem:
+            return
+        self._problem = self._obstacle = problem
+        # Canceled: somebody called pg_cancel_backend.
+        if isinstance(error, (DatabaseUnavailable, QueryCanceled)):
+            log.warning("relay has no database, trying again", relay=self._name, error=problem)
+            if isinstance(cause, database.Error):
+                # It may name hosts and users.
+                self._obstacle = "the database is away"
+        else:
+            log.error("relay cannot read this database, trying again", relay=self._name, error=problem)
 
     async def _begin(self, reader: Database) -> None:
         """Listen, and only then take up the position: between the two nothing can pass unheard."""
+        if await self._scalar(reader, "select pg_is_in_recovery()"):
+            raise DatabaseUnavailable from RuntimeError("it is a standby, and messages are relayed from the primary")
         if not self._target.is_pooled:
-            await reader.execute(self._outbox.listen)
-            # The read is always by the index on xid, so one plan serves for ever, however the table grows.
-            await reader.execute("set enable_seqscan = off")
-            await reader.execute("set plan_cache_mode = force_generic_plan")
-        life, snapshot, seq, oldest, dropped_xid = await _row(reader, self._outbox.begin)
+            with self._hanging_up(reader):
+                await reader.execute(self._outbox.listen)
+                # The read is always by the index on xid, so one plan serves for ever, however the table grows.
+                await reader.execute("set enable_seqscan = off")
+                await reader.execute("set plan_cache_mode = force_generic_plan")
+        life, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
         self._next_durable = None
         if life == self._life and self._position is not None and self._position.xmin > dropped_xid:
             self._position = self._durable
@@ -215,7 +256,6 @@ class Relay(Generic[R]):
                 pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
             else:
                 pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
-            self.is_ready = True
             await self._settle(reader)
             await asyncio.sleep(pause_s)
 
@@ -231,35 +271,35 @@ class Relay(Generic[R]):
     async def _doorbell(self, reader: Database) -> AsyncIterator[None]:
         """Hold the doorbell lock; where another relay sleeps with it, stand in the queue for it on a connection of its own."""
         key = self._outbox.doorbell
-        if await _scalar(reader, f"select pg_try_advisory_lock({key})"):
-            # On the listening connection, so that neither is lost without the other.
-            try:
-                yield
-            finally:
-                if not reader.closed:
-                    await reader.execute(f"select pg_advisory_unlock({key})")
+        if await self._scalar(reader, f"select pg_try_advisory_lock({key})"):
+            # On the listening connection, so that neither is lost without the other; after an error both go.
+            yield
+            await self._scalar(reader, f"select pg_advisory_unlock({key})")
             return
         queue = await database.connect(self._target, name=f"{self._name} doorbell", timeout_s=self._timeout_s)
         async with queue:
-            waiting = asyncio.create_task(_scalar(queue, f"select pg_advisory_lock({key})"))
+            waiting = asyncio.create_task(queue.execute(f"select pg_advisory_lock({key})"))
             try:
-                while not await _scalar(reader, f"select realtime.doorbell_is_held(%s, {key})", queue.info.backend_pid):
+                while not await self._scalar(
+                    reader, f"select realtime.doorbell_is_held(%s, {key})", queue.info.backend_pid
+                ):
                     if waiting.done():
                         await waiting
                     await asyncio.sleep(SHORTEST_PAUSE_S)
                 yield
             finally:
                 # A backend in a queue does not notice that its client is gone: it must be told.
-                if not waiting.done():
-                    await queue.cancel_safe(timeout=self._timeout_s)
-                with contextlib.suppress(database.Canceled):
+                with database.hanging_up(queue, self._timeout_s), contextlib.suppress(database.Canceled):
+                    if not waiting.done():
+                        with contextlib.suppress(database.Error):
+                            await queue.cancel_safe(timeout=self._timeout_s)
                     await waiting
 
     async def _is_drained(self, reader: Database) -> bool:
         """Read until every transaction that may have kept silent has ended; False as soon as messages come meanwhile."""
         # A transaction id of our own, drawn now, is above that of every silent writer. The xmax of a snapshot would not do: it is one
         # past the highest *completed* id, so the one writer that is running may be at it.
-        fence = int(await _scalar(reader, "select pg_current_xact_id()::text"))
+        fence = int(await self._scalar(reader, "select pg_current_xact_id()::text"))
         pause_s = SHORTEST_PAUSE_S
         while not await self._read(reader):
             assert self._position is not None, "a read leaves a position"
@@ -285,7 +325,7 @@ class Relay(Generic[R]):
         self._settled_at = now
         position = self._position
         # All that had ended in the position's snapshot is in the log before this place.
-        is_flushed, place = await _row(
+        is_flushed, place = await self._row(
             reader,
             "select pg_current_wal_flush_lsn() >= %s::pg_lsn, pg_current_wal_insert_lsn()::text",
             self._next_durable[1] if self._next_durable else "FFFFFFFF/FFFFFFFF",
@@ -307,33 +347,47 @@ class Relay(Generic[R]):
         assert self._position is not None, "the position is set when connected"
         since = self._position
         # Nearly all reads are short, and a prepared statement costs a sixth of what streaming the same costs, which is planned each time.
-        cursor = await reader.execute(f"{self._outbox.read} limit %s", (since.text, ROWS_AT_ONCE + 1))
-        first, *rows = await cursor.fetchall()
+        with self._hanging_up(reader):
+            cursor = await reader.execute(f"{self._outbox.read} limit %s", (since.text, ROWS_AT_ONCE + 1))
+            first, *rows = await cursor.fetchall()
+        self._read_at = time.monotonic()
         if len(rows) < ROWS_AT_ONCE:
             until = Snapshot.parse(first[-1])
             self._take(rows, until)
-            await self._receiver.ready()
+            await self._wait_for_receiver()
             self._arrive(until)
             return len(rows)
         return await self._read_long(reader, since)
 
     async def _read_long(self, reader: Database, since: Snapshot) -> int:
-        count, until, rows = 0, since, []
-        async with reader.cursor() as cursor:
-            async for row in cursor.stream(self._outbox.read, (since.text,), size=ROWS_AT_ONCE):
-                if row[-1] is not None:
-                    until = Snapshot.parse(row[-1])
-                    continue
-                rows.append(row)
-                count += 1
-                if len(rows) == ROWS_AT_ONCE:
-                    self._take(rows, until)
-                    rows = []
-                    await self._receiver.ready()
-        self._take(rows, until)
-        await self._receiver.ready()
+        count, until = 0, since
+        async with database.streaming(
+            reader, self._outbox.read, (since.text,), size=ROWS_AT_ONCE, closing_s=self._timeout_s
+        ) as stream:
+            while rows := await self._piece(reader, stream):
+                if rows[0][-1] is not None:
+                    until = Snapshot.parse(rows.pop(0)[-1])
+                self._take(rows, until)
+                count += len(rows)
+                await self._wait_for_receiver()
         self._arrive(until)
         return count
+
+    async def _piece(self, reader: Database, stream: AsyncIterator[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        rows = []
+        with self._hanging_up(reader):
+            async for row in stream:
+                rows.append(row)
+                if len(rows) == ROWS_AT_ONCE:
+                    break
+        self._read_at = time.monotonic()
+        return rows
+
+    async def _wait_for_receiver(self) -> None:
+        # Meanwhile nothing is asked, so nothing is unanswered.
+        self._read_at = math.inf
+        await self._receiver.ready()
+        self._read_at = time.monotonic()
 
     def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
         assert self._durable is not None, "set together with the position"
@@ -346,6 +400,12 @@ class Relay(Generic[R]):
         assert self._durable is not None, "set together with the position"
         self._position = until
         self.place = Place(self._life, self._durable, until, self._last_seq)
+        # Who has just been as slow as that may well be so once more.
+        self._silence_s = max(self._shortest_silence_s, min(2 * self._slowest_answer_s, LONGEST_SILENCE_S))
+        self._slowest_answer_s, self._backoff_s = 0.0, SHORTEST_BACKOFF_S
+        if self._problem:
+            self._problem = self._obstacle = ""
+            log.info("relay reads again", relay=self._name)
 
     def _hand_on(self, row: R, behind: Place) -> None:
         self._handed_on.add(row.seq)
@@ -354,14 +414,28 @@ class Relay(Generic[R]):
         self.place = behind
         self._receiver.row(row, behind)
 
+    async def _scalar(self, db: Database, query: LiteralString, *arguments: object) -> Any:
+        (value,) = await self._row(db, query, *arguments)
+        return value
 
-async def _scalar(db: Database, query: LiteralString, *arguments: object) -> Any:
-    (value,) = await _row(db, query, *arguments)
-    return value
+    async def _row(self, db: Database, query: LiteralString, *arguments: object) -> tuple[Any, ...]:
+        with self._hanging_up(db):
+            cursor = await db.execute(query, arguments)
+            row = await cursor.fetchone()
+        assert row is not None, "these queries return one row"
+        return row
 
-
-async def _row(db: Database, query: LiteralString, *arguments: object) -> tuple[Any, ...]:
-    cursor = await db.execute(query, arguments)
-    row = await cursor.fetchone()
-    assert row is not None, "these queries return one row"
-    return row
+    @contextlib.contextmanager
+    def _hanging_up(self, db: Database) -> Iterator[None]:
+        """Give the line up where it is silent for too long, and be more patient with the next one."""
+        begun = time.monotonic()
+        try:
+            with database.hanging_up(db, self._silence_s):
+                yield
+        except database.Error:
+            if time.monotonic() - begun < self._silence_s:
+                raise
+            silence = TimeoutError(f"no answer within {self._silence_s:g} s")
+            self._silence_s = min(2 * self._silence_s, LONGEST_SILENCE_S)
+            raise DatabaseUnavailable from silence
+        self._slowest_answer_s = max(self._slowest_answer_s, time.monotonic() - begun)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from realtime_server import database
 from realtime_server.database import InvalidText, Pool
 from realtime_server.errors import RealtimeError
 from realtime_server.hub import Room
@@ -23,6 +24,8 @@ from realtime_server.protocol.messages import TOPIC_PREFIX
 
 FLUSH_S: Final = 0.25
 HEARTBEAT_S: Final = 10.0
+# After a failure: where the database takes nothing, as one that is read-only, trying would be all that happens.
+RETRY_S: Final = 1.0
 # PostgreSQL's jsonb holds 256 MB, a client may track 3 MB under each of many channels.
 MOST_BYTES: Final = 4_000_000
 # How many entries that are no more are remembered while the database is away.
@@ -59,15 +62,21 @@ class Roster:
 
     async def run(self) -> None:
         """Write until cancelled, through any loss of the database."""
-        written_at = 0.0
+        written_at, said = 0.0, ""
         while True:
+            pause_s = FLUSH_S
             if self._added or self._gone or time.monotonic() - written_at > HEARTBEAT_S:
                 try:
                     await self._write()
-                except RealtimeError as error:
-                    log.info("presence was not written", code=error.code)
+                except (RealtimeError, database.Error) as error:
+                    problem = str(error.__cause__ or error)
+                    if problem != said:
+                        log.warning("presence was not written, trying again", error=problem)
+                    said, pause_s = problem, RETRY_S
+                else:
+                    said = ""
                 written_at = time.monotonic()
-            await asyncio.sleep(FLUSH_S)
+            await asyncio.sleep(pause_s)
 
     async def _write(self) -> None:
         added, gone = self._added, self._gone

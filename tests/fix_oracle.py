@@ -799,9 +799,9 @@ async def fault_server(fault_database: TestDatabase) -> AsyncIterator[ServerOf]:
     """`await fault_server(max_buffered_bytes="200000")`: a server that may be broken, on a database that may be, too."""
     servers: list[Server] = []
 
-    async def start(database: TestDatabase = fault_database, **settings: str) -> Server:
+    async def start(database: TestDatabase = fault_database, *, wait: bool = True, **settings: str) -> Server:
         servers.append(Server(database, **{"max_joins_per_second": "0", **settings}))
-        return await servers[-1].start()
+        return await servers[-1].start(wait=wait)
 
     yield start
     for server in servers:

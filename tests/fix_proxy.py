@@ -23,6 +23,7 @@ class Pump:
         self._reader = reader
         self._writer = writer
         self._is_downstream = is_downstream
+        self.is_frozen = False
         # What was accepted while frozen; None in it stands for the end.
         self._held: list[bytes | None] = []
 
@@ -31,7 +32,7 @@ class Pump:
         with contextlib.suppress(ConnectionError):
             while True:
                 data = await self._reader.read(CHUNK_BYTES) or None
-                if self._proxy.is_frozen or self._held:
+                if self.is_frozen or self._proxy.is_frozen or self._held:
                     self._held.append(data)
                     if data is None:
                         await self._proxy.thawed.wait()
@@ -142,11 +143,19 @@ class Proxy:
         self.is_frozen = True
         self.thawed.clear()
 
+    def forget(self) -> None:
+        """Freeze the connections of now, and no others: so it is where something on the way has lost its table of connections."""
+        self.thawed.clear()
+        for connection in self._connections:
+            for pump in connection.pumps:
+                pump.is_frozen = True
+
     def thaw(self) -> None:
         """Forward what was accepted meanwhile, and go on."""
         self.is_frozen = False
         for connection in list(self._connections):
             for pump in connection.pumps:
+                pump.is_frozen = False
                 pump.release()
         self.thawed.set()
 

@@ -56,7 +56,8 @@ class Server:
         assert self._process is not None, "the server runs"
         return self._process.pid
 
-    async def start(self) -> Self:
+    async def start(self, *, wait: bool = True) -> Self:
+        """Start; with `wait`, until it is ready."""
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("REALTIME_", "DATABASE_URL"))
         }
@@ -81,7 +82,8 @@ class Server:
                     self.output += line.decode()
                     if "client URL" in self.output and self.port == 0:
                         self.port = int(self.output.rsplit("client URL", 1)[1].split()[0].rpartition(":")[2])
-                await self._wait_until_ready()
+                if wait:
+                    await self._wait_until_ready()
         except BaseException:
             await self.kill()
             raise

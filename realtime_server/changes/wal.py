@@ -20,11 +20,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-import socket
 import time
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, ClassVar, Final, LiteralString, NamedTuple
 
@@ -254,7 +251,7 @@ class WalSource:
             sql.Identifier(self._slot), sql.Literal(sql.Identifier(self._publication).as_string())
         )
         try:
-            with _hanging_up(walsender, self._timeout_s):
+            with database.hanging_up(walsender, self._timeout_s):
                 await walsender.execute(start)
         except psycopg.errors.ObjectInUse as error:
             raise SourceLost(f"replication slot {self._slot} is in use by another server") from error
@@ -351,23 +348,8 @@ class WalSource:
 
     async def _ask(self, db: Database, query: LiteralString, *arguments: object) -> Any:
         """One row. Raises: DatabaseUnavailable, QueryCanceled."""
-        with database.errors(), _hanging_up(db, self._timeout_s + VISIBLE_S):
+        with database.errors(), database.hanging_up(db, self._timeout_s + VISIBLE_S):
             return await (await db.execute(query, arguments or None)).fetchone()
-
-
-@contextlib.contextmanager
-def _hanging_up(db: Database, timeout_s: float) -> Iterator[None]:
-    """End the connection when this takes longer. To cancel would be to ask the server first, which takes long if it is away."""
-
-    def hang_up() -> None:
-        with socket.socket(fileno=os.dup(db.pgconn.socket)) as line:
-            line.shutdown(socket.SHUT_RDWR)
-
-    timer = asyncio.get_running_loop().call_later(timeout_s, hang_up)
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class _Stream:

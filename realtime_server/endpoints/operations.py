@@ -31,12 +31,15 @@ async def alive(request: Request) -> Response:
     return PlainTextResponse("ok")
 
 
-def ready_endpoint(is_ready: Callable[[], dict[str, bool]]) -> Callable[[Request], Awaitable[Response]]:
-    """200 when every part is ready, else 503; the body names the parts."""
+def ready_endpoint(
+    is_ready: Callable[[], dict[str, bool]], obstacle: Callable[[], str | None]
+) -> Callable[[Request], Awaitable[Response]]:
+    """200 when every part is ready, else 503; the body names the parts and what is in the way."""
 
     async def endpoint(request: Request) -> Response:
-        parts = is_ready()
-        return JSONResponse({"ready": all(parts.values()), **parts}, 200 if all(parts.values()) else 503)
+        parts, why = is_ready(), obstacle()
+        body = {"ready": all(parts.values()), **parts} | ({} if why is None else {"why": why})
+        return JSONResponse(body, 200 if all(parts.values()) else 503)
 
     return endpoint
 

@@ -175,7 +175,7 @@ async def test_readyz_follows_the_database_and_healthz_does_not(server: Server, 
             while (answer := await http.get(f"{server.url}/readyz")).status_code == 200:
                 await asyncio.sleep(0.02)
         assert answer.status_code == 503
-        assert answer.json() == {"ready": False, "relay": False, "serving": True}
+        assert answer.json() == {"ready": False, "relay": False, "serving": True, "why": "the database is away"}
         assert (await http.get(f"{server.url}/healthz")).status_code == 200
         db.execute(f'alter database "{name}" connection limit -1')
     async with asyncio.timeout(LIMIT_S):

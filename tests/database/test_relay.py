@@ -9,16 +9,18 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import psycopg
 import pytest
+from psycopg import conninfo
 
 from realtime_server.cursor import Place
 from realtime_server.database import Target
 from realtime_server.relay import MESSAGES, Relay, Row
 from tests.fix_database import Cluster, TestDatabase
+from tests.fix_proxy import Proxy, ProxyFactory
 
 WRITERS = 20
 NAPS = 4
@@ -56,8 +58,8 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 @asynccontextmanager
-async def running(ledger: Ledger, received: Received) -> AsyncIterator[Relay[Row]]:
-    relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), MESSAGES, name="relay", timeout_s=5)
+async def running(ledger: Ledger, received: Received, *, timeout_s: float = 5) -> AsyncIterator[Relay[Row]]:
+    relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), MESSAGES, name="relay", timeout_s=timeout_s)
     task = asyncio.create_task(relay.run(received))
     try:
         await until(lambda: relay.is_ready, "the relay to be ready")
@@ -267,6 +269,72 @@ async def test_relaying_survives_a_lost_bell(ledger: Ledger, monkeypatch: pytest
         await until(lambda: relay.is_asleep, "the relay to fall asleep")
         ledger.execute("select write_row('t')")
         await until(lambda: len(received.rows) == 1, "the row, found by the safety read")
+
+
+async def through_proxy(ledger: Ledger, proxy_to: ProxyFactory) -> tuple[Ledger, Proxy]:
+    """The same, at the other end of a line that may fall silent."""
+    proxy = await proxy_to(int(str(conninfo.conninfo_to_dict(ledger.url)["port"])))
+    return replace(ledger, url=conninfo.make_conninfo(ledger.url, host="127.0.0.1", port=proxy.port)), proxy
+
+
+async def test_who_has_not_read_lately_is_not_ready(
+    ledger: Ledger, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before anything fails: here, nothing ever does."""
+    monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
+    monkeypatch.setattr("realtime_server.database.hanging_up", lambda db, timeout_s: nullcontext())
+    there, proxy = await through_proxy(ledger, proxy_to)
+    received = Received()
+    async with running(there, received, timeout_s=0.5) as relay:
+        await until(lambda: relay.is_asleep, "the relay to fall asleep")
+        assert relay.obstacle is None
+        proxy.freeze()
+        await until(lambda: not relay.is_ready, "the relay to say so")
+        assert relay.obstacle == "the database has not answered yet"
+        ledger.execute("select write_row('t')")
+        proxy.thaw()
+        await until(lambda: relay.is_ready, "the relay to be ready again")
+        await until(lambda: len(received.rows) == 1, "the row")
+        assert proxy.accepted == 1
+
+
+async def test_line_that_is_silent_for_ever_is_given_up(
+    ledger: Ledger, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
+    there, proxy = await through_proxy(ledger, proxy_to)
+    received = Received()
+    async with running(there, received, timeout_s=0.5) as relay:
+        await until(lambda: relay.is_asleep, "the relay to fall asleep")
+        proxy.forget()
+        await until(lambda: not relay.is_ready, "the relay to say so")
+        ledger.execute("select write_row('t')")
+        await until(lambda: len(received.rows) == 1, "the row, on another line")
+        assert proxy.accepted == 2
+        assert relay.is_ready
+    assert received.numbers == committed(ledger)
+
+
+async def test_answers_that_take_long_are_not_taken_for_silence_again_and_again(
+    ledger: Ledger, proxy_to: ProxyFactory
+) -> None:
+    ((result,),) = ledger.execute("select pg_get_function_result('realtime.messages_since(pg_snapshot)'::regprocedure)")
+    there, proxy = await through_proxy(ledger, proxy_to)
+    received = Received()
+    async with running(there, received, timeout_s=0.2):
+        ledger.execute(
+            "alter function realtime.messages_since(pg_snapshot) rename to messages_soon;"
+            f" create function realtime.messages_since(pg_snapshot) returns {result} language plpgsql as $$"
+            " begin perform pg_sleep(0.5); return query select * from realtime.messages_soon($1); end $$"
+        )
+        ledger.execute("select write_row('t')")
+        await until(lambda: len(received.rows) == 1, "the row, once there is patience enough")
+        lines = proxy.accepted
+        for count in (2, 3, 4):
+            ledger.execute("select write_row('t')")
+            await until(lambda: len(received.rows) == count, "the next row")  # noqa: B023
+        assert proxy.accepted == lines
+    assert received.numbers == committed(ledger)
 
 
 async def test_the_position_counts_only_rows_of_this_life_of_the_database(ledger: Ledger) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import httpx2
 import psycopg
 import pytest
+from psycopg import conninfo
 
 from realtime_server.embedded import bundled_bin
+from realtime_server.errors import EmbeddedError
 from tests.fix_database import TestDatabase
 from tests.fix_oracle import (
     FaultCluster,
@@ -26,6 +28,7 @@ from tests.fix_oracle import (
     WireReader,
     until,
 )
+from tests.fix_proxy import Proxy, ProxyFactory
 from tests.fix_server import Server
 
 
@@ -133,6 +136,139 @@ async def test_listening_session_terminated(steady_server: Server, oracle_of: Or
         await asyncio.sleep(oracle.chance.uniform(0.05, 0.3))
     await writing
     await oracle.verdict()
+
+
+def through(proxy: Proxy, database: TestDatabase) -> str:
+    """The database's URL, on the other side of the proxy."""
+    return conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port)
+
+
+def port_of(database: TestDatabase) -> int:
+    return int(str(conninfo.conninfo_to_dict(database.url)["port"]))
+
+
+async def is_ready(server: Server) -> bool:
+    async with httpx2.AsyncClient(timeout=10) as http:
+        return (await http.get(f"{server.url}/readyz")).status_code == 200
+
+
+async def turns(server: Server, *, ready: bool) -> None:
+    async with asyncio.timeout(30):
+        while await is_ready(server) != ready:
+            await asyncio.sleep(0.1)
+
+
+async def tries_again(proxy: Proxy) -> None:
+    accepted = proxy.accepted
+    await until(lambda: proxy.accepted > accepted, "the server to try again")
+
+
+async def test_silent_line_to_the_database(
+    fault_server: ServerOf, fault_database: TestDatabase, oracle_of: OracleFactory, proxy_to: ProxyFactory, size: Size
+) -> None:
+    """Nothing is refused and nothing comes: the server says that it is not ready, tries again, and goes on when there is an answer."""
+    proxy = await proxy_to(port_of(fault_database))
+    server = await fault_server(database_url=through(proxy, fault_database), database_timeout_s="1")
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range((size.rounds + 1) // 2):
+        writing = asyncio.create_task(oracle.write())
+        await asyncio.sleep(oracle.chance.uniform(0.05, 0.3))
+        proxy.freeze()
+        await turns(server, ready=False)
+        await writing
+        await tries_again(proxy)
+        proxy.thaw()
+        await turns(server, ready=True)
+        await oracle.write(transactions=3)
+    await oracle.verdict(limit_s=60)
+    assert "no answer within" in server.log
+
+
+async def test_lines_to_the_database_are_forgotten(
+    fault_server: ServerOf, fault_database: TestDatabase, oracle_of: OracleFactory, proxy_to: ProxyFactory, size: Size
+) -> None:
+    """What has been open is silent from then on, for good; new connections work. The server finds that out by itself."""
+    proxy = await proxy_to(port_of(fault_database))
+    server = await fault_server(database_url=through(proxy, fault_database), database_timeout_s="1")
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range((size.rounds + 1) // 2):
+        # Nobody is catching up any more: to read what was missed may take half a minute, and so may a line that was lost over it.
+        await oracle.write(transactions=1)
+        await received_by_sockets(oracle, len(oracle.ledger()))
+        proxy.forget()
+        await oracle.write()
+        await received_by_sockets(oracle, len(oracle.ledger()))
+        assert await is_ready(server)
+    await oracle.verdict(limit_s=60)
+
+
+async def test_database_that_refuses_the_read(steady_server: Server, oracle_of: OracleFactory, size: Size) -> None:
+    """As one that is being upgraded by hand: the server says so once, is not ready, and goes on when it is allowed to."""
+    oracle = oracle_of(steady_server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range(size.rounds):
+        said = steady_server.log.count("relay cannot read this database")
+        oracle.database.execute("alter function realtime.messages_since(pg_snapshot) rename to messages_hidden")
+        try:
+            await oracle.write()
+            await turns(steady_server, ready=False)
+            async with httpx2.AsyncClient() as http:
+                answer = await http.get(f"{steady_server.url}/readyz")
+            assert answer.json()["why"].startswith("ERROR 42883 (undefined_function) function realtime.messages_since")
+            # Time to try several times.
+            await asyncio.sleep(1)
+        finally:
+            oracle.database.execute("alter function realtime.messages_hidden(pg_snapshot) rename to messages_since")
+        await turns(steady_server, ready=True)
+        assert steady_server.log.count("relay cannot read this database") == said + 1
+    await oracle.verdict()
+
+
+@contextmanager
+def standby(cluster: FaultCluster) -> Iterator[None]:
+    """Inside, the cluster is a standby; behind, the primary of a new timeline."""
+    postgres = cluster.postgres
+    postgres.stop()
+    mark, owner = postgres.location / "standby.signal", postgres.location.stat()
+    mark.touch()
+    os.chown(mark, owner.st_uid, owner.st_gid)
+    # It cannot be prepared then, but it runs.
+    with pytest.raises(EmbeddedError, match="read-only"):
+        postgres.start()
+    try:
+        yield
+    finally:
+        with cluster.administer() as db:
+            assert db.execute("select pg_promote()").fetchone() == (True,)
+
+
+async def test_standby_is_promoted(
+    fault_server: ServerOf, fault_cluster: FaultCluster, oracle_of: OracleFactory
+) -> None:
+    """Nobody can listen on a standby: servers wait, and their clients are told that they may have missed something."""
+    server = await fault_server()
+    oracle = oracle_of(server)
+    oracle.add_every_kind(sql=False)
+    await oracle.connected()
+    await oracle.write()
+    await until(lambda: all(reader.count for reader in oracle.readers), "messages")
+    await oracle.verdict()
+    with standby(fault_cluster):
+        await turns(server, ready=False)
+        late = await fault_server(wait=False)
+        await until(lambda: "it is a standby" in server.log and "it is a standby" in late.log, "both to say why")
+        assert not await is_ready(late)
+    await turns(server, ready=True)
+    await turns(late, ready=True)
+    # Whoever comes again only now, with a place in the old life, is told as well, and follows from there.
+    await until(lambda: all(reader.gaps for reader in oracle.readers), "every client to be told")
+    await oracle.write()
+    await oracle.verdict(gaps=True)
 
 
 async def test_doorbell_disabled(steady_server: Server, oracle_of: OracleFactory, size: Size) -> None:
