@@ -179,6 +179,11 @@ declare
     v_parts text[] := string_to_array(place, '-');
     v_problem text;
 begin
+    -- Its life has no name of its own, so that every cursor would seem to be of another one.
+    if pg_is_in_recovery() then
+        raise exception using
+            errcode = 'read_only_sql_transaction', message = 'this is a standby', hint = 'Messages are read from the primary.';
+    end if;
     begin
         since := realtime.snapshot_from_text(v_parts[3]);
         if cardinality(v_parts) = 5 then
@@ -210,7 +215,7 @@ begin
 end
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
-    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
 
 -- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
 -- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.

@@ -316,6 +316,14 @@ def test_a_role_that_does_not_exist_or_may_not_be_taken_allows_nothing(rooms: Te
         assert problems(db, role) == [(False, False, code)] * 2
 
 
+def test_where_nothing_can_be_written_there_is_no_answer(rooms: TestDatabase) -> None:
+    """As on a standby: that is no "no", which clients would take for the last word."""
+    with rooms.connect() as db:
+        db.execute("set default_transaction_read_only = on")
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            db.execute("select * from realtime.authorize('room:1', 'authenticated', '{}')")
+
+
 def test_a_sub_that_is_no_uuid_is_a_problem_and_allows_nothing(rooms: TestDatabase) -> None:
     policy(rooms, "for all using (auth.uid() is not null)")
     answer = rooms.execute(

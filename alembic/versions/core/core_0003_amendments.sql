@@ -7,6 +7,181 @@ drop function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb);
 
 -- Functions as they are now.
 
+create or replace function realtime.authorize(
+    topic text,
+    role text,
+    claims jsonb,
+    headers jsonb default '{}',
+    extensions text[] default array['broadcast', 'presence']
+)
+returns table (extension text, can_read boolean, can_write boolean, problem text)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    c_probe_time constant timestamp := '1970-01-01';
+    v_id uuid := pg_catalog.gen_random_uuid();
+    v_passed boolean;
+    v_is_done boolean;
+    v_table text;
+begin
+    foreach extension in array extensions loop
+        can_read := null;
+        can_write := false;
+        problem := null;
+        v_is_done := false;
+        begin
+            -- To set_config these mean "as the session's own role", which row-level security does not bind.
+            if coalesce(authorize.role, 'none') = 'none' then
+                raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+            end if;
+            perform
+                pg_catalog.set_config('realtime.topic', authorize.topic, true),
+                pg_catalog.set_config('request.jwt.claims', claims::text, true),
+                pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
+                pg_catalog.set_config('request.jwt.claim.role', authorize.role, true),
+                pg_catalog.set_config('request.headers', headers::text, true),
+                pg_catalog.set_config('role', authorize.role, true);
+
+            -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
+            -- our own RT000 from one that a policy raises, the table our own broken NOT NULL from one that a policy ran into.
+            v_passed := false;
+            begin
+                insert into realtime.messages (topic, extension, updated_at, inserted_at)
+                values (authorize.topic, authorize.extension, null, c_probe_time);
+                v_passed := true;
+                raise exception using errcode = 'RT000';
+            exception
+                when not_null_violation then
+                    get stacked diagnostics v_table = table_name;
+                    if v_table <> 'messages_probe' then
+                        raise;
+                    end if;
+                    can_write := true;
+                when insufficient_privilege then
+                    null;
+                when sqlstate 'RT000' then
+                    if not v_passed then
+                        raise;
+                    end if;
+                    can_write := true;
+            end;
+
+            if can_write then
+                v_passed := false;
+                begin
+                    insert into realtime.messages (topic, extension, updated_at, inserted_at)
+                    values (authorize.topic, authorize.extension, null, c_probe_time)
+                    returning id is not null into can_read;
+                    v_passed := true;
+                    raise exception using errcode = 'RT000';
+                exception
+                    when not_null_violation then
+                        get stacked diagnostics v_table = table_name;
+                        if v_table <> 'messages_probe' then
+                            raise;
+                        end if;
+                        can_read := true;
+                    when insufficient_privilege then
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
+                end;
+            end if;
+
+            if can_read is null then
+                v_passed := false;
+                begin
+                    perform pg_catalog.set_config('role', 'none', true);
+                    insert into realtime.messages (id, topic, extension, inserted_at)
+                    values (v_id, authorize.topic, authorize.extension, c_probe_time);
+                    perform pg_catalog.set_config('role', authorize.role, true);
+                    select count(*) > 0 into can_read from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    v_passed := true;
+                    raise exception using errcode = 'RT000';
+                exception
+                    when insufficient_privilege then
+                        can_read := false;
+                    when sqlstate 'RT000' then
+                        if not v_passed then
+                            raise;
+                        end if;
+                end;
+            end if;
+
+            -- Takes role and settings back, whatever they were.
+            v_is_done := true;
+            raise exception using errcode = 'RT000';
+        exception when read_only_sql_transaction then
+            -- A standby, or maintenance: no policy was asked, so there is no answer.
+            raise;
+        when others then
+            -- A policy that raises, a role that does not exist: this question alone is answered "no".
+            if not v_is_done then
+                can_read := false;
+                can_write := false;
+                problem := sqlstate || ': ' || sqlerrm;
+            end if;
+        end;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
+    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated; then nothing is allowed.';
+revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_parts text[] := string_to_array(place, '-');
+    v_problem text;
+begin
+    -- Its life has no name of its own, so that every cursor would seem to be of another one.
+    if pg_is_in_recovery() then
+        raise exception using
+            errcode = 'read_only_sql_transaction', message = 'this is a standby', hint = 'Messages are read from the primary.';
+    end if;
+    begin
+        since := realtime.snapshot_from_text(v_parts[3]);
+        if cardinality(v_parts) = 5 then
+            until := realtime.snapshot_from_text(v_parts[4]);
+        end if;
+        seq := v_parts[cardinality(v_parts)]::bigint;
+    exception when invalid_text_representation or numeric_value_out_of_range then
+        since := null;
+    end;
+    if since is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', message = 'malformed cursor', hint = 'Hand a cursor back as it came.';
+    end if;
+
+    if v_parts[2] <> realtime.life() then
+        v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
+    elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
+        v_problem := 'the cursor is ahead of this database';
+    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
+        v_problem := 'the cursor is older than what is kept';
+    end if;
+    if v_problem is not null then
+        raise exception using
+            errcode = 'RT001',
+            message = 'gap: ' || v_problem,
+            detail = realtime.oldest_cursor(),
+            hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
+    end if;
+end
+$$;
+comment on function realtime.read_cursor(realtime.cursor) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
+
 create or replace function realtime.declared_type(relation oid, attnum smallint)
 returns text
 language sql
