@@ -41,11 +41,19 @@ class Hold:
         self._followers = followers
         self._shelf = followers[0].shelf
         self._entries: list[tuple[Follower, Message, Frame]] = []
-        self._place = followers[0].place()
-        self.begin = None if self._place is None else self._place.cursor
-        self.is_overfull = False
+        self._begin()
         for follower in followers:
             follower.hold = self
+
+    def _begin(self) -> None:
+        self._place = self._followers[0].place()
+        self.begin = None if self._place is None else self._place.cursor
+        self.is_overfull = False
+
+    def restart(self) -> None:
+        """Begin here, behind a gap in what the relay reads: what was held, and places before, may be of another life of the database."""
+        self.drop()
+        self._begin()
 
     def add(self, follower: Follower, message: Message, frame: Frame) -> None:
         size = len(frame.data)

@@ -253,6 +253,8 @@ class Session:
         """Messages of the database are missing from here on, on every channel that receives any."""
         for channel in self._channels.values():
             if channel.policy.can_read_broadcast:
+                if channel.hold is not None:
+                    channel.hold.restart()
                 self._tell_gap(channel, problem, oldest)
 
     def close(self) -> None:

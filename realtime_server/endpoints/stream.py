@@ -274,7 +274,15 @@ class EventStream:
                 self._hold = Hold(*self._followers)
                 self._spawn(self._go_live(self._hold, None))
 
-    def tell_gap(self, problem: str, oldest: str | None) -> None:
+    def tell_gap(self, problem: str, oldest: str) -> None:
+        """Messages of the database are missing from here on."""
+        # Who has not begun yet misses nothing, or is told when its own place is read from.
+        if self._is_following:
+            if self._hold is not None:
+                self._hold.restart()
+            self._tell_gap(problem, oldest)
+
+    def _tell_gap(self, problem: str, oldest: str | None) -> None:
         # Not the place of now: what is held is before it.
         begin = self._hold.begin if self._hold is not None else None
         place = self._services.place()
@@ -322,7 +330,7 @@ class EventStream:
         try:
             behind = await hold.catch_up(after, self._read, self._is_ready)
         except (Gap, MalformedCursor) as error:
-            self.tell_gap(str(error), error.oldest if isinstance(error, Gap) else None)
+            self._tell_gap(str(error), error.oldest if isinstance(error, Gap) else None)
         else:
             if await self._is_ready():
                 self.send(_id_frame(behind))

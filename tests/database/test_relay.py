@@ -277,6 +277,7 @@ async def through_proxy(ledger: Ledger, proxy_to: ProxyFactory) -> tuple[Ledger,
     return replace(ledger, url=conninfo.make_conninfo(ledger.url, host="127.0.0.1", port=proxy.port)), proxy
 
 
+@pytest.mark.parametrize("ledger", ["newest, notify"], indirect=True)
 async def test_who_has_not_read_lately_is_not_ready(
     ledger: Ledger, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +299,7 @@ async def test_who_has_not_read_lately_is_not_ready(
         assert proxy.accepted == 1
 
 
+@pytest.mark.parametrize("ledger", ["newest, notify", "newest, poll"], indirect=True)
 async def test_line_that_is_silent_for_ever_is_given_up(
     ledger: Ledger, proxy_to: ProxyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +317,7 @@ async def test_line_that_is_silent_for_ever_is_given_up(
     assert received.numbers == committed(ledger)
 
 
+@pytest.mark.parametrize("ledger", ["newest, notify"], indirect=True)
 async def test_answers_that_take_long_are_not_taken_for_silence_again_and_again(
     ledger: Ledger, proxy_to: ProxyFactory
 ) -> None:

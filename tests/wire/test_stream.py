@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psycopg
 import pytest
 
 from realtime_server.claims import Claims
@@ -320,6 +321,56 @@ async def test_cursor_that_cannot_be_read_gives_a_gap_and_then_live(
     if gap.data["cursor"] is not None:
         oldest = await events(shared_server.url, shared_server.anon_key, topic=topic, after=gap.data["cursor"])
         assert await oldest.numbers(3) == [1, 2, 3]
+
+
+async def test_gap_of_a_new_life_is_a_place_to_come_back_with_though_rights_are_in_doubt(
+    server: Server, events: EventsFactory
+) -> None:
+    """What is held then, and the place from which it would be read again, are of the life before."""
+    database = server.database
+    # Policies answer when nobody holds this lock.
+    database.execute(
+        "create policy slow on realtime.messages for select to authenticated"
+        " using ((select pg_advisory_xact_lock_shared(1234) is not null))"
+    )
+    asking = "select count(*) from pg_stat_activity where wait_event = 'advisory' and datname = current_database()"
+    query = {"topic": "life", "private": "true"}
+    witness = await events(server.url, server.anon_key, topic="life")
+    stream = await events(server.url, make_token(sub="x"), **query)
+    place = stream.id
+
+    async with asyncio.timeout(20):
+        holder = database.connect()
+        holder.execute("select pg_advisory_lock(1234)")
+        database.execute("select realtime.revalidate(topic => 'life')")
+        while database.execute(asking) == [(0,)]:
+            await asyncio.sleep(0.01)
+        # One that begins meanwhile is told of its own place, and not before it is ready.
+        beginning = asyncio.ensure_future(events(server.url, make_token(sub="y"), last_event_id=place, **query))
+        while database.execute(asking) == [(1,)]:
+            await asyncio.sleep(0.01)
+        send(database, "life", 1, private=True)
+        send(database, "life", 1)
+        assert await witness.numbers(1) == [1]
+        with psycopg.connect(database.administrator_url, autocommit=True) as db:
+            db.execute("update realtime.stream set epoch = gen_random_uuid()")
+            db.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where application_name = 'realtime-server relay' and datname = current_database()"
+            )
+        gap, told = await stream.hear(), await witness.hear()
+        assert gap is not None
+        assert told is not None
+        assert (gap.name, told.name) == ("gap", "gap")
+        send(database, "life", 2, private=True)
+        holder.close()
+        begun = await beginning
+    gap_of_its_own = await begun.hear()
+    assert gap_of_its_own is not None
+    assert "another life" in gap_of_its_own.data["message"]
+    assert await stream.numbers(1) == [2]
+    again = await events(server.url, make_token(sub="x"), last_event_id=gap.id, **query)
+    assert await again.numbers(1) == [2]
 
 
 @pytest.mark.parametrize("header", ["x", "é\xff", "1-aaaaaaaaaaaa-5.5-1\tid: x"])
