@@ -289,11 +289,18 @@ class Relay(Generic[R]):
                 yield
             finally:
                 # A backend in a queue does not notice that its client is gone: it must be told.
-                with database.hanging_up(queue, self._timeout_s), contextlib.suppress(database.Canceled):
-                    if not waiting.done():
-                        with contextlib.suppress(database.Error):
-                            await queue.cancel_safe(timeout=self._timeout_s)
-                    await waiting
+                try:
+                    with database.hanging_up(queue, self._timeout_s), contextlib.suppress(database.Canceled):
+                        if not waiting.done():
+                            with contextlib.suppress(database.Error):
+                                await queue.cancel_safe(timeout=self._timeout_s)
+                        await waiting
+                except asyncio.CancelledError:
+                    # There is no more time for that.
+                    database.hang_up(queue)
+                    with contextlib.suppress(database.Error):
+                        await waiting
+                    raise
 
     async def _is_drained(self, reader: Database) -> bool:
         """Read until every transaction that may have kept silent has ended; False as soon as messages come meanwhile."""

@@ -104,8 +104,13 @@ async def test_server_ends_though_the_database_does_not_answer(database: TestDat
     port = int(str(conninfo.conninfo_to_dict(database.url)["port"]))
     async with aclosing(await Proxy(port).start()) as proxy:
         behind = TestDatabase(conninfo.make_conninfo(database.url, port=proxy.port), database.administrator_url)
-        async with aclosing(Server(behind)) as server:
-            await server.start()
-            await asyncio.sleep(1)
+        # One sleeps, the other one stands in the queue behind it.
+        async with aclosing(Server(behind)) as first, aclosing(Server(behind)) as second:
+            await first.start()
+            await second.start()
+            waiting = "select pid from pg_stat_activity where wait_event = 'advisory' and datname = current_database()"
+            async with asyncio.timeout(20):
+                while not database.execute(waiting):
+                    await asyncio.sleep(0.05)
             proxy.freeze()
-            assert await server.stop() == 0
+            assert set(await asyncio.gather(first.stop(), second.stop())) == {0}
