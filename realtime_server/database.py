@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, LiteralString, cast
 
 import psycopg
-from psycopg import AsyncConnection, conninfo
+from psycopg import AsyncConnection, conninfo, sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from realtime_server.errors import DatabaseUnavailable, Gap, MalformedCursor, QueryCanceled
@@ -162,7 +162,7 @@ class Pool:
         longest_s = self._statement_timeout_s + self._timeout_s
         async with (
             self._connection() as db,
-            streaming(db, query, arguments, size=ROWS_AT_ONCE, closing_s=longest_s) as rows,
+            streaming(db, query, arguments, closing_s=longest_s) as rows,
         ):
             while True:
                 with hanging_up(db, longest_s):
@@ -226,11 +226,11 @@ def hang_up(db: Database) -> None:
 
 @contextlib.asynccontextmanager
 async def streaming(
-    db: Database, query: LiteralString, arguments: Sequence[object], *, size: int, closing_s: float
+    db: Database, query: LiteralString | sql.Composed, arguments: Sequence[object] = (), *, closing_s: float
 ) -> AsyncIterator[AsyncIterator[tuple[Any, ...]]]:
-    """The rows of one statement as they come, `size` at a time. The rest is given up within `closing_s`."""
+    """The rows of one statement as they come, of which only `ROWS_AT_ONCE` are in memory. The rest is given up within `closing_s`."""
     async with db.cursor() as cursor:
-        rows = cast(AsyncGenerator[tuple[Any, ...]], cursor.stream(query, arguments, size=size))
+        rows = cast(AsyncGenerator[tuple[Any, ...]], cursor.stream(query, arguments, size=ROWS_AT_ONCE))
         try:
             yield rows
         finally:

@@ -28,11 +28,13 @@ import contextlib
 import math
 import random
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final, Generic, LiteralString, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
+from psycopg import sql
 
 from realtime_server import database
 from realtime_server.cursor import Place, Snapshot
@@ -54,7 +56,9 @@ LONGEST_SILENCE_S: Final = 300.0
 SETTLE_S: Final = 0.5
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
-ROWS_AT_ONCE: Final = 500
+# What is handed on at once, and so how much is in memory: whatever comes first. The last row may be larger by itself.
+PIECE_ROWS: Final = 500
+PIECE_BYTES: Final = 4_000_000
 
 log = structlog.get_logger()
 
@@ -90,8 +94,8 @@ R_contra = TypeVar("R_contra", contravariant=True)
 
 
 class Outbox(NamedTuple, Generic[R]):
-    """A table that transactions write to, with its statements. `begin` tells the life, the snapshot, the highest sequence number, the
-    oldest cursor and the highest transaction id that was dropped."""
+    """A table that transactions write to. `read` is the function that returns its rows; `begin` a statement that tells the life, the
+    snapshot, the highest sequence number, the oldest cursor and the highest transaction id that was dropped."""
 
     row: type[R]
     listen: LiteralString
@@ -103,7 +107,7 @@ class Outbox(NamedTuple, Generic[R]):
 MESSAGES: Final = Outbox(
     Row,
     listen="listen realtime",
-    read="select * from realtime.messages_since(%s::pg_snapshot)",
+    read="realtime.messages_since",
     doorbell="realtime.doorbell_key()",
     begin="select realtime.life(), pg_current_snapshot()::text, substring(realtime.cursor() from '[0-9]+$')::bigint,"
     " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
@@ -111,7 +115,7 @@ MESSAGES: Final = Outbox(
 CHANGES: Final = Outbox(
     ChangeRow,
     listen="listen realtime_changes",
-    read="select * from realtime.captured_since(%s::pg_snapshot)",
+    read="realtime.captured_since",
     doorbell="realtime.change_doorbell_key()",
     begin="select realtime.life(), pg_current_snapshot()::text, 0::bigint, '', realtime.dropped_change_xid()::text::bigint",
 )
@@ -133,6 +137,27 @@ class Receiver(Protocol[R_contra]):
         """
 
 
+class _Numbers:
+    """A set of whole numbers, of which most are neighbours and come in order: in memory are only the ends of each run of them."""
+
+    def __init__(self) -> None:
+        # Where a run begins, and behind its last number: by turns, in order.
+        self._ends: list[int] = []
+
+    def __contains__(self, number: int) -> bool:
+        return bisect_right(self._ends, number) % 2 == 1
+
+    def add(self, number: int) -> None:
+        if number in self:
+            return
+        for end in (number, number + 1):
+            place = bisect_left(self._ends, end)
+            if place < len(self._ends) and self._ends[place] == end:
+                del self._ends[place]
+            else:
+                self._ends.insert(place, end)
+
+
 class Relay(Generic[R]):
     """Reads one outbox for one process. `name` shows in pg_stat_activity; `timeout_s`: how long a connection may take, an answer twice as
     long."""
@@ -148,10 +173,10 @@ class Relay(Generic[R]):
         self.place: Place | None = None
         # A position that a crash of the database cannot take back, and the sequence numbers handed on since.
         self._durable: Snapshot | None = None
-        self._handed_on: set[int] = set()
+        self._handed_on = _Numbers()
         # A later one, as soon as the log is on disk up to this place; and the sequence numbers handed on since that one.
         self._next_durable: tuple[Snapshot, str] | None = None
-        self._handed_on_next: set[int] = set()
+        self._handed_on_next = _Numbers()
         self._settled_at = 0.0
         self._last_seq = 0
         self._read_at: float | None = None
@@ -217,9 +242,11 @@ class Relay(Generic[R]):
         if not self._target.is_pooled:
             with self._hanging_up(reader):
                 await reader.execute(self._outbox.listen)
-                # The read is always by the index on xid, so one plan serves for ever, however the table grows.
+                # The read is always by the index on xid, so one plan serves for ever, however the table grows. To plan it costs four times
+                # what it takes.
                 await reader.execute("set enable_seqscan = off")
                 await reader.execute("set plan_cache_mode = force_generic_plan")
+                await reader.execute(f"prepare read (pg_snapshot) as select * from {self._outbox.read}($1)")  # noqa: S608 -- of ours
         life, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
         self._next_durable = None
         if life == self._life and self._position is not None and self._position.xmin > dropped_xid:
@@ -228,7 +255,7 @@ class Relay(Generic[R]):
         is_first, self._life = not self._life, life
         self._position, self._last_seq = Snapshot.parse(snapshot), seq
         self._durable = self._position
-        self._handed_on.clear()
+        self._handed_on = _Numbers()
         self.place = Place(life, self._position, None, seq)
         if not is_first:
             log.error(
@@ -341,7 +368,7 @@ class Relay(Generic[R]):
             if not is_flushed:
                 return
             self._durable, self._handed_on = self._next_durable[0], self._handed_on_next
-        self._next_durable, self._handed_on_next = (position, place), set()
+        self._next_durable, self._handed_on_next = (position, place), _Numbers()
 
     async def _bell_rang(self, reader: Database, timeout_s: float) -> bool:
         rang = False
@@ -350,27 +377,12 @@ class Relay(Generic[R]):
         return rang
 
     async def _read(self, reader: Database) -> int:
-        """Hand on what became visible since the position and move it; how many rows. Memory is bounded by rows on the way."""
+        """Hand on what became visible since the position, piece by piece, and move it; how many rows."""
         assert self._position is not None, "the position is set when connected"
-        since = self._position
-        # Nearly all reads are short, and a prepared statement costs a sixth of what streaming the same costs, which is planned each time.
-        with self._hanging_up(reader):
-            cursor = await reader.execute(f"{self._outbox.read} limit %s", (since.text, ROWS_AT_ONCE + 1))
-            first, *rows = await cursor.fetchall()
-        self._read_at = time.monotonic()
-        if len(rows) < ROWS_AT_ONCE:
-            until = Snapshot.parse(first[-1])
-            self._take(rows, until)
-            await self._wait_for_receiver()
-            self._arrive(until)
-            return len(rows)
-        return await self._read_long(reader, since)
-
-    async def _read_long(self, reader: Database, since: Snapshot) -> int:
-        count, until = 0, since
-        async with database.streaming(
-            reader, self._outbox.read, (since.text,), size=ROWS_AT_ONCE, closing_s=self._timeout_s
-        ) as stream:
+        count, until = 0, self._position
+        direct: LiteralString = f"select * from {self._outbox.read}({{}})"  # noqa: S608 -- of ours
+        query = sql.SQL(direct if self._target.is_pooled else "execute read({})").format(until.text)
+        async with database.streaming(reader, query, closing_s=self._timeout_s) as stream:
             while rows := await self._piece(reader, stream):
                 if rows[0][-1] is not None:
                     until = Snapshot.parse(rows.pop(0)[-1])
@@ -381,11 +393,12 @@ class Relay(Generic[R]):
         return count
 
     async def _piece(self, reader: Database, stream: AsyncIterator[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        rows = []
+        rows, size = [], 0
         with self._hanging_up(reader):
             async for row in stream:
                 rows.append(row)
-                if len(rows) == ROWS_AT_ONCE:
+                size += sum(len(field) for field in row if isinstance(field, str | bytes))
+                if len(rows) > PIECE_ROWS or size >= PIECE_BYTES:
                     break
         self._read_at = time.monotonic()
         return rows

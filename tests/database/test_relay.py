@@ -18,7 +18,7 @@ from psycopg import conninfo
 
 from realtime_server.cursor import Place
 from realtime_server.database import Target
-from realtime_server.relay import MESSAGES, Relay, Row
+from realtime_server.relay import MESSAGES, PIECE_BYTES, Relay, Row
 from tests.fix_database import Cluster, TestDatabase
 from tests.fix_proxy import Proxy, ProxyFactory
 
@@ -351,3 +351,36 @@ async def test_the_position_counts_only_rows_of_this_life_of_the_database(ledger
         ledger.execute("select write_row('new')")
         await until(lambda: len(received.rows) == 1, "the new row")
     assert [row.topic for row in received.rows] == ["new"]
+
+
+async def test_large_messages_are_handed_on_in_pieces_of_bounded_size(ledger: Ledger) -> None:
+    """Half a megabyte each in one transaction, in text and in bytes, and before them many small ones."""
+
+    class Weighing(Received):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pieces: list[int] = []
+            self._seen = 0
+
+        async def ready(self) -> None:
+            piece, self._seen = self.rows[self._seen :], len(self.rows)
+            self.pieces.append(sum(len(row.payload or row.binary_payload or "") for row in piece))
+            await super().ready()
+
+    received = Weighing()
+    async with running(ledger, received):
+        ledger.execute(
+            """
+            do $$
+            begin
+                perform realtime.send('{}', 'small', 't') from generate_series(1, 700);
+                perform realtime.send(jsonb_build_object('x', repeat('y', 500000)), 'text', 't') from generate_series(1, 30);
+                perform realtime.send_binary(convert_to(repeat('y', 500000), 'UTF8'), 'bytes', 't') from generate_series(1, 30);
+            end
+            $$
+            """
+        )
+        await until(lambda: len(received.rows) == 760, "all of them")
+    assert [row.event for row in received.rows] == ["small"] * 700 + ["text"] * 30 + ["bytes"] * 30
+    assert max(received.pieces) < PIECE_BYTES + 600_000
+    assert sum(received.pieces) > 30_000_000
