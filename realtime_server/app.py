@@ -52,6 +52,7 @@ from realtime_server.tokens import Tokens
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
 MAINTENANCE_S: Final = 3600.0
+MAINTENANCE_RETRY_S: Final = 60.0
 # Reading from an old place, or many at once, may take a while.
 HISTORY_TIMEOUT_S: Final = 30.0
 
@@ -299,10 +300,12 @@ async def _maintain(pool: Pool, retention: timedelta) -> None:
         try:
             for partition, action in await pool.fetch("select * from realtime.maintain(%s)", (retention,)):
                 log.info(f"partition {action}", partition=partition)
+            pause_s = MAINTENANCE_S
         except (RealtimeError, database.Error) as error:
             # Not the end of the server: the rows go to the default partition meanwhile.
             log.error("partitions were not looked after", error=str(error.__cause__ or error))
-        await asyncio.sleep(MAINTENANCE_S)
+            pause_s = MAINTENANCE_RETRY_S
+        await asyncio.sleep(pause_s)
 
 
 async def _supervise(app: Starlette, name: str, part: Coroutine[Any, Any, None]) -> None:
