@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
-from realtime_server.changes.feed import TRIED_AGAIN, Feed
-from realtime_server.changes.subscriptions import Registration
+from realtime_server.changes.feed import Feed
+from realtime_server.changes.subscriptions import TRIED_AGAIN, Registration
 from realtime_server.claims import Claims
 from realtime_server.errors import InvalidBinding
 from realtime_server.protocol.bindings import Binding

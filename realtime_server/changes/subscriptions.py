@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
@@ -14,6 +15,12 @@ from realtime_server.cursor import Snapshot
 from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.filters import Condition
 from realtime_server.protocol.frames import Encoding, Frame
+
+SUBSCRIBED: Final = "Subscribed to PostgreSQL"
+TIMEOUTS: Final = '{:error, "Too many database timeouts"}'
+UNAVAILABLE: Final = "Row changes are not available now, subscribe to broadcasts"
+# What is said of a subscription that may stand in a moment.
+TRIED_AGAIN: Final = (TIMEOUTS, UNAVAILABLE)
 
 
 class Subscriber(Protocol):
@@ -59,6 +66,12 @@ class Registration:
         ahead = (xid - self.since.xmax + 2**31) % 2**32 - 2**31
         return self.since.sees(self.since.xmax + ahead)
 
+    def say(self, text: str, *, ok: bool) -> None:
+        """Tell the subscriber what became of it, unless it knows."""
+        if self.is_open and self.said != text:
+            self.said = text
+            self.subscriber.tell_changes(text, ok=ok)
+
 
 class Entry:
     """One binding on one table. `exact`: a column and the texts of which it must have one; `rest`: conditions that are left for the
@@ -89,12 +102,46 @@ class Entry:
 
 
 class Subscriptions:
-    """All entries. Dictionaries keep the order of subscribing, sets do not."""
+    """All entries. Dictionaries keep the order of subscribing, sets do not.
+
+    `registrations` are all that there are, also those without entries; `again` those that are to be entered anew.
+    """
 
     def __init__(self) -> None:
+        self.registrations: dict[Registration, None] = {}
+        self.again: asyncio.Queue[Registration] = asyncio.Queue()
         self._tables: dict[int, dict[str, dict[Entry, None]]] = {}
         self._unindexed: dict[int, dict[Entry, None]] = {}
         self._exact: dict[int, dict[str, dict[str, dict[Entry, None]]]] = {}
+
+    def put(self, registration: Registration, entries: Iterable[Entry]) -> None:
+        """In place of those it had."""
+        for entry in registration.entries:
+            self.discard(entry)
+        registration.entries = tuple(entries)
+        for entry in registration.entries:
+            self.add(entry)
+
+    def enter_all_again(self) -> None:
+        for registration in self.registrations:
+            self.again.put_nowait(registration)
+
+    def forget_snapshots(self) -> None:
+        """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new."""
+        for registration in self.registrations:
+            registration.since = None
+
+    def miss(self, relation: int, problem: str) -> None:
+        """Tell those who have an entry on the table that changes are missing here."""
+        for registration in {entry.registration for entry in self.of_table(relation)}:
+            registration.subscriber.tell_missing_changes(problem)
+
+    def miss_all(self, problem: str) -> None:
+        """The same of all tables."""
+        self.forget_snapshots()
+        for registration in list(self.registrations):
+            if registration.entries:
+                registration.subscriber.tell_missing_changes(problem)
 
     def add(self, entry: Entry) -> None:
         self._tables.setdefault(entry.relation, {}).setdefault(entry.role, {})[entry] = None

@@ -30,8 +30,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from realtime_server.changes.feed import PATIENCE_S, TRIED_AGAIN
+from realtime_server.changes.entering import PATIENCE_S
 from realtime_server.changes.reader import Reader
+from realtime_server.changes.subscriptions import TRIED_AGAIN
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT, GOODBYE_S

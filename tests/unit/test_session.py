@@ -14,8 +14,8 @@ from uuid import uuid4
 import pytest
 
 from realtime_server.authorization import EVERYTHING, Policy
-from realtime_server.changes.feed import SUBSCRIBED, TIMEOUTS, Feed
-from realtime_server.changes.subscriptions import Registration
+from realtime_server.changes.feed import Feed
+from realtime_server.changes.subscriptions import SUBSCRIBED, TIMEOUTS, Registration
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 from realtime_server.history import Stored
 from realtime_server.hub import Room

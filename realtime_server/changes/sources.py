@@ -1,0 +1,154 @@
+"""Where row changes are read from: the best source there is, and the next when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Final, Literal, Protocol
+
+import structlog
+
+from realtime_server import database
+from realtime_server.changes.catalog import Catalog
+from realtime_server.changes.change import Receiver
+from realtime_server.changes.subscriptions import Subscriptions
+from realtime_server.changes.trigger import TriggerSource
+from realtime_server.changes.wal import SourceLost, WalSource
+from realtime_server.database import Pool, Target
+from realtime_server.errors import DatabaseUnavailable, QueryCanceled
+
+PUBLICATION: Final = "supabase_realtime"
+
+LOOK_S: Final = 0.05
+DATABASE_RETRY_S: Final = 1.0
+RETRY_S: Final = 5.0
+# The slot is free when the server that had it has ended.
+SLOT_PATIENCE_S: Final = 5.0
+
+Mode = Literal["auto", "wal", "trigger"]
+
+log = structlog.get_logger()
+
+
+class Source(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether changes that are committed from now on will be handed on."""
+
+    async def run(self, receiver: Receiver) -> None: ...
+
+
+class Sources:
+    """`current` is the one that is read from; `run` must run. `situation` tells where changes come from and why, or why there are none: a
+    few words for the operator."""
+
+    def __init__(
+        self,
+        target: Target,
+        pool: Pool,
+        catalog: Catalog,
+        subscriptions: Subscriptions,
+        *,
+        mode: Mode,
+        timeout_s: float,
+    ) -> None:
+        self._target = target
+        self._pool = pool
+        self._catalog = catalog
+        self._subscriptions = subscriptions
+        self._mode = mode
+        self._timeout_s = timeout_s
+        self._wal: WalSource | None = None
+        # Why the log is not tried again.
+        self._lost: str | None = None
+        self._is_chosen = asyncio.Event()
+        self.current: Source | None = None
+        self.situation = "looking for a source"
+
+    @property
+    def is_flowing(self) -> bool:
+        return self.current is not None and self.current.is_ready
+
+    @property
+    def triggers(self) -> TriggerSource | None:
+        """The current one, if it is they."""
+        return self.current if isinstance(self.current, TriggerSource) else None
+
+    async def chosen(self, timeout_s: float) -> str:
+        """`situation`, once it was looked for a source or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_chosen.wait(), timeout_s)
+        return self.situation
+
+    async def run(self, receiver: Receiver) -> None:
+        """Hand on changes until cancelled, through any loss of the database."""
+        while True:
+            try:
+                source = await self._choose()
+            except (DatabaseUnavailable, QueryCanceled) as error:
+                self.situation = "none while the database is away"
+                log.info("source of row changes was not chosen", error=str(error.__cause__))
+                await asyncio.sleep(DATABASE_RETRY_S)
+                continue
+            self._is_chosen.set()
+            if source is None:
+                await asyncio.sleep(RETRY_S)
+                continue
+            self.current = source
+            try:
+                await source.run(receiver)
+            except SourceLost as error:
+                log.warning("row changes: source lost", source=source.name, problem=str(error))
+                self.current = None
+                if self._mode == "auto":
+                    self._lost = str(error)
+                receiver.gap("gap: row changes have to be read in another way from here on")
+                for registration in self._subscriptions.registrations:
+                    # Told again when they are.
+                    registration.said = None
+                self._subscriptions.enter_all_again()
+
+    async def _choose(self) -> Source | None:
+        """The source that the settings ask for, if it can be had. Raises: DatabaseUnavailable, QueryCanceled."""
+        await self._catalog.refresh()
+        obstacle = None
+        if self._mode != "trigger":
+            ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
+            # The same again after a loss: it knows what was delivered.
+            wal = self._wal = self._wal or WalSource(
+                self._target,
+                self._pool,
+                publication=PUBLICATION,
+                slot=slot,
+                timeout_s=self._timeout_s,
+            )
+            obstacle = self._lost or await wal.obstacle()
+            patience_ends_at = time.monotonic() + SLOT_PATIENCE_S
+            while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_active(slot):
+                # Perhaps of a server that is ending.
+                await asyncio.sleep(LOOK_S)
+                obstacle = await wal.obstacle()
+            if obstacle is None:
+                with database.changing():
+                    await self._pool.fetch("select * from realtime.release_capture()")
+                self.situation = "wal"
+                return wal
+            if self._mode == "wal":
+                situation = f"none, the log cannot be read: {obstacle}"
+                if self.situation != situation:
+                    log.error("no row changes: the log cannot be read", problem=obstacle)
+                self.situation = situation
+                return None
+        self.situation = f"trigger ({obstacle or 'the settings ask for it'})"
+        log.info("row changes come from triggers", why=obstacle or "the settings ask for it")
+        return TriggerSource(self._target, self._pool, timeout_s=self._timeout_s)
+
+    async def _is_active(self, slot: str) -> bool:
+        ((is_active,),) = await self._pool.fetch(
+            "select exists (select from pg_replication_slots where slot_name = %s and active)", (slot,)
+        )
+        return bool(is_active)
