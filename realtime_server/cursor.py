@@ -32,6 +32,10 @@ class Snapshot:
         """Whether a transaction that committed is visible."""
         return xid < self.xmax and xid not in self.in_progress
 
+    def __lt__(self, other: Snapshot) -> bool:
+        """Whether it is the earlier one: of the same database, the later one sees all that it sees, and more."""
+        return (self.xmin, self.xmax, -len(self.in_progress)) < (other.xmin, other.xmax, -len(other.in_progress))
+
     @property
     def in_cursor(self) -> str:
         """As `realtime.snapshot_text` writes it: what is beyond the bound is cut off, so that it counts as not seen."""

@@ -29,7 +29,7 @@ import math
 import random
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, Generic, LiteralString, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
@@ -158,6 +158,10 @@ class _Numbers:
                 self._ends.insert(place, end)
 
 
+class _Over(Exception):
+    """All that was to be read has been handed on."""
+
+
 class Relay(Generic[R]):
     """Reads one outbox for one process. `name` shows in pg_stat_activity; `timeout_s`: how long a connection may take, an answer twice as
     long."""
@@ -186,6 +190,8 @@ class Relay(Generic[R]):
         self._backoff_s = SHORTEST_BACKOFF_S
         # What was said to be wrong, in the log and to everybody.
         self._problem = self._obstacle = ""
+        self._end: tuple[int, Callable[[Snapshot], None]] | None = None
+        self._is_over = False
         self.is_asleep = False
 
     @property
@@ -198,8 +204,16 @@ class Relay(Generic[R]):
         """Why it is not ready, in words for everybody; None when it is."""
         return None if self.is_ready else self._obstacle or "the database has not answered yet"
 
+    def end_behind(self, xid: int, then: Callable[[Snapshot], None]) -> None:
+        """Let `run` end as soon as all transactions before this one have ended and were handed on; `then` is told what had been by then."""
+        self._end = (xid, then)
+
+    def go_on(self) -> None:
+        """Take that back."""
+        self._end = None
+
     async def run(self, receiver: Receiver[R]) -> None:
-        """Relay until cancelled, through any loss of the database, and whatever it refuses."""
+        """Relay until cancelled, or until the end that was asked for, through any loss of the database, and whatever it refuses."""
         self._receiver: Receiver[R] = receiver
         while True:
             try:
@@ -208,11 +222,16 @@ class Relay(Generic[R]):
                     with database.errors():
                         await self._begin(reader)
                         await self._relay(reader)
+            except _Over:
+                return
             except (RealtimeError, database.Error) as error:
                 task = asyncio.current_task()
+                # To let go of the lock failed as well, and that error took the place of what was to be.
                 if task is not None and task.cancelling():
                     # To let go of the queue failed as well, and that error took the place of our cancellation.
                     raise asyncio.CancelledError from error
+                if self._is_over:
+                    return
                 self._read_at, self.is_asleep = None, False
                 self._complain(error)
                 await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
@@ -426,6 +445,12 @@ class Relay(Generic[R]):
         if self._problem:
             self._problem = self._obstacle = ""
             log.info("relay reads again", relay=self._name)
+        if self._end is not None:
+            xid, then = self._end
+            if until.xmin >= xid:
+                self._is_over = True
+                then(until)
+                raise _Over
 
     def _hand_on(self, row: R, behind: Place) -> None:
         self._handed_on.add(row.seq)

@@ -29,13 +29,14 @@ def make_token(role: str = "authenticated", *, secret: str = SECRET, expires_in:
 
 
 class Server:
-    """`realtime-server run` on a database; restarts keep the port."""
+    """`realtime-server run` on a database; restarts keep the port. `prelude`: statements that it begins with, to be more impatient."""
 
     anon_key = claims.api_key("anon", SECRET)
     service_key = claims.api_key("service_role", SECRET)
 
-    def __init__(self, database: TestDatabase, **settings: str) -> None:
+    def __init__(self, database: TestDatabase, *, prelude: str = "", **settings: str) -> None:
         self.database = database
+        self._main = f"{prelude}\nfrom realtime_server.cli import main; main()"
         self.port = 0
         self.log = ""
         self.output = ""
@@ -67,7 +68,7 @@ class Server:
             "REALTIME_PORT": str(self.port),
             **{f"REALTIME_{name.upper()}": value for name, value in self._settings.items()},
         }
-        command = [sys.executable, "-W", "error::ResourceWarning", "-m", "realtime_server.cli", "run"]
+        command = [sys.executable, "-W", "error::ResourceWarning", "-c", self._main, "run"]
         self._process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=PIPE, stderr=PIPE)
         assert self._process.stdout is not None
         assert self._process.stderr is not None

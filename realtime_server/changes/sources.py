@@ -1,22 +1,32 @@
-"""Where row changes are read from: the best source there is, and the next when it is lost."""
+"""Where row changes are read from: the log if it can be had, else what triggers write, and the log again when it can be had later.
+
+**From triggers to the log nothing is lost and nothing told twice.** The log is begun first and what comes from it is held back: from now on
+whatever commits is in it. A transaction id drawn then parts the past from it. The triggers' outbox is read until everything before that id
+has ended; what its last snapshot sees was told, and what it does not see committed after the log had begun. So the log goes on with that.
+
+From the log to triggers there is a gap, and it is told: who cannot read the log does not know what was in it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
 import structlog
 
 from realtime_server import database
 from realtime_server.changes.catalog import Catalog
-from realtime_server.changes.change import Receiver
+from realtime_server.changes.change import Change, Receiver
 from realtime_server.changes.subscriptions import Subscriptions
 from realtime_server.changes.trigger import TriggerSource
 from realtime_server.changes.wal import SourceLost, WalSource
+from realtime_server.cursor import Snapshot
 from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
+from realtime_server.tasks import together
 
 PUBLICATION: Final = "supabase_realtime"
 
@@ -25,6 +35,10 @@ DATABASE_RETRY_S: Final = 1.0
 RETRY_S: Final = 5.0
 # The slot is free when the server that had it has ended.
 SLOT_PATIENCE_S: Final = 5.0
+# While triggers stand in for the log it is looked whether it can be had, and after twice as long again: much of what may be in the way
+# stays for ever.
+SHORTEST_PAUSE_S: Final = 30.0
+LONGEST_PAUSE_S: Final = 300.0
 
 Mode = Literal["auto", "wal", "trigger"]
 
@@ -63,8 +77,7 @@ class Sources:
         self._mode = mode
         self._timeout_s = timeout_s
         self._wal: WalSource | None = None
-        # Why the log is not tried again.
-        self._lost: str | None = None
+        self._pause_s = SHORTEST_PAUSE_S
         self._is_chosen = asyncio.Event()
         self.current: Source | None = None
         self.situation = "looking for a source"
@@ -86,9 +99,10 @@ class Sources:
 
     async def run(self, receiver: Receiver) -> None:
         """Hand on changes until cancelled, through any loss of the database."""
+        lost: str | None = None
         while True:
             try:
-                source = await self._choose()
+                source = await self._choose(lost)
             except (DatabaseUnavailable, QueryCanceled) as error:
                 self.situation = "none while the database is away"
                 log.info("source of row changes was not chosen", error=str(error.__cause__))
@@ -100,20 +114,23 @@ class Sources:
                 continue
             self.current = source
             try:
-                await source.run(receiver)
+                if isinstance(source, TriggerSource) and self._wal is not None:
+                    await together(source.run(receiver), self._succeed(source, self._wal, receiver))
+                else:
+                    await source.run(receiver)
             except SourceLost as error:
-                log.warning("row changes: source lost", source=source.name, problem=str(error))
+                log.warning("row changes: the log is lost", problem=str(error))
                 self.current = None
                 if self._mode == "auto":
-                    self._lost = str(error)
+                    lost = str(error)
                 receiver.gap("gap: row changes have to be read in another way from here on")
                 for registration in self._subscriptions.registrations:
                     # Told again when they are.
                     registration.said = None
                 self._subscriptions.enter_all_again()
 
-    async def _choose(self) -> Source | None:
-        """The source that the settings ask for, if it can be had. Raises: DatabaseUnavailable, QueryCanceled."""
+    async def _choose(self, lost: str | None) -> Source | None:
+        """The source that the settings ask for, if it can be had. `lost`: why the log is not to be tried. Raises: DatabaseUnavailable, QueryCanceled."""
         await self._catalog.refresh()
         obstacle = None
         if self._mode != "trigger":
@@ -126,7 +143,7 @@ class Sources:
                 slot=slot,
                 timeout_s=self._timeout_s,
             )
-            obstacle = self._lost or await wal.obstacle()
+            obstacle = lost or await wal.obstacle()
             patience_ends_at = time.monotonic() + SLOT_PATIENCE_S
             while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_active(slot):
                 # Perhaps of a server that is ending.
@@ -152,3 +169,59 @@ class Sources:
             "select exists (select from pg_replication_slots where slot_name = %s and active)", (slot,)
         )
         return bool(is_active)
+
+    async def _succeed(self, triggers: TriggerSource, wal: WalSource, receiver: Receiver) -> None:
+        """Look now and then whether the log can be read, and go on with it. Raises: SourceLost, when it is lost again."""
+        while True:
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+            gate = _Gate(receiver)
+            begun_at = time.monotonic()
+            try:
+                if await wal.obstacle() is None:
+                    await together(wal.run(gate), self._hand_over(triggers, wal, gate))
+            except (DatabaseUnavailable, QueryCanceled, SourceLost) as error:
+                if gate.opened.is_set():
+                    if time.monotonic() - begun_at > LONGEST_PAUSE_S:
+                        self._pause_s = SHORTEST_PAUSE_S
+                    raise
+                log.info("row changes still come from triggers", problem=str(error))
+            finally:
+                triggers.go_on()
+
+    async def _hand_over(self, triggers: TriggerSource, wal: WalSource, gate: _Gate) -> None:
+        """Raises: DatabaseUnavailable, QueryCanceled."""
+        while not wal.is_ready:
+            await asyncio.sleep(LOOK_S)
+        gate.has_log = True
+        ((xid,),) = await self._pool.fetch("select pg_current_xact_id()::text::bigint")
+
+        def go_on(seen: Snapshot) -> None:
+            self._subscriptions.have_seen(seen)
+            self.current = wal
+            self.situation = "wal"
+            log.info("the log takes over from triggers")
+            # There are tables that cannot be captured.
+            self._subscriptions.enter_all_again()
+            gate.opened.set()
+
+        triggers.end_behind(xid, go_on)
+        await gate.opened.wait()
+
+
+class _Gate:
+    """Before the receiver of the log, while that of the triggers is the same. `has_log`: the log is complete from here on; what was missing
+    before, triggers have told."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self.opened = asyncio.Event()
+        self.has_log = False
+
+    async def take(self, changes: Sequence[Change]) -> None:
+        await self.opened.wait()
+        await self._receiver.take(changes)
+
+    def gap(self, problem: str) -> None:
+        if self.has_log:
+            self._receiver.gap(problem)

@@ -131,6 +131,12 @@ class Subscriptions:
         for registration in self.registrations:
             registration.since = None
 
+    def have_seen(self, snapshot: Snapshot) -> None:
+        """Who has entries was told all that the snapshot sees, and is not to be told it again."""
+        for registration in self.registrations:
+            if registration.entries and (registration.since is None or registration.since < snapshot):
+                registration.since = snapshot
+
     def miss(self, relation: int, problem: str) -> None:
         """Tell those who have an entry on the table that changes are missing here."""
         for registration in {entry.registration for entry in self.of_table(relation)}:

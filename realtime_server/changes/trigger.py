@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, LiteralString, NamedTuple
 
@@ -12,7 +13,7 @@ import structlog
 
 from realtime_server import database
 from realtime_server.changes.change import Action, Change, Receiver, Row
-from realtime_server.cursor import Place
+from realtime_server.cursor import Place, Snapshot
 from realtime_server.database import Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.relay import CHANGES, ChangeRow, Relay
@@ -48,8 +49,17 @@ class TriggerSource:
         return self._relay.is_ready
 
     async def run(self, receiver: Receiver) -> None:
-        """Hand on changes until cancelled, through any loss of the database."""
+        """Hand on changes until cancelled, or until the end that was asked for, through any loss of the database."""
         await self._relay.run(_Pieces(receiver))
+
+    def end_behind(self, xid: int, then: Callable[[Snapshot], None]) -> None:
+        """Let `run` end once all transactions before this one were handed on; `then` is told what had been handed on by then, which is
+        all that the snapshot sees and nothing else."""
+        self._relay.end_behind(xid, then)
+
+    def go_on(self) -> None:
+        """Take that back."""
+        self._relay.go_on()
 
     async def capture(self) -> list[int]:
         """Put the triggers in step with the publication, as far as that can be had now; the tables that got one."""

@@ -14,8 +14,10 @@ import structlog
 from psycopg import conninfo, sql
 
 from realtime_server.changes import trigger, upkeep
-from realtime_server.changes.trigger import CaptureTriggers, captured_row
+from realtime_server.changes.change import Change
+from realtime_server.changes.trigger import CaptureTriggers, TriggerSource, captured_row
 from realtime_server.changes.upkeep import Upkeep
+from realtime_server.cursor import Snapshot
 from realtime_server.database import Pool, Target
 from tests.fix_database import TestDatabase
 
@@ -358,6 +360,46 @@ def test_rows_that_a_trigger_of_before_has_written_are_not_misread(any_database:
     # Servers of before do not misread what is written now.
     told = any_database.execute("select record, old_record from realtime.changes_since('1:1:') where seq is not null")
     assert told == [(None, None)] * 3
+
+
+# -- an end that is exact
+
+
+async def test_reading_ends_behind_a_transaction_id_and_tells_what_was_handed_on(
+    database: TestDatabase, pool: Pool
+) -> None:
+    publish(database, "things")
+    actions(database)
+    story: list[Any] = []
+
+    class Story:
+        async def take(self, changes: Sequence[Change]) -> None:
+            story.extend((change.xid, int((change.new or {})["id"] or 0)) for change in changes)
+
+        def gap(self, problem: str) -> None: ...
+
+    async def until_told(count: int) -> None:
+        while len(story) < count:
+            await asyncio.sleep(0.005)
+
+    source = TriggerSource(Target(database.url), pool, timeout_s=5)
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+        reading = group.create_task(source.run(Story()))
+        while not source.is_ready:
+            await asyncio.sleep(0.005)
+        with held(database, "things"):
+            ((fence,),) = database.execute("select pg_current_xact_id()::text::bigint")
+            source.end_behind(fence, story.append)
+            run(database, "insert into things values (1)")
+            await until_told(1)
+        await reading
+    run(database, "insert into things values (2)")
+    (later, _), (earlier, _), seen = story
+    assert [id for _, id in story[:2]] == [1, -1]
+    assert earlier < fence < later
+    assert isinstance(seen, Snapshot)
+    xids = [int(xid) for (xid,) in database.execute("select xid::text from realtime.changes order by seq")]
+    assert [seen.sees(xid) for xid in xids] == [True, True, False]
 
 
 # -- what is left behind
