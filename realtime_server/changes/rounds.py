@@ -39,7 +39,7 @@ class Verdict:
 
 
 class _Want(NamedTuple):
-    """What entries may have in common. `identity` is that of now: they may have another token before all is known."""
+    """What entries may have in common. `identity` is that of now, which may be another one than they were entered with."""
 
     identity: Identity
     event: str

@@ -39,6 +39,8 @@ SLOT_PATIENCE_S: Final = 5.0
 # stays for ever.
 SHORTEST_PAUSE_S: Final = 30.0
 LONGEST_PAUSE_S: Final = 300.0
+# A server that has lost its connection comes back to its slot before.
+COMES_BACK_S: Final = 10.0
 
 Mode = Literal["auto", "wal", "trigger"]
 
@@ -100,12 +102,14 @@ class Sources:
     async def run(self, receiver: Receiver) -> None:
         """Hand on changes until cancelled, through any loss of the database."""
         lost: str | None = None
+        problem = ""
         while True:
             try:
                 source = await self._choose(lost)
             except (DatabaseUnavailable, QueryCanceled) as error:
                 self.situation = "none while the database is away"
-                log.info("source of row changes was not chosen", error=str(error.__cause__))
+                if problem != (problem := str(error.__cause__)):
+                    log.warning("source of row changes was not chosen", error=problem)
                 await asyncio.sleep(DATABASE_RETRY_S)
                 continue
             self._is_chosen.set()
@@ -114,8 +118,8 @@ class Sources:
                 continue
             self.current = source
             try:
-                if isinstance(source, TriggerSource) and self._wal is not None:
-                    await together(source.run(receiver), self._succeed(source, self._wal, receiver))
+                if isinstance(source, TriggerSource) and self._mode == "auto":
+                    await together(source.run(receiver), self._succeed(source, receiver))
                 else:
                     await source.run(receiver)
             except SourceLost as error:
@@ -130,22 +134,18 @@ class Sources:
                 self._subscriptions.enter_all_again()
 
     async def _choose(self, lost: str | None) -> Source | None:
-        """The source that the settings ask for, if it can be had. `lost`: why the log is not to be tried. Raises: DatabaseUnavailable, QueryCanceled."""
+        """The source that the settings ask for, if it can be had. `lost`: why the log is not to be tried.
+
+        Raises: DatabaseUnavailable, QueryCanceled.
+        """
         await self._catalog.refresh()
         obstacle = None
         if self._mode != "trigger":
-            ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
             # The same again after a loss: it knows what was delivered.
-            wal = self._wal = self._wal or WalSource(
-                self._target,
-                self._pool,
-                publication=PUBLICATION,
-                slot=slot,
-                timeout_s=self._timeout_s,
-            )
+            wal = self._wal = self._wal or await self._make_wal()
             obstacle = lost or await wal.obstacle()
             patience_ends_at = time.monotonic() + SLOT_PATIENCE_S
-            while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_active(slot):
+            while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_slot_active():
                 # Perhaps of a server that is ending.
                 await asyncio.sleep(LOOK_S)
                 obstacle = await wal.obstacle()
@@ -164,13 +164,23 @@ class Sources:
         log.info("row changes come from triggers", why=obstacle or "the settings ask for it")
         return TriggerSource(self._target, self._pool, timeout_s=self._timeout_s)
 
-    async def _is_active(self, slot: str) -> bool:
+    async def _make_wal(self) -> WalSource:
+        ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
+        return WalSource(
+            self._target,
+            self._pool,
+            publication=PUBLICATION,
+            slot=slot,
+            timeout_s=self._timeout_s,
+        )
+
+    async def _is_slot_active(self) -> bool:
         ((is_active,),) = await self._pool.fetch(
-            "select exists (select from pg_replication_slots where slot_name = %s and active)", (slot,)
+            "select exists (select from pg_replication_slots where slot_name = realtime.slot_name() and active)"
         )
         return bool(is_active)
 
-    async def _succeed(self, triggers: TriggerSource, wal: WalSource, receiver: Receiver) -> None:
+    async def _succeed(self, triggers: TriggerSource, receiver: Receiver) -> None:
         """Look now and then whether the log can be read, and go on with it. Raises: SourceLost, when it is lost again."""
         while True:
             await asyncio.sleep(self._pause_s)
@@ -178,14 +188,22 @@ class Sources:
             gate = _Gate(receiver)
             begun_at = time.monotonic()
             try:
-                if await wal.obstacle() is None:
-                    await together(wal.run(gate), self._hand_over(triggers, wal, gate))
+                wal = await self._make_wal()
+                if await wal.obstacle() is not None:
+                    continue
+                await asyncio.sleep(COMES_BACK_S)
+                if await wal.obstacle() is not None:
+                    continue
+                with database.changing():
+                    # What is kept for the slot was told from triggers, and may be more than can be read in a moment.
+                    await self._pool.fetch("select realtime.drop_slot()")
+                await together(wal.run(gate), self._hand_over(triggers, wal, gate))
             except (DatabaseUnavailable, QueryCanceled, SourceLost) as error:
                 if gate.opened.is_set():
                     if time.monotonic() - begun_at > LONGEST_PAUSE_S:
                         self._pause_s = SHORTEST_PAUSE_S
                     raise
-                log.info("row changes still come from triggers", problem=str(error))
+                log.info("row changes still come from triggers", problem=str(error.__cause__ or error))
             finally:
                 triggers.go_on()
 
@@ -198,7 +216,7 @@ class Sources:
 
         def go_on(seen: Snapshot) -> None:
             self._subscriptions.have_seen(seen)
-            self.current = wal
+            self.current = self._wal = wal
             self.situation = "wal"
             log.info("the log takes over from triggers")
             # There are tables that cannot be captured.

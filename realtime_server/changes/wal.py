@@ -110,13 +110,7 @@ class WalSource:
         self._gap: str | None = None
         # The place where decoding failed, and how often.
         self._failed_at, self._failures = NOTHING_TAKEN.place, 0
-        self._sent_lsn = 0
         self.is_ready = False
-
-    @property
-    def lag_bytes(self) -> int:
-        """Log that was sent by PostgreSQL and is not confirmed yet."""
-        return max(0, self._sent_lsn - self._taken.confirmed_lsn)
 
     async def obstacle(self) -> str | None:
         """Why changes can't be read from the log here, as a sentence, or None. Raises: DatabaseUnavailable, QueryCanceled."""
@@ -256,10 +250,14 @@ class WalSource:
         except psycopg.errors.ObjectInUse as error:
             raise SourceLost(f"replication slot {self._slot} is in use by another server") from error
         # Another server may have brought the slot further: it must not be moved back.
-        (confirmed_lsn,) = await self._ask(
+        (confirmed,) = await self._ask(
             db, "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = %s", self._slot
         )
-        self._taken = self._taken._replace(confirmed_lsn=pgoutput.parse_lsn(confirmed_lsn))
+        confirmed_lsn = pgoutput.parse_lsn(confirmed)
+        if 0 < self._taken.confirmed_lsn < confirmed_lsn and self._gap is None:
+            self._gap = "another server has read a part of the log"
+            log.error("row changes are missing", problem=self._gap, slot=self._slot)
+        self._taken = self._taken._replace(confirmed_lsn=confirmed_lsn)
         return _Stream(walsender.pgconn)
 
     def _meet(self, system: str, timeline: int, end_lsn: int) -> None:
@@ -283,7 +281,6 @@ class WalSource:
                         assembly.add(pgoutput.decode(payload))
                     case Keepalive(end_lsn, is_asked):
                         assembly.has_all_before(end_lsn)
-                        self._sent_lsn = end_lsn
                         wants_reply |= is_asked
             # What is whole does not wait for what may take long, and a transaction is cut only where it is more than a piece.
             piece = assembly.cut(everything=stream.is_full and not assembly.has_whole)

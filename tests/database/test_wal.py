@@ -972,6 +972,25 @@ async def test_slot_that_is_dropped_is_made_anew_and_the_gap_is_told(source_data
     assert received.gaps == ["the replication slot was dropped, and with it changes that had not been read"]
 
 
+async def test_what_another_server_has_read_meanwhile_is_told_as_a_gap(source_database: WalDatabase) -> None:
+    Oracle(source_database)
+    received, source = Received(source_database), source_of(source_database)
+    async with running(source, received):
+        source_database.execute("select write_item()")
+        await received.until_there_are(1)
+    async with reading(source_database) as others:
+        source_database.execute("select write_item()")
+        await others.until_there_are(1)
+    async with running(source, received):
+        source_database.execute("select write_item()")
+        await received.until_there_are(2)
+    async with running(source, received):
+        source_database.execute("select write_item()")
+        await received.until_there_are(3)
+    assert received.numbers == [1, 3, 4]
+    assert received.gaps == ["another server has read a part of the log"]
+
+
 def _is_dropped(database: WalDatabase) -> bool:
     """Between two connections of the source."""
     database.end_walsender()
