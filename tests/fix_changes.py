@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import psycopg
 
-from tests.fix_database import OWNER, Cluster
+from tests.fix_database import OWNER, Cluster, TestDatabase
 from tests.fix_server import Server
 from tests.fix_wire import Wire
 
@@ -100,25 +100,32 @@ THINGS = r"""
 """
 
 
+@contextmanager
+def readable_log(cluster: Cluster) -> Iterator[TestDatabase]:
+    """A database whose log its owner may read."""
+    database = cluster.create("heads")
+    with psycopg.connect(database.administrator_url, autocommit=True) as administrator:
+        administrator.execute(f"alter role {OWNER} replication")
+        try:
+            yield database
+        finally:
+            # A database cannot be dropped while it has a slot, nor a slot while somebody reads it.
+            slots = "from pg_replication_slots where database = current_database()"
+            administrator.execute(f"select pg_terminate_backend(active_pid, 5000) {slots} and active")
+            administrator.execute(f"select pg_drop_replication_slot(slot_name) {slots}")
+            administrator.execute(f"alter role {OWNER} noreplication")
+    cluster.drop(database)
+
+
 @asynccontextmanager
 async def changes_server(cluster: Cluster, source: Source, **settings: str) -> AsyncIterator[Server]:
     """A server on a database of its own that learns of row changes from this source."""
-    database = cluster.create("heads")
-    with psycopg.connect(cluster.administrator_url, autocommit=True) as administrator:
-        if source == "wal":
-            administrator.execute(f"alter role {OWNER} replication")
+    with readable_log(cluster) as database:
         server = Server(database, changes=source, **settings)
         try:
             yield await server.start()
         finally:
             await server.aclose()
-            # A database cannot be dropped while it has a slot, nor a slot while somebody reads it.
-            administrator.execute(
-                "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where active"
-            )
-            administrator.execute("select pg_drop_replication_slot(slot_name) from pg_replication_slots")
-            administrator.execute(f"alter role {OWNER} noreplication")
-            cluster.drop(database)
 
 
 class Tables:

@@ -42,7 +42,9 @@ class TriggerSource:
 
     def __init__(self, target: Target, pool: Pool, *, timeout_s: float) -> None:
         self._relay = Relay(target, CHANGES, name="changes", timeout_s=timeout_s)
+        self._pool = pool
         self._triggers = CaptureTriggers(pool)
+        self._marks: dict[int, str] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -62,8 +64,14 @@ class TriggerSource:
         self._relay.go_on()
 
     async def capture(self) -> list[int]:
-        """Put the triggers in step with the publication, as far as that can be had now; the tables that got one."""
-        return await self._triggers.put()
+        """Put the triggers in step with the publication, as far as that can be had now; the tables that were without one for a moment,
+        whichever server put it back. Raises: DatabaseUnavailable, QueryCanceled."""
+        await self._triggers.put()
+        with database.changing():
+            marks = dict(await self._pool.fetch("select relation, mark from realtime.capture_marks()"))
+        renewed = [relation for relation, mark in marks.items() if self._marks.get(relation, mark) != mark]
+        self._marks |= marks
+        return renewed
 
 
 class _Step(NamedTuple):

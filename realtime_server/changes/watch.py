@@ -31,12 +31,15 @@ class Watch:
         self._last_look = 0
 
     async def run(self) -> None:
+        problem = ""
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
                 await self.look()
+                problem = ""
             except (DatabaseUnavailable, QueryCanceled) as error:
-                log.warning("publication was not looked at", error=str(error.__cause__))
+                if problem != (problem := str(error.__cause__)):
+                    log.warning("publication was not looked at", error=problem)
                 self._subscriptions.forget_snapshots()
 
     async def look(self) -> None:
@@ -49,7 +52,6 @@ class Watch:
             look = self._looks_begun
             if (triggers := self._sources.triggers) is not None:
                 for relation in await triggers.capture():
-                    # Subscribed to, it had a trigger: somebody took it away.
                     self._subscriptions.miss(relation, "gap: for a moment, changes of the table were not captured")
             if await self._catalog.refresh():
                 self._subscriptions.enter_all_again()

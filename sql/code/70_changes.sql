@@ -278,13 +278,21 @@ as $$
             c.xmin,
             n.xmin,
             (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
-            (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m)
+            (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m),
+            p.xmin,
+            -- What is put into the publication, or anew with another row filter, has the highest oid.
+            (
+                select concat_ws(',', count(*), max(d.objid))
+                from pg_depend as d
+                where d.refclassid = 'pg_publication'::regclass and d.refobjid = p.oid
+            )
         )
     from pg_class as c
     join pg_namespace as n on n.oid = c.relnamespace
+    left join pg_publication as p on p.pubname = 'supabase_realtime'
     where c.oid = any (table_marks.relations)
 $$;
-comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security or rights on it have changed.';
+comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security, rights on it or what is in the publication have changed.';
 revoke all on function realtime.table_marks(oid[]) from public;
 
 -- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
@@ -1128,6 +1136,20 @@ $$;
 comment on function realtime.capture_triggers() is
     'The capture triggers, without the clones on partitions. Not sound: disabled, or made for another table, as in a restored dump.';
 revoke all on function realtime.capture_triggers() from public;
+
+create or replace function realtime.capture_marks()
+returns table (relation oid, mark text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select t.tgrelid, concat_ws('/', t.oid, t.xmin)
+    from pg_trigger as t
+    where t.tgfoid = to_regprocedure('realtime.capture_change()') and not t.tgisinternal and t.tgparentid = 0 and t.tgenabled <> 'D'
+$$;
+comment on function realtime.capture_marks() is
+    'For each table that is captured a text that is another one if it was not for a moment: its trigger was dropped or disabled, and is there again.';
+revoke all on function realtime.capture_marks() from public;
 
 create or replace function realtime.capture_plan(is_wanted boolean default true)
 returns table (relation oid, name text, events text[])

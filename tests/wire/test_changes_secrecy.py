@@ -422,6 +422,27 @@ async def test_who_comes_again_while_left_out_is_told(
 # -- publications
 
 
+async def test_table_that_was_taken_out_is_told_of_no_more(tables: Tables, ann: Wire) -> None:
+    """Also where its trigger is still there."""
+    tables.create("docs", "id int primary key")
+    tables.create("others", "id int primary key")
+    await subscribe(ann, "out", tables.binding("docs"))
+    await subscribe(ann, "in", tables.binding("others"))
+    tables.execute("alter publication supabase_realtime drop table docs")
+    tables.execute("insert into docs values (1)")
+    tables.execute("insert into others values (2)")
+    heard = [await ann.hear(), await ann.hear()]
+    (refusal,) = (frame for frame in heard if frame[2] == "realtime:out")
+    assert refusal[4]["status"] == "error"
+    assert "Please check Realtime is enabled for the given connect parameters" in refusal[4]["message"]
+    (change,) = (frame for frame in heard if frame[2] == "realtime:in")
+    assert change[4]["data"]["record"] == {"id": 2}
+    tables.execute("alter publication supabase_realtime add table docs")
+    assert (await ann.hear())[1:] == word("out")
+    tables.execute("insert into docs values (3)")
+    assert await hear_row(ann, "out") == ("INSERT", {"id": 3})
+
+
 async def test_publication_of_all_tables_has_none_of_ours(source: Source, cluster: Cluster, wire: WireFactory) -> None:
     """Above all, triggers do not capture their own outbox."""
     async with changes_server(cluster, source) as server:

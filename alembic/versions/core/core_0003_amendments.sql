@@ -411,6 +411,36 @@ comment on function realtime.published_tables(text[]) is
     'The tables of the publication: columns in order, and for each role which of the published ones it may read and whether row-level security binds it.';
 revoke all on function realtime.published_tables(text[]) from public;
 
+create or replace function realtime.table_marks(relations oid[])
+returns table (relation oid, mark text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        c.oid,
+        concat_ws(
+            '/',
+            c.xmin,
+            n.xmin,
+            (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
+            (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m),
+            p.xmin,
+            -- What is put into the publication, or anew with another row filter, has the highest oid.
+            (
+                select concat_ws(',', count(*), max(d.objid))
+                from pg_depend as d
+                where d.refclassid = 'pg_publication'::regclass and d.refobjid = p.oid
+            )
+        )
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    left join pg_publication as p on p.pubname = 'supabase_realtime'
+    where c.oid = any (table_marks.relations)
+$$;
+comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security, rights on it or what is in the publication have changed.';
+revoke all on function realtime.table_marks(oid[]) from public;
+
 create or replace function realtime.match_changes(relation oid, role text, images jsonb, conditions jsonb)
 returns table (image integer, condition integer)
 language plpgsql
@@ -857,3 +887,17 @@ as $$
 $$;
 comment on function realtime.changes_since(pg_snapshot) is 'Captured changes committed since a snapshot, without their rows.';
 revoke all on function realtime.changes_since(pg_snapshot) from public;
+
+create or replace function realtime.capture_marks()
+returns table (relation oid, mark text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select t.tgrelid, concat_ws('/', t.oid, t.xmin)
+    from pg_trigger as t
+    where t.tgfoid = to_regprocedure('realtime.capture_change()') and not t.tgisinternal and t.tgparentid = 0 and t.tgenabled <> 'D'
+$$;
+comment on function realtime.capture_marks() is
+    'For each table that is captured a text that is another one if it was not for a moment: its trigger was dropped or disabled, and is there again.';
+revoke all on function realtime.capture_marks() from public;
