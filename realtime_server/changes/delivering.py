@@ -28,6 +28,7 @@ from realtime_server.changes.rounds import Round, Verdict
 from realtime_server.changes.sources import Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subscriptions
 from realtime_server.changes.watch import Watch
+from realtime_server.claims import Claims
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.metrics import Metrics
 from realtime_server.protocol import bindings
@@ -72,13 +73,15 @@ class Courier:
         self._watch = watch
         self._strict_deletes = strict_deletes
         self._metrics = metrics
+        self._delivering = asyncio.Lock()
 
     async def take(self, changes: Sequence[Change]) -> None:
         """Deliver a piece of changes; waits for the database as long as it takes."""
         backoff_s = SHORTEST_BACKOFF_S
         while True:
             try:
-                await self._deliver(changes)
+                async with self._delivering:
+                    await self._deliver(changes)
             except (DatabaseUnavailable, QueryCanceled) as error:
                 log.warning("row changes wait for the database", error=str(error.__cause__))
                 self._subscriptions.forget_snapshots()
@@ -89,6 +92,13 @@ class Courier:
 
     def gap(self, problem: str) -> None:
         self._subscriptions.miss_all(problem)
+
+    async def change_claims(self, registration: Registration, claims: Claims) -> None:
+        """From now on judge by these claims. What is being judged by those of before is told first: nothing is told by them once the new
+        ones are confirmed, and nothing is lost in between."""
+        async with self._delivering:
+            registration.claims = claims
+            registration.said = None
 
     async def _deliver(self, changes: Sequence[Change]) -> None:
         """Raises: DatabaseUnavailable, QueryCanceled."""
@@ -173,14 +183,14 @@ class Courier:
         """Leave out who cannot be judged, for a while, and tell them; also when it is over."""
         for identity in round.judged:
             problem = round.unjudged.get(identity)
-            was_left_out = self._quarantine.end(table.relation, identity)
-            if problem is None and not was_left_out:
-                continue
-            text = SUBSCRIBED if problem is None else WITHHELD.format(table=table, code=problem[:5])
             if problem is not None:
-                self._quarantine.begin(table.relation, identity, text)
-                if not was_left_out:
+                text = WITHHELD.format(table=table, code=problem[:5])
+                if self._quarantine.begin(table.relation, identity, text):
                     log.warning("policy could not be evaluated", table=str(table), role=identity.role, problem=problem)
+            elif self._quarantine.end(table.relation, identity):
+                text = SUBSCRIBED
+            else:
+                continue
             for registration in {entry.registration for entry in self._subscriptions.of_table(table.relation)}:
                 if Identity.of(registration.claims) == identity:
                     registration.say(text, ok=problem is None)

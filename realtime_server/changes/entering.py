@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from realtime_server.changes.catalog import Catalog, Table
-from realtime_server.changes.judge import Identity, Judge, Rejected
+from realtime_server.changes.judge import Identity, Judge, Rejected, TookTooLong
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import LOOK_S, RETRY_S, Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, TIMEOUTS, UNAVAILABLE, Entry, Registration, Subscriptions
@@ -23,6 +23,9 @@ from realtime_server.tasks import together
 
 # What waits for its first answer for longer is told so.
 PATIENCE_S: Final = 10.0
+# A check that takes too long is made again, so often in all and after so long: it may be the database, which has much to do.
+MOST_CHECKS: Final = 3
+CHECK_RETRY_S: Final = 2.0
 ENTERING_AT_ONCE: Final = 8
 MOST_CHECKS_KEPT: Final = 20_000
 
@@ -63,6 +66,7 @@ class Entrance:
         registration.turn += 1
         turn = registration.turn
         waiting_since = time.monotonic()
+        checks = 0
         while registration.is_open and registration.turn == turn:
             version = self._catalog.version
             try:
@@ -76,6 +80,10 @@ class Entrance:
                         registration.say(UNAVAILABLE, ok=False)
                     continue
             except InvalidBinding as error:
+                if isinstance(error.__cause__, TookTooLong) and (checks := checks + 1) < MOST_CHECKS:
+                    registration.say(TIMEOUTS, ok=False)
+                    await asyncio.sleep(CHECK_RETRY_S)
+                    continue
                 entries, text, since = [], str(error), None
             except (DatabaseUnavailable, QueryCanceled):
                 registration.say(TIMEOUTS, ok=False)

@@ -80,6 +80,5 @@ class Feed:
 
     async def change_claims(self, registration: Registration, claims: Claims) -> None:
         """From now on judge by these claims; the subscriber is told when they are in effect."""
-        registration.claims = claims
-        registration.said = None
+        await self._courier.change_claims(registration, claims)
         await self._entrance.enter(registration)

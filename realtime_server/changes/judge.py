@@ -46,6 +46,10 @@ class Rejected(Exception):
     """The database does not accept a filter or a selection; the text is PostgreSQL's, as `ERROR 22P02 (name) message`."""
 
 
+class TookTooLong(Rejected):
+    """It may be the filter, or the database at this moment."""
+
+
 class Matches(NamedTuple):
     """`found`: pairs of an image and a condition that it satisfies. `problems`: conditions that could not be evaluated, and why."""
 
@@ -75,7 +79,7 @@ class Judge:
     async def check(
         self, table: Table, role: str, conditions: Sequence[Condition], select: Sequence[str]
     ) -> list[frozenset[str] | None]:
-        """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected."""
+        """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected, TookTooLong."""
         try:
             rows = await self._pool.fetch(
                 "select n, is_exact, vals from realtime.check_filters(%s, %s, %s::jsonb, %s)",
@@ -85,7 +89,7 @@ class Judge:
         except database.Error as error:
             raise Rejected(database.describe(error)) from error
         except QueryCanceled as error:
-            raise Rejected("ERROR 57014 (query_canceled) it took too long") from error
+            raise TookTooLong("ERROR 57014 (query_canceled) it took too long") from error
         answers: list[frozenset[str] | None] = [None] * len(conditions)
         for number, is_exact, texts in rows:
             if is_exact:

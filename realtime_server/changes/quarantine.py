@@ -1,4 +1,4 @@
-"""Who cannot be judged, because a policy fails for them, is left out for a while."""
+"""Who cannot be judged, because a policy fails for them, is left out for a while: for longer each time that it fails again."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Final, NamedTuple
 
 from realtime_server.changes.judge import Identity
 
-QUARANTINE_S: Final = 30.0
-MOST_LEFT_OUT: Final = 10_000
+SHORTEST_S: Final = 30.0
+LONGEST_S: Final = 600.0
+MOST_KEPT: Final = 10_000
 
 
 class _LeftOut(NamedTuple):
-    """Until when, and what is said to who is."""
+    """Until when, for how long, and what is said to who is; not who has been judged since, and may fail again."""
 
     until: float
-    text: str
+    pause_s: float
+    text: str | None
 
 
 class Quarantine:
@@ -36,12 +38,21 @@ class Quarantine:
         left_out = self._left_out.get((relation, identity))
         return left_out.text if left_out is not None and left_out.until > time.monotonic() else None
 
-    def end(self, relation: int, identity: Identity) -> bool:
-        """Whether there was one to end, which may have been over for a while."""
-        return self._left_out.pop((relation, identity), None) is not None
-
-    def begin(self, relation: int, identity: Identity, text: str) -> None:
-        self._left_out[relation, identity] = _LeftOut(time.monotonic() + QUARANTINE_S, text)
+    def begin(self, relation: int, identity: Identity, text: str) -> bool:
+        """It failed; whether it is for the first time, or after it had worked."""
+        before = self._left_out.pop((relation, identity), None)
+        pause_s = SHORTEST_S if before is None else min(before.pause_s * 2, LONGEST_S)
+        self._left_out[relation, identity] = _LeftOut(time.monotonic() + pause_s, pause_s, text)
         # Of those who never came back; the rest has its place by age.
-        while len(self._left_out) > MOST_LEFT_OUT:
+        while len(self._left_out) > MOST_KEPT:
             self._left_out.pop(next(iter(self._left_out)))
+        return before is None or before.text is None
+
+    def end(self, relation: int, identity: Identity) -> bool:
+        """It worked; whether it had failed the time before."""
+        before = self._left_out.pop((relation, identity), None)
+        if before is None:
+            return False
+        if before.pause_s > SHORTEST_S:
+            self._left_out[relation, identity] = _LeftOut(0.0, before.pause_s / 2, None)
+        return before.text is not None

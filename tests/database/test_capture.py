@@ -374,7 +374,7 @@ async def test_reading_ends_behind_a_transaction_id_and_tells_what_was_handed_on
 
     class Story:
         async def take(self, changes: Sequence[Change]) -> None:
-            story.extend((change.xid, int((change.new or {})["id"] or 0)) for change in changes)
+            story.extend((change.xid, int(bytes((change.new or {})["id"]).strip(b'"'))) for change in changes)
 
         def gap(self, problem: str) -> None: ...
 

@@ -58,7 +58,7 @@ def captured(server: Server) -> int:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
+    async with asyncio.timeout(3 * LIMIT_S):
         while not is_so():
             await asyncio.sleep(0.02)
 

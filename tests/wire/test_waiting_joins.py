@@ -59,12 +59,12 @@ async def gated(tables: Tables, server: Server, wire: WireFactory) -> dict[str, 
 @contextmanager
 def closed_gate(server: Server) -> Iterator[None]:
     with psycopg.connect(server.database.administrator_url) as db:
-        db.execute("lock table pg_publication in access exclusive mode")
+        db.execute("lock table pg_publication_rel in access exclusive mode")
         yield
 
 
 async def somebody_waits(tables: Tables, *, is_so: bool = True) -> None:
-    query = "select 1 from pg_locks where relation = 'pg_publication'::regclass and not granted"
+    query = "select 1 from pg_locks where relation = 'pg_publication_rel'::regclass and not granted"
     async with asyncio.timeout(LIMIT_S):
         while bool(tables.execute(query)) != is_so:
             await asyncio.sleep(0.01)

@@ -1,0 +1,125 @@
+"""Row changes while policies or filters take long, and where deleted rows are not known. From the log.
+
+What takes long waits at a gate, an advisory lock that the test holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import pytest
+
+from tests.fix_changes import FULL, OWN_ROWS, Tables, bind, changes_server, hear_row, subscribe, tables_on, word
+from tests.fix_database import Cluster
+from tests.fix_server import Server, make_token
+from tests.fix_wire import LIMIT_S, Wire, WireFactory
+
+ANN, BOB = str(uuid4()), str(uuid4())
+IMPATIENT = """
+from realtime_server.changes import entering, judge
+judge.LIMIT_FILTERS_S, entering.CHECK_RETRY_S = 0.3, 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+async def server(cluster: Cluster) -> AsyncIterator[Server]:
+    async with changes_server(cluster, "wal", prelude=IMPATIENT, strict_deletes="true") as server:
+        yield server
+
+
+@pytest.fixture
+def tables(server: Server) -> Iterator[Tables]:
+    with tables_on(server) as tables:
+        tables.execute(
+            "create function passes(gate int) returns boolean language plpgsql"
+            " as 'begin perform pg_advisory_xact_lock_shared(gate); return true; end'"
+        )
+        yield tables
+
+
+@contextmanager
+def closed_gate(tables: Tables, number: int) -> Iterator[None]:
+    tables.execute("select pg_advisory_lock(%s)", number)
+    yield
+    tables.execute("select pg_advisory_unlock(%s)", number)
+
+
+async def somebody_waits(tables: Tables, number: int) -> None:
+    query = "select 1 from pg_locks where locktype = 'advisory' and objid = %s and not granted"
+    async with asyncio.timeout(LIMIT_S):
+        while not tables.execute(query, number):
+            await asyncio.sleep(0.01)
+
+
+async def test_change_is_told_by_the_claims_it_was_judged_by_before_new_ones_are_confirmed(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security")
+    tables.execute("create policy own on notes using (owner = auth.uid() and passes(1))")
+    tables.create()
+    socket = await wire(server.websocket_url, make_token(sub=ANN))
+    await subscribe(socket, "mine", tables.binding("notes"))
+    with closed_gate(tables, 1):
+        tables.execute("insert into notes values (1, %s), (2, %s)", ANN, BOB)
+        await somebody_waits(tables, 1)
+        await socket.say("realtime:mine", "access_token", {"access_token": make_token(sub=BOB)})
+        # By now the new claims would have been confirmed.
+        await subscribe(await wire(server.websocket_url, server.anon_key), "other", tables.binding())
+        await subscribe(await wire(server.websocket_url, server.anon_key), "other", tables.binding())
+    assert await hear_row(socket, "mine") == ("INSERT", {"id": 1, "owner": ANN})
+    assert (await socket.hear())[1:] == word("mine")
+    tables.execute("insert into notes values (3, %s), (4, %s)", ANN, BOB)
+    assert await hear_row(socket, "mine") == ("INSERT", {"id": 4, "owner": BOB})
+    assert await socket.is_alive()
+
+
+async def test_filter_that_takes_too_long_is_checked_again_and_refused_in_the_end(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    for gate in (2, 3):
+        tables.execute(f"create domain slow_{gate} as int check (passes({gate}))")
+    tables.create("things", "id int primary key, passing slow_2, lasting slow_3")
+    socket, other = await wire(server.websocket_url, server.anon_key), await wire(server.websocket_url, server.anon_key)
+    with closed_gate(tables, 3):
+        with closed_gate(tables, 2):
+            await bind(socket, "passing", tables.binding("things", filter="passing=eq.1"))
+            refusal = (await socket.hear())[1:]
+            await bind(other, "lasting", tables.binding("things", filter="lasting=eq.1"))
+        busy = '{:error, "Too many database timeouts"}'
+        assert refusal == word("passing", busy, status="error")
+        assert (await socket.hear())[1:] == word("passing")
+        assert (await other.hear())[1:] == word("lasting", busy, status="error")
+        last = (await other.hear())[4]
+        assert last["status"] == "error"
+        assert "57014" in last["message"]
+    tables.execute("insert into things values (1, 1, 1)")
+    assert (await hear_row(socket, "passing"))[1]["id"] == 1
+    assert await other.is_alive()
+
+
+async def test_deletes_of_rows_that_nobody_knows_are_told_to_nobody_whom_policies_bind(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    tables.create("hidden", "id int primary key, owner uuid", *OWN_ROWS)
+    tables.create("known", "id int primary key, owner uuid", *OWN_ROWS, FULL)
+    tables.create("free", "id int primary key, owner uuid")
+    ann = await wire(server.websocket_url, make_token(sub=ANN))
+    service = await wire(server.websocket_url, server.service_key)
+    for socket in (ann, service):
+        await subscribe(socket, "gone", tables.binding(None, "DELETE"))
+    for table in ("hidden", "known", "free"):
+        tables.execute(f"insert into {table} values (1, %s), (2, %s)", ANN, BOB)
+        tables.execute(f"delete from {table} where id = 1")
+        tables.execute(f"delete from {table} where id = 2")
+    await hears_keys(ann, 1, 1, 2)
+    await hears_keys(service, 1, 2, 1, 2, 1, 2)
+
+
+async def hears_keys(socket: Wire, *ids: int) -> None:
+    """These, and nothing else."""
+    for id in ids:
+        assert await hear_row(socket, "gone") == ("DELETE", {"id": id})
+    assert await socket.is_alive()
