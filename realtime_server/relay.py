@@ -226,9 +226,8 @@ class Relay(Generic[R]):
                 return
             except (RealtimeError, database.Error) as error:
                 task = asyncio.current_task()
-                # To let go of the lock failed as well, and that error took the place of what was to be.
+                # To let go of the queue failed as well, and that error took the place of what was to be.
                 if task is not None and task.cancelling():
-                    # To let go of the queue failed as well, and that error took the place of our cancellation.
                     raise asyncio.CancelledError from error
                 if self._is_over:
                     return
