@@ -172,7 +172,7 @@ def _entry(
     texts = exact[best] or frozenset()
     condition = binding.conditions[best]
     if any(column.is_bool for column in table.columns if column.name == condition.column):
-        # Images from the log write them as PostgreSQL does.
-        texts |= {text[0] for text in texts}
+        # Filters say "true", rows "t".
+        texts = frozenset(text[0] for text in texts)
     rest = tuple(one for number, one in enumerate(binding.conditions) if number != best)
     return Entry(registration, id, binding, table.relation, (condition.column, texts), rest)

@@ -202,12 +202,7 @@ class Subscriptions:
 
 def text_of(value: msgspec.Raw | None) -> str | None:
     """A value of an image as text; None for null and for what is not known."""
-    if value is None:
-        return None
-    text = bytes(value)
-    if text.startswith(b'"'):
-        return msgspec.json.decode(text, type=str)
-    return None if text == b"null" else text.decode()
+    return None if value is None else msgspec.json.decode(value, type=str | None)
 
 
 K = TypeVar("K")

@@ -107,7 +107,7 @@ def test_index_names_exactly_those_whose_value_a_row_has(
 
 @pytest.mark.parametrize(
     ("json_text", "text"),
-    [(b'"a\\"b"', 'a"b'), (b"5", "5"), (b"true", "true"), (b"null", None), (b'"5"', "5"), (b'"null"', "null")],
+    [(b'"a\\"b"', 'a"b'), (b"null", None), (b'"5"', "5"), (b'"null"', "null")],
 )
 def test_text_of_a_value(json_text: bytes, text: str | None) -> None:
     assert text_of(msgspec.Raw(json_text)) == text
