@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -99,19 +99,21 @@ class Catalog:
         self.tables: Mapping[int, Table] = {}
         self.version = 0
 
-    async def is_current(self, relations: Iterable[int]) -> bool:
-        """Whether nothing was done to these tables and to rights on them since `refresh` looked after this had asked for the last time.
+    async def is_current(self, relations: Collection[int]) -> bool:
+        """Whether these tables are there, and nothing was done to them and to rights on them since `refresh` looked after this had asked
+        for the last time.
 
         Raises: DatabaseUnavailable, QueryCanceled.
         """
         with database.changing():
             rows = await self._pool.fetch("select relation, mark from realtime.table_marks(%s)", (list(relations),))
-        self._new_marks = dict(rows)
-        return all(self._marks.get(relation) == mark for relation, mark in rows)
+        found = dict(rows)
+        self._new_marks |= found
+        return found == {relation: self._marks.get(relation) for relation in relations}
 
     async def refresh(self) -> bool:
         """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
-        marks = self._new_marks
+        marks, self._new_marks = self._new_marks, {}
         with database.changing():
             rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
         old, new = self._rows or {}, {row[0]: row for row in rows}

@@ -126,6 +126,9 @@ class Entrance:
             for table in tables:
                 exact = await self._check(table, registration.claims.role, binding)
                 entries.append(_entry(registration, id, binding, table, exact))
+        # A table that was made anew a moment ago has the name of the one that is known here.
+        if not await self._catalog.is_current({entry.relation for entry in entries}):
+            await self._watch.look()
         return entries
 
     def _tables_of(self, binding: Binding) -> list[Table]:
@@ -147,6 +150,8 @@ class Entrance:
             try:
                 answer = await self._judge.check(table, role, binding.conditions, binding.select)
             except Rejected as error:
+                # Perhaps the table was made anew a moment ago; then it is asked again.
+                await self._watch.look()
                 raise InvalidBinding(bindings.rejected(binding, str(error))) from error
             while len(self._checks) >= MOST_CHECKS_KEPT:
                 self._checks.pop(next(iter(self._checks)))

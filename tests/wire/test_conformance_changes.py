@@ -269,6 +269,22 @@ async def test_099_table_that_is_published_later(tables: Tables, socket: Wire) -
     assert {(await hear_change(socket, topic))["data"]["record"]["id"] for topic in ("099-l", "099-m")} == {2}
 
 
+@pytest.mark.parametrize("filter", ["", "size_{}=gt.1"])
+async def test_099_table_that_was_made_anew_a_moment_ago(
+    tables: Tables, server: Server, wire: WireFactory, filter: str
+) -> None:
+    """What is said of the subscription, and of its filter, is true of the table of now."""
+    tables.create()
+    # The server looks once a second by itself: hardly each time between these lines.
+    for number in range(3):
+        socket = await wire(server.websocket_url, server.anon_key)
+        tables.execute("drop table todos")
+        tables.create("todos", f"id int primary key, size_{number} int")
+        await subscribe(socket, "099-n", tables.binding(filter=filter.format(number)))
+        tables.execute("insert into todos values (2, 2)")
+        assert await hear_row(socket, "099-n") == ("INSERT", {"id": 2, f"size_{number}": 2})
+
+
 # -- 100, 101: who may see what
 
 
