@@ -24,7 +24,7 @@ from realtime_server.changes.change import Change
 from realtime_server.changes.judge import Identity, Judge
 from realtime_server.changes.payload import View, encode
 from realtime_server.changes.quarantine import Quarantine
-from realtime_server.changes.rounds import Round, Verdict
+from realtime_server.changes.rounds import Outdated, Round, Verdict
 from realtime_server.changes.sources import Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subscriptions
 from realtime_server.changes.watch import Watch
@@ -160,9 +160,9 @@ class Courier:
             )
             try:
                 verdicts = await round.decide(changes)
-            except database.Error as error:
+            except (Outdated, database.Error) as error:
                 # The table is not what it was a moment ago, or there is something in a row that PostgreSQL does not read again.
-                problem = database.describe(error)
+                problem = str(error) if isinstance(error, Outdated) else database.describe(error)
                 await self._watch.look()
             except DatabaseUnavailable:
                 raise

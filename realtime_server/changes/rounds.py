@@ -17,6 +17,10 @@ from realtime_server.changes.subscriptions import Entry, Subscriptions
 from realtime_server.protocol.filters import Condition
 
 
+class Outdated(Exception):
+    """A row of before a column was renamed: what it had in there cannot be found any more."""
+
+
 @dataclass(slots=True, eq=False)
 class Picture:
     """A row as it was. `told` is what clients may be told of it; `known` what it is judged by, which is more where an UPDATE left large
@@ -99,7 +103,7 @@ class Round:
         self.missed: set[Entry] = set()
 
     async def decide(self, changes: Sequence[Change]) -> list[Verdict]:
-        """Raises: DatabaseUnavailable, QueryCanceled, database.Error."""
+        """Raises: Outdated, DatabaseUnavailable, QueryCanceled, database.Error."""
         verdicts = [self._verdict(change) for change in changes]
         if self._is_captured and self._table.row_filter is not None:
             verdicts = await self._filter_rows(verdicts)
@@ -125,6 +129,9 @@ class Round:
         told = known = {name: value for name, value in image.items() if name in self._table.names}
         if len(image) > len(told):
             known = {name: value for name, value in image.items() if name in self._table.all_names}
+            if len(known) < min(len(image), len(self._table.all_names)):
+                # To take the value from the row as it is now would be to judge that one.
+                raise Outdated(f"columns have gone, others have come: {', '.join(sorted(image.keys() - known.keys()))}")
         return Picture(told, known, is_whole)
 
     async def _filter_rows(self, verdicts: list[Verdict]) -> list[Verdict]:
