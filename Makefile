@@ -30,7 +30,7 @@ run: $(V)/.run ## start everything: PostgreSQL, migrations, server
 test: $(V)/.test lint types ## every check and every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-faults: $(V)/.test ## every fault at length, about a quarter of an hour; the result goes to docs/faults.md
+test-faults: $(V)/.test ## every fault at length, some twenty-five minutes; the result goes to docs/faults.md
 	REALTIME_FAULTS_REPORT=docs/faults.md $(BIN)/python -m pytest tests/faults -m faults
 
 unit: $(V)/.test ## the tests without I/O

@@ -57,8 +57,9 @@ class Server:
         assert self._process is not None, "the server runs"
         return self._process.pid
 
-    async def start(self, *, wait: bool = True) -> Self:
-        """Start; with `wait`, until it is ready."""
+    async def start(self, *, wait: bool = True, **settings: str) -> Self:
+        """Start; with `wait`, until it is ready. With these settings from now on, and all others as before."""
+        self._settings |= settings
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("REALTIME_", "DATABASE_URL"))
         }
