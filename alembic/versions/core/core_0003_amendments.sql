@@ -584,6 +584,7 @@ as $$
 #variable_conflict use_column
 declare
     c_path constant text := pg_catalog.current_setting('search_path');
+    c_mark constant text := (select mark from realtime.table_marks(array[visible_changes.relation]));
     c_rows constant jsonb := realtime.row_texts(visible_changes.relation, visible_changes.images);
     c_columns constant text[] := realtime.policy_columns(visible_changes.relation);
     c_unknown constant integer[] := array(
@@ -649,6 +650,10 @@ begin
                 raise exception using errcode = 'RT000';
             exception when others then
                 if not v_is_done then
+                    -- Was it the policy, or do the rows not go with a table that was altered meanwhile?
+                    if c_mark is distinct from (select mark from realtime.table_marks(array[visible_changes.relation])) then
+                        raise;
+                    end if;
                     visible := '{}';
                     problem := sqlstate || ': ' || sqlerrm;
                 end if;
