@@ -41,6 +41,8 @@ SETTLE_S = 30.0
 # What would be doubled or should never have come is looked for a little longer.
 AFTERWARDS_S = 0.2
 COME_AGAIN_S = 0.05
+# As often as clients do it.
+BEAT_S = 25.0
 POLL_S = 0.1
 PAGE_ROWS = 100
 GAP = "RT001"
@@ -234,30 +236,38 @@ class WireReader(Reader):
     async def _follow(self, socket: ClientConnection) -> None:
         refs: dict[str, Topic] = {}
         await self._join(socket, refs)
-        beat = 0.0
+        loop = asyncio.get_running_loop()
+        is_quiet, beat_at = False, loop.time()
         while True:
             if self.nap_s:
                 await asyncio.sleep(self.nap_s)
+            # The server hears of this one now and then, also while it is the only one who speaks.
+            if loop.time() > beat_at + BEAT_S:
+                await self._beat(socket)
+                beat_at = loop.time()
             try:
                 async with asyncio.timeout(self.patience_s / 2):
                     frame = await socket.recv()
             except TimeoutError:
-                if beat:
+                if is_quiet:
                     raise Lost("no answer to a heartbeat") from None
-                beat = asyncio.get_running_loop().time()
-                await socket.send(
-                    json.dumps([None, "beat", "phoenix", "heartbeat", {}])
-                    if self.vsn == "2.0.0"
-                    else json.dumps({"topic": "phoenix", "event": "heartbeat", "payload": {}, "ref": "beat"})
-                )
+                is_quiet = True
+                await self._beat(socket)
                 continue
-            beat = 0.0
+            is_quiet = False
             try:
                 self._handle(frame, refs)
             except HadEnough:
                 if not self.is_faithful:
                     raise
                 await self._join(socket, refs)
+
+    async def _beat(self, socket: ClientConnection) -> None:
+        await socket.send(
+            json.dumps([None, "beat", "phoenix", "heartbeat", {}])
+            if self.vsn == "2.0.0"
+            else json.dumps({"topic": "phoenix", "event": "heartbeat", "payload": {}, "ref": "beat"})
+        )
 
     async def _join(self, socket: ClientConnection, refs: dict[str, Topic]) -> None:
         """Join every topic, for the first time on this socket or once more."""
