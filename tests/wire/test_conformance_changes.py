@@ -124,6 +124,51 @@ async def test_095_columns_are_those_of_the_table_as_it_is(tables: Tables, socke
     assert list(data["record"].items()) == [("a", 1), ("id", 2), ("tags", ["x"])]
 
 
+async def test_095_partitions_are_told_under_the_name_that_the_publication_says(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    """By themselves, or as their root; then partitions come and go while somebody listens."""
+    tables.execute("create table visits (id int, day date, primary key (id, day)) partition by range (day)")
+    for year in (2026, 2027):
+        tables.execute(
+            f"create table visits_{year} partition of visits for values from ('{year}-1-1') to ('{year + 1}-1-1')"
+        )
+        tables.execute(f"grant select on visits_{year} to anon")
+    tables.execute("grant select on visits to anon; alter publication supabase_realtime add table visits")
+
+    def visit(id: int, year: int, table: str = "visits") -> tuple[str, str, dict[str, Any]]:
+        tables.execute(f"insert into {table} values (%s, make_date(%s, 5, 1))", id, year)
+        return "INSERT", table, {"id": id, "day": f"{year}-05-01"}
+
+    async def hear(socket: Wire, topic: str) -> tuple[str, str, dict[str, Any]]:
+        data = (await hear_change(socket, topic))["data"]
+        return data["type"], data["table"], data["record"]
+
+    leaf = await wire(server.websocket_url, server.anon_key)
+    await subscribe(leaf, "leaf", tables.binding("visits_2026"))
+    visit(1, 2027)
+    _, _, row = visit(2, 2026)
+    assert await hear(leaf, "leaf") == ("INSERT", "visits_2026", row)
+
+    tables.execute("alter publication supabase_realtime set (publish_via_partition_root = true)")
+    try:
+        assert (await leaf.hear())[4]["status"] == "error"
+        root = await wire(server.websocket_url, server.anon_key)
+        await subscribe(root, "root", tables.binding("visits"))
+        for id, year in ((3, 2026), (4, 2027)):
+            told = visit(id, year)
+            assert await hear(root, "root") == told
+        tables.execute("create table visits_2028 partition of visits for values from ('2028-1-1') to ('2029-1-1')")
+        told = visit(5, 2028)
+        assert await hear(root, "root") == told
+        tables.execute("alter table visits detach partition visits_2026")
+        visit(6, 2026, "visits_2026")
+        told = visit(7, 2027)
+        assert await hear(root, "root") == told
+    finally:
+        tables.execute("alter publication supabase_realtime set (publish_via_partition_root = false)")
+
+
 async def test_095_column_that_is_added_while_somebody_listens(tables: Tables, socket: Wire) -> None:
     tables.create()
     await subscribe(socket, "095-a", tables.binding())
