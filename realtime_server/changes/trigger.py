@@ -213,6 +213,9 @@ def captured_row(columns: list[str] | None, text: str | None) -> Row | None:
     """
     if columns is None or text is None:
         return None
+    if not columns:
+        # A row of nothing and one that is nothing but a null are written alike.
+        return {}
     values = []
     for field in _FIELD.finditer(text):
         quoted, plain = field.groups()

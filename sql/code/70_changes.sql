@@ -894,29 +894,31 @@ as $$
 declare
     v_record jsonb;
     v_old_record jsonb;
+    v_columns text[];
 begin
     begin
-        v_record := case when tg_op <> 'DELETE' then to_jsonb(new::text) end;
-        v_old_record := case when tg_op <> 'INSERT' then to_jsonb(old::text) end;
+        v_record := case when tg_op <> 'DELETE' then to_jsonb(format('%s', new)) end;
+        v_old_record := case when tg_op <> 'INSERT' then to_jsonb(format('%s', old)) end;
+        -- The table may be altered before it is read.
+        if current_setting('transaction_isolation') = 'read committed' then
+            v_columns := array(
+                select a.attname::text
+                from pg_attribute as a
+                where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped
+                order by a.attnum
+            );
+        else
+            -- It may have been altered since the snapshot that tables are read by, those of the catalog too; types are known as they are.
+            execute format('select array(select json_object_keys(row_to_json(row))) from (select (null::%s).*) as row', tg_relid::regclass)
+            into v_columns;
+        end if;
     exception when others then
         -- The writer is not to suffer for it: values may take up 256 MB.
         v_record := null;
         v_old_record := null;
     end;
     insert into realtime.changes (relation, action, record, old_record, columns)
-    values (
-        tg_argv[0]::oid,
-        tg_op,
-        v_record,
-        v_old_record,
-        -- The table may be altered before it is read.
-        array(
-            select a.attname::text
-            from pg_attribute as a
-            where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped
-            order by a.attnum
-        )
-    );
+    values (tg_argv[0]::oid, tg_op, v_record, v_old_record, v_columns);
     return null;
 end
 $$;

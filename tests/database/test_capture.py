@@ -342,6 +342,46 @@ def test_rows_are_captured_as_postgresql_writes_them(any_database: TestDatabase)
     assert captured == [dict(zip(["id", *names], texts, strict=True)) for (texts,) in stored]
 
 
+def test_values_have_the_names_that_the_row_has_and_not_those_of_the_writers_snapshot(any_database: TestDatabase) -> None:
+    run(
+        any_database,
+        "create table things (id int primary key, gone text, kept text)",
+        "alter publication supabase_realtime add table things",
+    )
+    actions(any_database)
+    with any_database.connect() as db, db.transaction():
+        db.execute("set transaction isolation level repeatable read")
+        db.execute("select")
+        run(any_database, "alter table things drop gone", "alter table things add later json, add last int")
+        run(any_database, "alter table things rename to others")
+        db.execute(r"""insert into others values (1, 'old', '"\u0000"', 3)""")
+        db.execute("delete from others")
+    (_, columns, new, _), (_, same, _, old) = any_database.execute(CAPTURED)
+    assert captured_row(columns, new) == {"id": "1", "kept": "old", "later": r'"\u0000"', "last": "3"}
+    assert captured_row(same, old) == captured_row(columns, new)
+
+
+def test_row_without_columns_is_captured(any_database: TestDatabase) -> None:
+    run(any_database, "create table things ()", "alter publication supabase_realtime add table things")
+    actions(any_database)
+    run(any_database, "insert into things default values")
+    ((action, columns, new, old),) = any_database.execute(CAPTURED)
+    assert (action, captured_row(columns, new), captured_row(columns, old)) == ("INSERT", {}, None)
+
+
+def test_rows_are_captured_as_they_are_though_a_cast_to_text_makes_something_else_of_them(any_database: TestDatabase) -> None:
+    publish(any_database, "things")
+    run(
+        any_database,
+        "create function told(things) returns text language sql return 'something else'",
+        "create cast (things as text) with function told(things)",
+    )
+    actions(any_database)
+    run(any_database, "insert into things values (1)")
+    ((_, columns, new, _),) = any_database.execute(CAPTURED)
+    assert captured_row(columns, new) == {"id": "1"}
+
+
 def test_rows_that_a_trigger_of_before_has_written_are_not_misread(any_database: TestDatabase) -> None:
     publish(any_database, "things")
     actions(any_database)
