@@ -166,7 +166,8 @@ class Round:
                 if id(circle) not in known:
                     groups: dict[_Want, list[Entry]] = defaultdict(list)
                     for entry in circle:
-                        groups[_Want.of(entry)].append(entry)
+                        if self._may_read_filter(entry):
+                            groups[_Want.of(entry)].append(entry)
                     known[id(circle)] = list(groups.items())
                 yield from known[id(circle)]
 
@@ -205,6 +206,11 @@ class Round:
                     and not entry.registration.is_past(verdict.change.xid)
                 ]
                 verdict.told.append((view, refused))
+
+    def _may_read_filter(self, entry: Entry) -> bool:
+        """It was so when it was entered. When it is no more, to be told of a change would be to be told of the value."""
+        columns = self._table.access_of(entry.claims.role).columns
+        return all(condition.column in columns for condition in entry.binding.conditions)
 
     def _may_read_key(self, role: str) -> bool:
         return bool(self._table.key) and self._table.key <= self._table.access_of(role).columns

@@ -96,6 +96,23 @@ async def test_column_that_is_not_published_shows_rows_to_whom_it_names(tables: 
     assert await hear_row(bob, "owner") == ("INSERT", {"id": 2, "title": "his"})
 
 
+async def test_filter_tells_nothing_of_a_column_that_its_role_may_not_read_any_more(tables: Tables, ann: Wire) -> None:
+    tables.create("docs", "id int primary key, secret text")
+    await subscribe(ann, "index", tables.binding("docs", filter="secret=eq.x"))
+    await subscribe(ann, "like", tables.binding("docs", filter="secret=like.x%"))
+    await subscribe(ann, "all", tables.binding("docs"))
+    with tables.db.transaction():
+        tables.execute("revoke select on docs from authenticated")
+        tables.execute("grant select (id) on docs to authenticated")
+        tables.execute("insert into docs values (1, 'x')")
+    heard = [await ann.hear() for _ in range(3)]
+    (change,) = (frame for frame in heard if frame[3] == "postgres_changes")
+    assert (change[2], change[4]["data"]["record"]) == ("realtime:all", {"id": 1})
+    refused = {frame[2]: frame[4]["message"] for frame in heard if frame[3] == "system"}
+    assert set(refused) == {"realtime:index", "realtime:like"}
+    assert all("invalid column for filter secret" in message for message in refused.values())
+
+
 # -- rows that come into view and go out of it
 
 
