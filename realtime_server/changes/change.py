@@ -62,6 +62,11 @@ def image_of(row: Row | None) -> Image | None:
     return {name: _NULL if text is None else msgspec.Raw(_encode(text)) for name, text in row.items()}
 
 
+def text_of(value: msgspec.Raw | None) -> str | None:
+    """A value of an image as text; None for null and for what is not known."""
+    return None if value is None else msgspec.json.decode(value, type=str | None)
+
+
 class Receiver(Protocol):
     """Where a source hands changes to."""
 

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from realtime_server.changes.catalog import Column, Table
-from realtime_server.changes.change import Action, Change, Image
+from realtime_server.changes.change import Action, Change, Image, text_of
 from realtime_server.protocol.messages import dumps
 
 LARGEST_CHANGE_BYTES: Final = 1_048_576
@@ -42,7 +42,7 @@ def encode(table: Table, change: Change, new: Image | None, old: Image | None, v
     if view.error is not None:
         return dumps({**data, "record": {}, "old_record": {}})
     columns = [column for column in table.columns if column.name in view.columns]
-    is_too_large = change.size > LARGEST_CHANGE_BYTES
+    is_too_large = _is_too_large(table, change)
     data["commit_timestamp"] = _timestamp(change.committed_at)
     data["columns"] = [{"name": column.name, "type": column.type} for column in columns]
     data["errors"] = [TOO_LARGE] if is_too_large else None
@@ -52,6 +52,15 @@ def encode(table: Table, change: Change, new: Image | None, old: Image | None, v
         told = [column for column in columns if column.name in view.old]
         data["old_record"] = _row(told, old or {}, is_too_large)
     return dumps(data)
+
+
+def _is_too_large(table: Table, change: Change) -> bool:
+    """Without what only triggers know, which write whole rows: columns that are not published, and what is no identity of the old row."""
+    if change.size <= LARGEST_CHANGE_BYTES:
+        return False
+    rows = ((change.new or {}, table.names), (change.old or {}, table.identity))
+    texts = (text_of(value) for row, logged in rows for name, value in row.items() if name not in logged)
+    return change.size - sum(len(text.encode()) for text in texts if text is not None) > LARGEST_CHANGE_BYTES
 
 
 def _row(columns: list[Column], image: Image, is_too_large: bool) -> dict[str, msgspec.Raw]:

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Final, Protocol, TypeVar
 
-import msgspec
-
-from realtime_server.changes.change import Image
+from realtime_server.changes.change import Image, text_of
 from realtime_server.claims import Claims
 from realtime_server.cursor import Snapshot
 from realtime_server.protocol.bindings import Binding
@@ -198,11 +196,6 @@ class Subscriptions:
 
     def __len__(self) -> int:
         return sum(len(entries) for roles in self._tables.values() for entries in roles.values())
-
-
-def text_of(value: msgspec.Raw | None) -> str | None:
-    """A value of an image as text; None for null and for what is not known."""
-    return None if value is None else msgspec.json.decode(value, type=str | None)
 
 
 K = TypeVar("K")

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from realtime_server.changes.catalog import Catalog, Table
-from realtime_server.changes.change import Image, Row, image_of
+from realtime_server.changes.change import Image, Row, image_of, text_of
 from realtime_server.changes.judge import Judge, Rejected
-from realtime_server.changes.subscriptions import text_of
 from realtime_server.changes.trigger import captured_row
 from realtime_server.database import Pool, Target
 from realtime_server.protocol.filters import Condition, Operator

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime_server.changes.catalog import Access, Column, Table
-from realtime_server.changes.change import Action, Change, Image
+from realtime_server.changes.change import Action, Change, Image, Row, text_of
 from realtime_server.changes.payload import LARGEST_CHANGE_BYTES, View, encode
-from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions, text_of
+from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions
 from realtime_server.claims import Claims
 from realtime_server.cursor import Snapshot
 from realtime_server.protocol.bindings import Binding
@@ -168,6 +168,17 @@ def test_change_that_is_too_large_keeps_what_is_short() -> None:
     new = image(id=1, title="x" * 62, raw=None)
     assert told(View(Action.INSERT, ALL), new, size=LARGEST_CHANGE_BYTES + 1)["record"] == {"id": 1, "title": "x" * 62}
     assert told(View(Action.INSERT, ALL), new, size=LARGEST_CHANGE_BYTES)["errors"] is None
+
+
+@pytest.mark.parametrize(("length", "is_too_large"), [(LARGEST_CHANGE_BYTES, False), (LARGEST_CHANGE_BYTES + 1, True)])
+def test_change_is_as_large_as_the_log_would_have_it(length: int, is_too_large: bool) -> None:
+    """Triggers know more: the whole old row, and columns that are not published."""
+    new: Row = {"id": "1", "title": '"' * (length - 2), "secret": "é"}
+    old: Row = {"id": "2", "title": "b" * 3, "secret": None, "raw": ""}
+    one = Change.of_rows(1, Action.UPDATE, 0.0, new, old, has_whole_old=True, xid=1)
+    assert one.size == length + 5
+    data = json.loads(encode(TABLE, one, image(id=1, title=new["title"]), image(id=2), View(Action.UPDATE, ALL, ALL)))
+    assert (data["errors"] is not None, "title" not in data["record"]) == (is_too_large, is_too_large)
 
 
 def test_error_tells_nothing_of_the_row() -> None:
