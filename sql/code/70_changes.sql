@@ -566,15 +566,20 @@ comment on function realtime.policy_condition(oid, text) is
     'The policies for SELECT of a table, as they apply to a role, as one condition. Names are written out as far as the search path asks for it.';
 revoke all on function realtime.policy_condition(oid, text) from public;
 
--- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given.
+-- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given. And no row can be made
+-- without a value that its domain insists on.
 create or replace function realtime.policy_columns(relation oid)
 returns text[]
 language plpgsql  -- which keeps its plan
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    v_columns text[];
+    v_column text;
+    v_type text;
 begin
-    return array(
+    v_columns := array(
         select a.attname::text
         from pg_attribute as a
         where a.attrelid = policy_columns.relation
@@ -599,9 +604,23 @@ begin
                     )
             )
     );
+    for v_column, v_type in
+        select a.attname, format_type(a.atttypid, -1)
+        from pg_attribute as a
+        join pg_type as t on t.oid = a.atttypid
+        where a.attrelid = policy_columns.relation and a.attnum > 0 and t.typtype = 'd' and a.attname <> all (v_columns)
+    loop
+        begin
+            execute format('select null::%s', v_type);
+        exception when others then
+            v_columns := v_columns || v_column;
+        end;
+    end loop;
+    return v_columns;
 end
 $$;
-comment on function realtime.policy_columns(oid) is 'The columns of a table that its policies for SELECT read: without them, a row cannot be judged.';
+comment on function realtime.policy_columns(oid) is
+    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
 revoke all on function realtime.policy_columns(oid) from public;
 
 -- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog, because

@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 import pytest
@@ -712,6 +712,25 @@ def test_any_judgement_is_that_of_select(
                 run(db, f"create policy p{number} on {table} as {kind} for {command} to {roles} using ({using})")
         run(db, f"alter table {table} enable row level security")
         assert_same(db, table, forms, CALM)
+
+
+@pytest.mark.parametrize(
+    ("domain", "is_needed"),
+    [("text not null", True), ("text check (value is not null)", True), ("text check (value <> '')", False)],
+)
+def test_row_without_a_value_that_its_domain_insists_on_is_no_fault_of_its_policies(
+    database: TestDatabase, domain: LiteralString, is_needed: bool
+) -> None:
+    database.execute(f"create domain base as {domain}")
+    database.execute("create domain body as base")
+    database.execute("create table notes (id integer primary key, body body)")
+    database.execute("alter table notes enable row level security")
+    database.execute("create policy positive on notes for select using (id > 0)")
+    answers = database.execute(
+        "select visible, unknown, problem from realtime.visible_changes('notes'::regclass,"
+        """ '[{"id": "1"}, {"id": "2", "body": "x"}]', array['authenticated'], array['{}'::jsonb], '[[0, 1]]')"""
+    )
+    assert answers == [([1], [0], None) if is_needed else ([0, 1], [], None)]
 
 
 def test_table_that_is_altered_meanwhile_is_no_fault_of_its_policies(database: TestDatabase) -> None:

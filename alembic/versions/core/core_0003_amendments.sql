@@ -505,8 +505,12 @@ language plpgsql  -- which keeps its plan
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    v_columns text[];
+    v_column text;
+    v_type text;
 begin
-    return array(
+    v_columns := array(
         select a.attname::text
         from pg_attribute as a
         where a.attrelid = policy_columns.relation
@@ -531,9 +535,23 @@ begin
                     )
             )
     );
+    for v_column, v_type in
+        select a.attname, format_type(a.atttypid, -1)
+        from pg_attribute as a
+        join pg_type as t on t.oid = a.atttypid
+        where a.attrelid = policy_columns.relation and a.attnum > 0 and t.typtype = 'd' and a.attname <> all (v_columns)
+    loop
+        begin
+            execute format('select null::%s', v_type);
+        exception when others then
+            v_columns := v_columns || v_column;
+        end;
+    end loop;
+    return v_columns;
 end
 $$;
-comment on function realtime.policy_columns(oid) is 'The columns of a table that its policies for SELECT read: without them, a row cannot be judged.';
+comment on function realtime.policy_columns(oid) is
+    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
 revoke all on function realtime.policy_columns(oid) from public;
 
 create or replace function realtime.policy_query(relation oid, role text, path text, is_function boolean)
