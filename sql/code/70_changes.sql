@@ -771,6 +771,11 @@ create or replace function realtime.render_changes(relation oid, images jsonb)
 returns setof text
 language plpgsql
 volatile
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
 as $$
 begin
     return query execute pg_catalog.format(
@@ -784,7 +789,7 @@ begin
     ) using images;
 end
 $$;
-comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order. Columns that are absent become null.';
+comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
 revoke all on function realtime.render_changes(oid, jsonb) from public;
 
 -- The log has no generated columns before PostgreSQL 18, no columns that are not published, and no large values that an UPDATE left as they

@@ -66,6 +66,22 @@ def test_limits_of_the_role_do_not_end_what_waits(database: TestDatabase, settin
         assert db.execute("select current_setting(%s)", (setting,)).fetchone() == ("0",)
 
 
+def test_rows_are_told_alike_whatever_the_database_sets_for_everybody(database: TestDatabase) -> None:
+    database.execute("create table things (id int primary key, f float8, b bytea, t timestamptz, i interval)")
+    image = r"""[{"id": "1", "f": "0.30000000000000004", "b": "\\x41ff", "t": "2025-01-02 00:00:00+00", "i": "-1 days +02:00:00"}]"""
+    odd = "-c datestyle=German -c intervalstyle=iso_8601 -c timezone=Asia/Kathmandu -c bytea_output=escape -c extra_float_digits=0"
+    with psycopg.connect(database.url, options=odd) as db:
+        row = db.execute("select realtime.render_changes('public.things'::regclass, %s)::jsonb", (image,)).fetchone()
+    told = {
+        "id": 1,
+        "f": 0.30000000000000004,
+        "b": "\\x41ff",
+        "t": "2025-01-02T00:00:00+00:00",
+        "i": "-1 days +02:00:00",
+    }
+    assert row == (told,)
+
+
 def test_client_encoding_is_ours(database: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     with psycopg.connect(Target(database.url).parameters(name="relay", timeout_s=5)) as db:

@@ -691,6 +691,31 @@ comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb)
     'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible. unknown: images that lack a column that policies read.';
 revoke all on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) from public;
 
+create or replace function realtime.render_changes(relation oid, images jsonb)
+returns setof text
+language plpgsql
+volatile
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+begin
+    return query execute pg_catalog.format(
+        $q$
+            select pg_catalog.to_jsonb(row.*)::text
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            cross join lateral %s
+            order by i.n
+        $q$,
+        realtime.populated(render_changes.relation, 'i.image')
+    ) using images;
+end
+$$;
+comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
+revoke all on function realtime.render_changes(oid, jsonb) from public;
+
 create or replace function realtime.complete_changes(relation oid, images jsonb)
 returns jsonb
 language plpgsql
