@@ -315,10 +315,14 @@ as $$
             -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
             published.attnames is null
                 or published.attnames ? a.attname
-                or (a.attgenerated <> '' and jsonb_array_length(published.attnames) = (
-                    select count(*)
+                or (a.attgenerated <> '' and not exists (
+                    select
                     from pg_attribute as plain
-                    where plain.attrelid = published.oid and plain.attnum > 0 and not plain.attisdropped and plain.attgenerated = ''
+                    where plain.attrelid = published.oid
+                        and plain.attnum > 0
+                        and not plain.attisdropped
+                        and plain.attgenerated = ''
+                        and not published.attnames ? plain.attname
                 )) as is_published
         from published
         join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
