@@ -347,6 +347,14 @@ def test_downgrade_and_upgrade_again_leads_to_the_same_schema(new_database: NewD
     assert_equal(before, dump(database))
 
 
+def test_last_revision_is_taken_back_and_comes_again(new_database: NewDatabase) -> None:
+    database = new_database("heads")
+    before = dump(database)
+    alembic(database.url, "downgrade", "core@-1")
+    alembic(database.url, "upgrade", "heads")
+    assert_equal(before, dump(database))
+
+
 def test_every_function_table_and_column_has_a_comment(any_database: TestDatabase) -> None:
     without = any_database.execute(
         """

@@ -1,4 +1,5 @@
-alter table realtime.changes add column columns text[];
+-- It is there already where core_0003 was taken back, and comes again.
+alter table realtime.changes add column if not exists columns text[];
 comment on column realtime.changes.record is 'The new row as a string, the text of its values in brackets; null for DELETE. Both are null where they are too large.';
 comment on column realtime.changes.columns is 'Names of the columns, in the order of the values in the rows.';
 
