@@ -13,5 +13,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # The functions serve older servers as well.
+    # The functions stay, and the column that they write. They serve older servers as well, but what triggers write these cannot read:
+    # they tell of a gap for each change, unless they read the log.
     pass
