@@ -111,7 +111,7 @@ class Server:
             await self.kill()
 
     async def _wait_until_ready(self) -> None:
-        async with httpx2.AsyncClient() as http:
+        async with httpx2.AsyncClient(timeout=START_LIMIT_S) as http:
             while (await http.get(f"{self.url}/readyz")).status_code != 200:
                 await asyncio.sleep(0.05)
 
