@@ -95,13 +95,15 @@ R_contra = TypeVar("R_contra", contravariant=True)
 
 class Outbox(NamedTuple, Generic[R]):
     """A table that transactions write to. `read` is the function that returns its rows; `begin` a statement that tells the life, the
-    snapshot, the highest sequence number, the oldest cursor and the highest transaction id that was dropped."""
+    snapshot, the highest sequence number, the oldest cursor and the highest transaction id that was dropped; `has` one that tells whether
+    a row is still there."""
 
     row: type[R]
     listen: LiteralString
     read: LiteralString
     doorbell: LiteralString
     begin: LiteralString
+    has: LiteralString
 
 
 MESSAGES: Final = Outbox(
@@ -111,6 +113,7 @@ MESSAGES: Final = Outbox(
     doorbell="realtime.doorbell_key()",
     begin="select realtime.life(), pg_current_snapshot()::text, substring(realtime.cursor() from '[0-9]+$')::bigint,"
     " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
+    has="select exists (select from realtime.messages where id = %(id)s and seq = %(seq)s)",
 )
 CHANGES: Final = Outbox(
     ChangeRow,
@@ -118,6 +121,8 @@ CHANGES: Final = Outbox(
     read="realtime.captured_since",
     doorbell="realtime.change_doorbell_key()",
     begin="select realtime.life(), pg_current_snapshot()::text, 0::bigint, '', realtime.dropped_change_xid()::text::bigint",
+    has="select exists (select from realtime.changes where xid = %(xid)s::text::xid8 and seq = %(seq)s"
+    " and extract(epoch from changed_at)::double precision = %(changed_at)s)",
 )
 
 
@@ -183,6 +188,8 @@ class Relay(Generic[R]):
         self._handed_on_next = _Numbers()
         self._settled_at = 0.0
         self._last_seq = 0
+        # The one with the highest sequence number among those.
+        self._highest: R | None = None
         self._read_at: float | None = None
         self._shortest_silence_s = self._silence_s = 2 * timeout_s
         # Of the answers since the last whole read.
@@ -267,11 +274,16 @@ class Relay(Generic[R]):
                 await reader.execute(f"prepare read (pg_snapshot) as select * from {self._outbox.read}($1)")  # noqa: S608 -- of ours
         life, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
         self._next_durable = None
-        if life == self._life and self._position is not None and self._position.xmin > dropped_xid:
+        now = Snapshot.parse(snapshot)
+        # A copy of its files, put in place of them, is the same life, but behind what was durable.
+        is_same = life == self._life and self._durable is not None and self._durable.xmax <= now.xmax
+        if is_same and self._position is not None and self._position.xmin > dropped_xid:
             self._position = self._durable
+            if not await self._has_kept_all(reader):
+                self._handed_on, self._last_seq, self._highest = _Numbers(), 0, None
             return
         is_first, self._life = not self._life, life
-        self._position, self._last_seq = Snapshot.parse(snapshot), seq
+        self._position, self._last_seq, self._highest = now, seq, None
         self._durable = self._position
         self._handed_on = _Numbers()
         self.place = Place(life, self._position, None, seq)
@@ -280,6 +292,15 @@ class Relay(Generic[R]):
                 "messages are missing: the database was restored or promoted, or away for longer than they are kept"
             )
             self._receiver.gap(oldest)
+
+    async def _has_kept_all(self, reader: Database) -> bool:
+        """Whether the sequence numbers of what was handed on are still taken. Who commits with synchronous_commit = off may be forgotten by
+        a crash, and so may be that the numbers from there on were given out: then it has forgotten the highest, too."""
+        if self._highest is None:
+            return True
+        with self._hanging_up(reader):
+            found = await (await reader.execute(self._outbox.has, self._highest._asdict())).fetchone()
+        return found == (True,)
 
     async def _relay(self, reader: Database) -> None:
         while True:
@@ -455,6 +476,8 @@ class Relay(Generic[R]):
         self._handed_on.add(row.seq)
         self._handed_on_next.add(row.seq)
         self._last_seq = max(self._last_seq, row.seq)
+        if self._highest is None or row.seq > self._highest.seq:
+            self._highest = row
         self.place = behind
         self._receiver.row(row, behind)
 

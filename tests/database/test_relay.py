@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -18,8 +21,10 @@ from psycopg import conninfo
 
 from realtime_server.cursor import Place
 from realtime_server.database import Target
+from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.relay import MESSAGES, PIECE_BYTES, Relay, Row
 from tests.fix_database import Cluster, TestDatabase
+from tests.fix_postgres import FAST, open_folder
 from tests.fix_proxy import Proxy, ProxyFactory
 
 WRITERS = 20
@@ -384,3 +389,88 @@ async def test_large_messages_are_handed_on_in_pieces_of_bounded_size(ledger: Le
     assert [row.event for row in received.rows] == ["small"] * 700 + ["text"] * 30 + ["bytes"] * 30
     assert max(received.pieces) < PIECE_BYTES + 600_000
     assert sum(received.pieces) > 30_000_000
+
+
+# -- a database that forgets
+
+
+@pytest.fixture
+def own_folder() -> Iterator[Path]:
+    with open_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def own_postgres(own_folder: Path) -> Iterator[EmbeddedPostgres]:
+    """One that may be stopped."""
+    postgres = EmbeddedPostgres(own_folder / "data", settings=FAST)
+    yield postgres
+    postgres.stop("immediate")
+
+
+def own_ledger(postgres: EmbeddedPostgres) -> Ledger:
+    database = Cluster(postgres.start().administrator_url).create("core@head")
+    return Ledger(database.url, database.administrator_url)
+
+
+def send(ledger: Ledger, events: range, *, is_safe: bool = True) -> None:
+    with ledger.connect() as db:
+        db.execute(f"set synchronous_commit = {'on' if is_safe else 'off'}".encode())
+        for event in events:
+            db.execute("select realtime.send('{}', %s, 't', false)", (str(event),))
+
+
+async def test_what_is_written_after_a_crash_is_not_taken_for_what_the_crash_took_back(
+    own_postgres: EmbeddedPostgres,
+) -> None:
+    """Both have the same sequence numbers."""
+    ledger = own_ledger(own_postgres)
+    with psycopg.connect(ledger.administrator_url, autocommit=True) as db:
+        # What does not wait for the disk is not there for long.
+        db.execute("alter system set wal_writer_delay = '10s'")
+        db.execute("select pg_reload_conf()")
+    received = Received()
+    async with running(ledger, received):
+        send(ledger, range(1))
+        send(ledger, range(1, 200), is_safe=False)
+        await until(lambda: len(received.rows) == 200, "the rows before the crash")
+        before = {row.seq: row.id for row in received.rows}
+        await asyncio.to_thread(own_postgres.stop, "immediate")
+        await asyncio.to_thread(own_postgres.start)
+        send(ledger, range(1000, 1100))
+        after = {str(event) for event in range(1000, 1100)}
+        await until(lambda: after <= {row.event for row in received.rows}, "the rows after the crash")
+    assert any(before.get(row.seq, row.id) != row.id for row in received.rows), "no number came twice"
+    assert [row.event for row in received.rows if row.event in after] == sorted(after)
+
+
+async def test_database_that_is_set_back_to_a_copy_of_its_files_is_a_gap(
+    own_postgres: EmbeddedPostgres, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No recovery, so no new timeline: only its transaction ids tell that it is not what it was."""
+    monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
+    ledger = own_ledger(own_postgres)
+    gaps: list[str] = []
+
+    class Told(Received):
+        def gap(self, oldest: str) -> None:
+            gaps.append(oldest)
+
+    received = Told()
+    async with running(ledger, received) as relay:
+        own_postgres.stop()
+        subprocess.run(["cp", "-a", own_folder / "data", own_folder / "copy"], check=True)
+        own_postgres.start()
+        send(ledger, range(200))
+        await until(lambda: len(received.rows) == 200, "the rows")
+        ((newest,),) = ledger.execute("select max(xid::text::bigint) from realtime.messages")
+        await until(lambda: relay.place is not None and relay.place.since.sees(newest), "a durable place behind them")
+        own_postgres.stop()
+        shutil.rmtree(own_folder / "data")
+        (own_folder / "copy").rename(own_folder / "data")
+        own_postgres.start()
+        await until(lambda: gaps != [] and relay.is_ready, "word of the gap")
+        send(ledger, range(1000, 1010))
+        await until(lambda: len(received.rows) == 210, "the rows behind it")
+    assert len(gaps) == 1
+    assert [row.event for row in received.rows[200:]] == [str(event) for event in range(1000, 1010)]
