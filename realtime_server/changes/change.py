@@ -26,7 +26,7 @@ class Action(StrEnum):
 class Change(NamedTuple):
     """`table` is the oid of the table as the publication names it; `committed_at` seconds since 1970; `size` bytes of all values.
 
-    `xid` is the id of the transaction, of which the log tells the lower 32 bits only.
+    `xid` is the id of the transaction.
 
     `new` is None for DELETE. `old` is what is known of the row before: None for INSERT and where nothing is known; `has_whole_old` tells
     that it is the whole row, not only the columns of the replica identity.

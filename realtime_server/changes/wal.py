@@ -294,22 +294,27 @@ class WalSource:
 
     async def _hand_on(self, piece: Piece, db: Database, receiver: Receiver) -> None:
         if piece.changes:
-            await self._wait_until_visible(db, piece.xids)
-            await receiver.take(piece.changes)
+            near = await self._wait_until_visible(db, piece.xids)
+            # Who subscribed long ago compares with ids of then, so the lower half of this one would not do.
+            await receiver.take([change._replace(xid=full_xid(change.xid, near)) for change in piece.changes])
         self._taken = piece.taken
 
-    async def _wait_until_visible(self, db: Database, xids: list[int]) -> None:
-        """As long as it takes: what is not visible cannot be judged, and while a synchronous standby is away all writers wait, too."""
+    async def _wait_until_visible(self, db: Database, xids: list[int]) -> int:
+        """As long as it takes: what is not visible cannot be judged, and while a synchronous standby is away all writers wait, too.
+
+        Returns a transaction id of now.
+        """
         since = time.monotonic()
         while True:
-            (is_visible,) = await self._ask(
+            is_visible, near = await self._ask(
                 db,
-                "select realtime.wait_until_visible(%s::bigint[], make_interval(secs => %s))",
+                "select realtime.wait_until_visible(%s::bigint[], make_interval(secs => %s)),"
+                " pg_snapshot_xmax(pg_current_snapshot())::text::bigint",
                 "{" + ",".join(map(str, xids)) + "}",
                 VISIBLE_S,
             )
             if is_visible:
-                return
+                return int(near)
             (is_waited_for,) = await self._ask(db, "select realtime.commits_wait_for_readers()")
             if is_waited_for:
                 # Then it is us that the commits wait for.
@@ -432,6 +437,11 @@ class _Stream:
                         await asyncio.sleep(0)
                     else:
                         await self.readable()
+
+
+def full_xid(xid: int, near: int) -> int:
+    """The transaction id that ends in these 32 bits, which is all that the log has of it, and is at most 2^31 away from `near`."""
+    return near + (xid - near + 2**31) % 2**32 - 2**31
 
 
 def _reason_of(result: pq.abc.PGresult | None) -> psycopg.Error:

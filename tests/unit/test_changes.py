@@ -14,6 +14,7 @@ from realtime_server.changes.catalog import Access, Column, Table
 from realtime_server.changes.change import Action, Change, Image, Row, text_of
 from realtime_server.changes.payload import LARGEST_CHANGE_BYTES, View, encode
 from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions
+from realtime_server.changes.wal import full_xid
 from realtime_server.claims import Claims
 from realtime_server.cursor import Snapshot
 from realtime_server.protocol.bindings import Binding
@@ -123,11 +124,15 @@ def test_what_was_committed_before_the_subscription_is_past(xmax: int, width: in
     registration = Registration(Nobody(), CLAIMS, ())
     assert not registration.is_past(xmax - 1)
     registration.since = Snapshot("", min(running, default=xmax), xmax, running)
-    xid = data.draw(st.integers(max(3, xmax - 2**31 + 1), xmax + 2**31 - 1))
-    is_past = xid < xmax and xid not in running
-    assert registration.is_past(xid) == is_past
-    # The log tells the lower half only.
-    assert registration.is_past(xid % 2**32) == is_past
+    # However long ago it was.
+    xid = data.draw(st.integers(3, xmax + 2**40))
+    assert registration.is_past(xid) == (xid < xmax and xid not in running)
+
+
+@given(st.integers(3, 2**40), st.integers(-(2**31), 2**31 - 1))
+def test_whole_transaction_id_is_known_from_its_lower_half(near: int, ahead: int) -> None:
+    xid = max(3, near + ahead)
+    assert full_xid(xid % 2**32, near) == xid
 
 
 def test_payload_of_each_action() -> None:
