@@ -324,6 +324,25 @@ def test_where_nothing_can_be_written_there_is_no_answer(rooms: TestDatabase) ->
             db.execute("select * from realtime.authorize('room:1', 'authenticated', '{}')")
 
 
+def test_policy_that_may_not_write_is_a_problem_of_its_own(rooms: TestDatabase) -> None:
+    """It may read somewhere else, where nothing can be written; here it can, so others have their answer."""
+    rooms.execute(
+        "create function fail() returns boolean language plpgsql as $$"
+        " begin raise exception using errcode = 'read_only_sql_transaction'; end $$"
+    )
+    policy(rooms, "for all using (case when realtime.topic() = 'room:1' then fail() else true end)")
+    answers = rooms.execute(
+        "select question, extension, can_read, can_write, left(problem, 5) from realtime.authorize_batch("
+        "array['room:1', 'room:2'], array['authenticated', 'authenticated'], '{\"{}\", \"{}\"}', '{\"{}\", \"{}\"}') order by 1, 2"
+    )
+    assert answers == [
+        (1, "broadcast", False, False, "25006"),
+        (1, "presence", False, False, "25006"),
+        (2, "broadcast", True, True, None),
+        (2, "presence", True, True, None),
+    ]
+
+
 def test_a_sub_that_is_no_uuid_is_a_problem_and_allows_nothing(rooms: TestDatabase) -> None:
     policy(rooms, "for all using (auth.uid() is not null)")
     answer = rooms.execute(

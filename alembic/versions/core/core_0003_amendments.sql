@@ -116,10 +116,11 @@ begin
             -- Takes role and settings back, whatever they were.
             v_is_done := true;
             raise exception using errcode = 'RT000';
-        exception when read_only_sql_transaction then
+        exception when others then
             -- A standby, or maintenance: no policy was asked, so there is no answer.
-            raise;
-        when others then
+            if sqlstate = '25006' and pg_catalog.current_setting('transaction_read_only')::boolean then
+                raise;
+            end if;
             -- A policy that raises, a role that does not exist: this question alone is answered "no".
             if not v_is_done then
                 can_read := false;
