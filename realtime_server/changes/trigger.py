@@ -207,7 +207,8 @@ class _Pieces:
 
 
 def captured_row(columns: list[str] | None, text: str | None) -> Row | None:
-    """A row from its text, None where it was not written.
+    """A row from its text, None where it was not written, or with other columns: a transaction that began before a table was altered writes
+    rows as the table is, and names columns as it was.
 
     Source: PostgreSQL manual, "Composite Types", on what a row is written as: nothing for null, quotes where they are needed.
     """
@@ -220,4 +221,4 @@ def captured_row(columns: list[str] | None, text: str | None) -> Row | None:
     for field in _FIELD.finditer(text):
         quoted, plain = field.groups()
         values.append(plain or None if quoted is None else quoted.replace('""', '"').replace("\\\\", "\\"))
-    return dict(zip(columns, values, strict=True))
+    return dict(zip(columns, values, strict=True)) if len(values) == len(columns) else None

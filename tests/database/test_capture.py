@@ -423,6 +423,22 @@ def test_column_that_is_generated_from_one_that_is_not_published_is_not_publishe
     assert published == {"things": listed.split(", "), "others": ["id", "told"]}
 
 
+@pytest.mark.parametrize("change", ["add new int", "drop old"])
+def test_row_of_a_transaction_older_than_its_columns_is_not_misread(any_database: TestDatabase, change: str) -> None:
+    run(any_database, "create table things (id int primary key, old int)")
+    run(any_database, "alter publication supabase_realtime add table things")
+    actions(any_database)
+    with any_database.connect() as db, db.transaction():
+        db.execute("set transaction isolation level repeatable read")
+        db.execute("select 1")
+        run(any_database, f"alter table things {change}")
+        db.execute("insert into things values (1)")
+    ((_, columns, record, _),) = any_database.execute(CAPTURED)
+    assert columns == ["id", "old"]
+    assert record == ("(1,,)" if change.startswith("add") else "(1)")
+    assert captured_row(columns, record) is None
+
+
 # -- an end that is exact
 
 
