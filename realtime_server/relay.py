@@ -169,10 +169,19 @@ class _Over(Exception):
 
 class Relay(Generic[R]):
     """Reads one outbox for one process. `name` shows in pg_stat_activity; `timeout_s`: how long a connection may take, an answer twice as
-    long."""
+    long; `on_loss` is called when the connection is lost, before there is another one."""
 
-    def __init__(self, target: Target, outbox: Outbox[R], *, name: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        target: Target,
+        outbox: Outbox[R],
+        *,
+        name: str,
+        timeout_s: float,
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         self._target = target
+        self._on_loss = on_loss
         self._outbox: Outbox[R] = outbox
         self._name = name
         self._timeout_s = timeout_s
@@ -239,6 +248,7 @@ class Relay(Generic[R]):
                 if self._is_over:
                     return
                 self._read_at, self.is_asleep = None, False
+                self._on_loss()
                 self._complain(error)
                 await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
                 self._backoff_s = min(self._backoff_s * 2, LONGEST_BACKOFF_S)

@@ -84,7 +84,6 @@ class Courier:
                     await self._deliver(changes)
             except (DatabaseUnavailable, QueryCanceled) as error:
                 log.warning("row changes wait for the database", error=str(error.__cause__))
-                self._subscriptions.forget_snapshots()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
             else:

@@ -162,7 +162,9 @@ class Sources:
                 return None
         self.situation = f"trigger ({obstacle or 'the settings ask for it'})"
         log.info("row changes come from triggers", why=obstacle or "the settings ask for it")
-        return TriggerSource(self._target, self._pool, timeout_s=self._timeout_s)
+        return TriggerSource(
+            self._target, self._pool, timeout_s=self._timeout_s, on_loss=self._subscriptions.forget_snapshots
+        )
 
     async def _make_wal(self) -> WalSource:
         ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
@@ -172,6 +174,7 @@ class Sources:
             publication=PUBLICATION,
             slot=slot,
             timeout_s=self._timeout_s,
+            on_loss=self._subscriptions.forget_snapshots,
         )
 
     async def _is_slot_active(self) -> bool:

@@ -121,7 +121,8 @@ class Subscriptions:
             self.again.put_nowait(registration)
 
     def forget_snapshots(self) -> None:
-        """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new."""
+        """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new. Who reads has
+        lost the connection then."""
         for registration in self.registrations:
             registration.since = None
 

@@ -36,12 +36,14 @@ log = structlog.get_logger()
 
 
 class TriggerSource:
-    """Reads for one process; any number may."""
+    """Reads for one process; any number may. `on_loss` is called when the connection is lost, before there is another one."""
 
     name: Final = "trigger"
 
-    def __init__(self, target: Target, pool: Pool, *, timeout_s: float) -> None:
-        self._relay = Relay(target, CHANGES, name="changes", timeout_s=timeout_s)
+    def __init__(
+        self, target: Target, pool: Pool, *, timeout_s: float, on_loss: Callable[[], None] = lambda: None
+    ) -> None:
+        self._relay = Relay(target, CHANGES, name="changes", timeout_s=timeout_s, on_loss=on_loss)
         self._pool = pool
         self._triggers = CaptureTriggers(pool)
         self._marks: dict[int, str] = {}

@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, ClassVar, Final, LiteralString, NamedTuple
 
@@ -82,7 +83,8 @@ class _Backend(NamedTuple):
 class WalSource:
     """Reads for one server; of several with the same slot, one gets it.
 
-    `pool` must be of the same database as `target`. `timeout_s` bounds connecting and short questions.
+    `pool` must be of the same database as `target`. `timeout_s` bounds connecting and short questions. `on_loss` is called when the
+    connection is lost, before there is another one.
     """
 
     name: Final = "wal"
@@ -95,12 +97,14 @@ class WalSource:
         publication: str,
         slot: str,
         timeout_s: float,
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self._target = target
         self._pool = pool
         self._publication = publication
         self._slot = slot
         self._timeout_s = timeout_s
+        self._on_loss = on_loss
         # Which history of which cluster the places are of.
         self._life: tuple[str, int] | None = None
         self._taken = NOTHING_TAKEN
@@ -152,6 +156,7 @@ class WalSource:
                 problem, blocked_since = error, None
                 if not _is_passing(error):
                     self._note_failure(error, was_ready)
+            self._on_loss()
             if was_ready:
                 backoff_s = SHORTEST_BACKOFF_S
             log.warning("no row changes from the log", error=str(problem), retry_in_s=round(backoff_s, 1))

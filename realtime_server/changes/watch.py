@@ -40,7 +40,6 @@ class Watch:
             except (DatabaseUnavailable, QueryCanceled) as error:
                 if problem != (problem := str(error.__cause__)):
                     log.warning("publication was not looked at", error=problem)
-                self._subscriptions.forget_snapshots()
 
     async def look(self) -> None:
         """Look at the publication, or wait for a look that begins from now on. Raises: DatabaseUnavailable, QueryCanceled."""

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from tests.fix_changes import Source
+from tests.fix_changes import Source, hear_change, subscribe
 from tests.fix_oracle import FaultCluster, until
 from tests.fix_proxy import Proxy, ProxyFactory
 from tests.fix_row_oracle import (
@@ -27,6 +27,7 @@ from tests.fix_row_oracle import (
     Who,
 )
 from tests.fix_server import Server
+from tests.fix_wire import WireFactory
 
 # Who reads changes, as it shows in pg_stat_activity.
 READERS: Final[dict[Source, str]] = {"wal": "realtime-server wal%", "trigger": "realtime-server changes%"}
@@ -142,6 +143,37 @@ async def test_database_restarted_at_once(
 
     await while_writing(oracle, restart)
     await oracle.verdict()
+
+
+async def test_subscription_of_a_moment_before_a_crash(
+    row_server: Server, fault_cluster: FaultCluster, wire: WireFactory
+) -> None:
+    """Ids of transactions that left nothing durable come again: what has them then is newer than the subscription."""
+    execute = row_server.database.execute
+    binding = {"event": "*", "schema": "crash", "table": "notes"}
+    with fault_cluster.administer() as administrator:
+        administrator.execute("alter system set wal_writer_delay = '10s'")
+        administrator.execute("select pg_reload_conf()")
+    execute("create schema crash create table notes (id int primary key)")
+    execute("grant usage on schema crash to anon")
+    execute("grant select on crash.notes to anon")
+    execute("alter publication supabase_realtime add table crash.notes")
+    # It is captured by then.
+    await subscribe(await wire(row_server.websocket_url, row_server.anon_key), "rows", binding)
+    with row_server.database.connect() as db:
+        for _ in range(100):
+            ((highest,),) = db.execute("select pg_current_xact_id()::text::bigint").fetchall()
+    socket = await wire(row_server.websocket_url, row_server.anon_key)
+    await subscribe(socket, "rows", binding)
+    await asyncio.to_thread(fault_cluster.postgres.stop, "immediate")
+    await asyncio.to_thread(fault_cluster.postgres.start)
+    ((xid,),) = execute("insert into crash.notes values (1) returning pg_current_xact_id()::text::bigint")
+    assert xid <= highest, "no id was given again"
+    assert (await hear_change(socket, "rows"))["data"]["record"] == {"id": 1}
+    execute("drop schema crash cascade")
+    with fault_cluster.administer() as administrator:
+        administrator.execute("alter system reset wal_writer_delay")
+        administrator.execute("select pg_reload_conf()")
 
 
 async def test_link_to_the_database_cut(row_server: Server, row_link: Proxy, row_oracle_of: RowOracleFactory) -> None:
