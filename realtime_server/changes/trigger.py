@@ -209,8 +209,8 @@ class _Pieces:
 
 
 def captured_row(columns: list[str] | None, text: str | None) -> Row | None:
-    """A row from its text, None where it was not written, or with other columns: a transaction that began before a table was altered writes
-    rows as the table is, and names columns as it was.
+    """A row from its text, None where it was not written, or has other columns: triggers of before named those that the table had when the
+    transaction began.
 
     Source: PostgreSQL manual, "Composite Types", on what a row is written as: nothing for null, quotes where they are needed.
     """
