@@ -878,6 +878,10 @@ savepoints, rollbacks and pauses) and clients of every kind read: two WebSockets
 
 `received` counts over all clients, behind the drop of seen ids; `duplicates` is what they dropped: a client that resumes may get again what
 it had. `gaps` are what clients were told; only where a fault takes messages away may there be any, and there must be.
+
+Row changes have faults of their own (`tests/faults/test_row_changes.py`), which run with these: readers, judges, links, servers and
+databases are cut and killed, slots dropped, tables altered and renamed, policies raise and sleep, while each user's client must be told
+what `select` under its role says has changed, or of a gap.
 """
 
 
