@@ -27,9 +27,9 @@ install: $(V)/.run ## everything the server needs, in .venv
 run: $(V)/.run ## start everything: PostgreSQL, migrations, server
 	@exec $(BIN)/realtime-server run
 
-# Four at once, also on two cores: they mostly wait. The files with few tests in them are not the short ones.
+# Four at once, also on two cores: they mostly wait.
 test: $(V)/.test lint types ## every check and every test
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile
 
 test-faults: $(V)/.test ## every fault at length, some twenty-five minutes; the result goes to docs/faults.md
 	REALTIME_FAULTS_REPORT=docs/faults.md $(BIN)/python -m pytest tests/faults -m faults

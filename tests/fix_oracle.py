@@ -793,12 +793,18 @@ def fault_database(fault_cluster: FaultCluster) -> Iterator[TestDatabase]:
 
 
 @pytest.fixture(scope="session")
-async def steady_server(fault_cluster: FaultCluster) -> AsyncIterator[Server]:
-    """One server for the faults that it must survive without a restart."""
+async def lasting_server(fault_cluster: FaultCluster) -> AsyncIterator[Server]:
     database = fault_cluster.cluster.create("core@head")
     async with contextlib.aclosing(Server(database, max_joins_per_second="0")) as server:
         yield await server.start()
     fault_cluster.cluster.drop(database)
+
+
+@pytest.fixture
+async def steady_server(lasting_server: Server) -> Server:
+    """One server for the faults that it must survive without a restart. What others did to the cluster is behind it."""
+    await lasting_server.until_ready()
+    return lasting_server
 
 
 ServerOf = Callable[..., Awaitable[Server]]

@@ -85,7 +85,7 @@ class Server:
                     if "client URL" in self.output and self.port == 0:
                         self.port = int(self.output.rsplit("client URL", 1)[1].split()[0].rpartition(":")[2])
                 if wait:
-                    await self._wait_until_ready()
+                    await self.until_ready()
         except BaseException:
             await self.kill()
             raise
@@ -110,8 +110,8 @@ class Server:
         if self._process is not None and self._process.returncode is None:
             await self.kill()
 
-    async def _wait_until_ready(self) -> None:
-        async with httpx2.AsyncClient(timeout=START_LIMIT_S) as http:
+    async def until_ready(self) -> None:
+        async with asyncio.timeout(START_LIMIT_S), httpx2.AsyncClient(timeout=START_LIMIT_S) as http:
             while (await http.get(f"{self.url}/readyz")).status_code != 200:
                 await asyncio.sleep(0.05)
 
