@@ -6,8 +6,8 @@ Many questions leave in one round trip. One that takes too long or cannot be ans
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from typing import Any, Final, LiteralString, NamedTuple
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, Final, LiteralString, NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -29,6 +29,9 @@ LIMIT_FILTERS_S: Final = 1.0
 TOO_LONG: Final = "57014: it took too long"
 
 log = structlog.get_logger()
+
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 class Identity(NamedTuple):
@@ -114,17 +117,13 @@ class Judge:
         except (QueryCanceled, database.Error) as error:
             await self._blame(table, images, error)
         # One expensive pattern, one value that its operator refuses: the others are asked without it.
-        found: set[tuple[int, int]] = set()
-        problems: dict[int, str] = {}
-        ends_at = time.monotonic() + LIMIT_ALL_ALONE_S
-        for number, condition in enumerate(conditions):
-            try:
-                if time.monotonic() > ends_at:
-                    raise QueryCanceled
-                found.update((image, number) for image, _ in await ask([condition], LIMIT_ALONE_S))
-            except (QueryCanceled, database.Error) as error:
-                problems[number] = _problem(error)
-        return Matches(frozenset(found), problems)
+        answers = await _each_alone(conditions, lambda one: ask([one], LIMIT_ALONE_S))
+        return Matches(
+            frozenset(
+                (image, number) for number, rows in enumerate(answers) if not isinstance(rows, str) for image, _ in rows
+            ),
+            {number: problem for number, problem in enumerate(answers) if isinstance(problem, str)},
+        )
 
     async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> list[Sight]:
         """For each client which of the images that it wants it may see, by the policies for SELECT."""
@@ -135,7 +134,9 @@ class Judge:
                 sights += await self._see(table, images, some)
             except (QueryCanceled, database.Error) as error:
                 await self._blame(table, images, error)
-                sights += await self._see_alone(table, images, some)
+                answers = await _each_alone(some, lambda one: self._see(table, images, [one], LIMIT_ALONE_S))
+                for answer in answers:
+                    sights += [Sight(frozenset(), problem=answer)] if isinstance(answer, str) else answer
         return sights
 
     async def _see(
@@ -156,21 +157,6 @@ class Judge:
             limit_s=limit_s,
         )
         return [Sight(frozenset(visible), frozenset(unknown), problem) for _, visible, unknown, problem in sorted(rows)]
-
-    async def _see_alone(
-        self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
-    ) -> list[Sight]:
-        """Each client by itself: who holds up the others is found, in a time that is bounded however many they are."""
-        sights = []
-        ends_at = time.monotonic() + LIMIT_ALL_ALONE_S
-        for one in wanted:
-            try:
-                if time.monotonic() > ends_at:
-                    raise QueryCanceled
-                sights += await self._see(table, images, [one], LIMIT_ALONE_S)
-            except (QueryCanceled, database.Error) as error:
-                sights.append(Sight(frozenset(), problem=_problem(error)))
-        return sights
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
         """The images as `to_jsonb` writes them. Raises: QueryCanceled."""
@@ -200,6 +186,20 @@ class Judge:
     ) -> list[tuple[Any, ...]]:
         texts = [argument.decode() if isinstance(argument, bytes) else argument for argument in arguments]
         return await self._pool.fetch(query, texts, limit_s=limit_s)
+
+
+async def _each_alone(questions: Sequence[Q], ask: Callable[[Q], Awaitable[A]]) -> list[A | str]:
+    """The answer to each, or what the problem was: who holds up the others is found, in a time that is bounded however many they are."""
+    answers: list[A | str] = []
+    ends_at = time.monotonic() + LIMIT_ALL_ALONE_S
+    for question in questions:
+        try:
+            if time.monotonic() > ends_at:
+                raise QueryCanceled
+            answers.append(await ask(question))
+        except (QueryCanceled, database.Error) as error:
+            answers.append(_problem(error))
+    return answers
 
 
 def _json(conditions: Sequence[Condition]) -> str:
