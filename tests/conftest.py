@@ -9,6 +9,7 @@ pytest_plugins = [
     "tests.fix_events",
     "tests.fix_clients",
     "tests.fix_rights",
+    "tests.fix_changes",
     "tests.fix_browser",
     "tests.fix_oracle",
     "tests.fix_row_oracle",

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
 
 import psycopg
+import pytest
 
 from tests.fix_database import OWNER, Cluster, TestDatabase
 from tests.fix_server import Server
@@ -167,6 +168,13 @@ def tables_on(server: Server) -> Iterator[Tables]:
         yield tables
     finally:
         tables.drop()
+
+
+@pytest.fixture
+def tables(server: Server) -> Iterator[Tables]:
+    """Tables on the server of the test's module."""
+    with tables_on(server) as tables:
+        yield tables
 
 
 def word(topic: str, message: str = "Subscribed to PostgreSQL", *, status: str = "ok") -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -19,7 +19,6 @@ from tests.fix_changes import (
     Tables,
     changes_server,
     create_things,
-    tables_on,
     things_that_match,
 )
 from tests.fix_clients import ClientFactory, ClientProcess, Kind
@@ -37,12 +36,6 @@ SUBSCRIBED = "Subscribed to PostgreSQL"
 async def server(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Server]:
     async with changes_server(cluster, request.param) as server:
         yield server
-
-
-@pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        yield tables
 
 
 class Row(NamedTuple):

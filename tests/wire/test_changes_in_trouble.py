@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.fix_changes import FULL, OWN_ROWS, Tables, bind, changes_server, hear_row, subscribe, tables_on, word
+from tests.fix_changes import FULL, OWN_ROWS, Tables, bind, changes_server, hear_row, subscribe, word
 from tests.fix_database import Cluster
 from tests.fix_server import Server, make_token
 from tests.fix_wire import LIMIT_S, Wire, WireFactory
@@ -31,13 +31,13 @@ async def server(cluster: Cluster) -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        tables.execute(
-            "create function passes(gate int) returns boolean language plpgsql"
-            " as 'begin perform pg_advisory_xact_lock_shared(gate); return true; end'"
-        )
-        yield tables
+def tables(tables: Tables) -> Tables:
+    """With a function for policies that waits while its gate is shut."""
+    tables.execute(
+        "create function passes(gate int) returns boolean language plpgsql"
+        " as 'begin perform pg_advisory_xact_lock_shared(gate); return true; end'"
+    )
+    return tables
 
 
 @contextmanager

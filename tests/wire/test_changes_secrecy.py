@@ -6,7 +6,7 @@ That nothing is told is seen by what is told next: changes arrive in the order o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
@@ -47,12 +47,6 @@ def source(request: pytest.FixtureRequest) -> Source:
 async def server(source: Source, cluster: Cluster) -> AsyncIterator[Server]:
     async with changes_server(cluster, source) as server:
         yield server
-
-
-@pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        yield tables
 
 
 @pytest.fixture

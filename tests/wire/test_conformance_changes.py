@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -44,12 +44,6 @@ TODO_COLUMNS = [{"name": "id", "type": "int8"}, {"name": "title", "type": "text"
 async def server(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Server]:
     async with changes_server(cluster, request.param) as server:
         yield server
-
-
-@pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        yield tables
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from tests.fix_changes import (
     hear_change,
     hear_row,
     subscribe,
-    tables_on,
     things_that_match,
     word,
 )
@@ -33,12 +32,6 @@ UNABLE = "Unable to subscribe to changes with given parameters."
 async def server(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Server]:
     async with changes_server(cluster, request.param) as server:
         yield server
-
-
-@pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        yield tables
 
 
 @pytest.fixture

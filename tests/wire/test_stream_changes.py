@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
 
-from tests.fix_changes import OWN_ROWS, SOURCES, Tables, changes_server, tables_on
+from tests.fix_changes import OWN_ROWS, SOURCES, Tables, changes_server
 from tests.fix_database import Cluster
 from tests.fix_events import Events, EventsFactory
 from tests.fix_server import Server, make_token
@@ -19,12 +19,6 @@ ALICE, BOB = str(uuid4()), str(uuid4())
 async def server(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Server]:
     async with changes_server(cluster, request.param) as server:
         yield server
-
-
-@pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        yield tables
 
 
 async def next_change(stream: Events) -> dict[str, object]:

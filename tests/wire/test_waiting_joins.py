@@ -16,7 +16,7 @@ import httpx2
 import psycopg
 import pytest
 
-from tests.fix_changes import SOURCES, Tables, changes_server, hear_row, subscribe, tables_on, word
+from tests.fix_changes import SOURCES, Tables, changes_server, hear_row, subscribe, word
 from tests.fix_database import Cluster
 from tests.fix_server import Server
 from tests.fix_wire import LIMIT_S, Wire, WireFactory
@@ -30,12 +30,6 @@ PATIENTLY = {"wait": True, "timeout": 15_000}
 async def server(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Server]:
     async with changes_server(cluster, request.param, policy_timeout_s=str(POLICY_TIMEOUT_S)) as server:
         yield server
-
-
-@pytest.fixture
-def tables(server: Server) -> Iterator[Tables]:
-    with tables_on(server) as tables:
-        yield tables
 
 
 @pytest.fixture
