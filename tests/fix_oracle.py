@@ -19,7 +19,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -574,7 +574,9 @@ class Oracle:
         """All writers at once, until each has ended its transactions."""
         seeds = [self.chance.randrange(10**9) for _ in range(self.size.writers)]
         count = transactions or self.size.transactions
-        await asyncio.gather(*(self._write(random.Random(seed), count, number) for number, seed in enumerate(seeds)))
+        await asyncio.gather(
+            *(keep_writing(self.database.url, random.Random(seed), count, self._transaction) for seed in seeds)
+        )
 
     async def write_until(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
@@ -584,36 +586,19 @@ class Oracle:
         name, private = topic or self.topics[0]
         self.database.execute("select oracle_write(%s, %s, %s, %s)", name, private, copies, filler)
 
-    async def _write(self, chance: random.Random, transactions: int, number: int) -> None:
-        done = 0
-        while done < transactions:
-            try:
-                async with await psycopg.AsyncConnection.connect(self.database.url, connect_timeout=5) as db:
-                    while done < transactions:
-                        await asyncio.sleep(chance.choice([0, 0, 0.002, 0.01, 0.05]))
-                        await self._transaction(db, chance)
-                        done += 1
-            except (psycopg.OperationalError, OSError):
-                # Whether a commit that broke off counts, the ledger says.
-                await asyncio.sleep(COME_AGAIN_S)
-
     async def _transaction(self, db: psycopg.AsyncConnection[Any], chance: random.Random) -> None:
         prepares = self.may_prepare and chance.random() < 0.4
         if prepares:
             # Notifications cannot be prepared.
             await db.execute("set local realtime.doorbell = 'off'")
         for _ in range(chance.choice([1, 1, 1, 2, 5, 12])):
-            saves = chance.random() < 0.2
-            if saves:
-                await db.execute("savepoint here")
-            topic = chance.choice(self.topics)
-            copies = chance.choice([1, 1, 1, 1, 3])
-            await db.execute(
-                "select oracle_write(%s, %s, %s, %s, %s::interval)",
-                (topic.name, topic.private, copies, self.filler, chance.choice(self.shifts)),
-            )
-            if saves:
-                await db.execute("rollback to here" if chance.random() < 0.5 else "release here")
+            async with perhaps_undone(db, chance):
+                topic = chance.choice(self.topics)
+                copies = chance.choice([1, 1, 1, 1, 3])
+                await db.execute(
+                    "select oracle_write(%s, %s, %s, %s, %s::interval)",
+                    (topic.name, topic.private, copies, self.filler, chance.choice(self.shifts)),
+                )
             await asyncio.sleep(chance.choice([0, 0, 0, 0.001, 0.02]))
         is_kept = chance.random() > 0.25
         if prepares:
@@ -687,10 +672,45 @@ class Oracle:
         await end(self._tasks)
 
     def _look(self) -> None:
-        """A reader that failed for a reason of its own is an error of the test."""
-        for task in self._tasks:
-            if task.done():
-                task.result()
+        look(self._tasks)
+
+
+async def keep_writing(
+    url: str,
+    chance: random.Random,
+    transactions: int,
+    transact: Callable[[psycopg.AsyncConnection[Any], random.Random], Awaitable[None]],
+) -> None:
+    """So many transactions, by one writer, through any loss of the database."""
+    done = 0
+    while done < transactions:
+        try:
+            async with await psycopg.AsyncConnection.connect(url, connect_timeout=5) as db:
+                while done < transactions:
+                    await asyncio.sleep(chance.choice([0, 0, 0.002, 0.01, 0.05]))
+                    await transact(db, chance)
+                    done += 1
+        except (psycopg.OperationalError, OSError):
+            # Whether a commit that broke off counts, the ledger says.
+            await asyncio.sleep(COME_AGAIN_S)
+
+
+@contextlib.asynccontextmanager
+async def perhaps_undone(db: psycopg.AsyncConnection[Any], chance: random.Random) -> AsyncIterator[None]:
+    """Now and then in a savepoint, of which half are rolled back."""
+    saves = chance.random() < 0.2
+    if saves:
+        await db.execute("savepoint here")
+    yield
+    if saves:
+        await db.execute("rollback to here" if chance.random() < 0.5 else "release here")
+
+
+def look(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """A reader that failed for a reason of its own is an error of the test."""
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 def judge(reader: Reader, entries: Mapping[int, Entry]) -> list[str]:

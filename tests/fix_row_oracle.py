@@ -32,7 +32,17 @@ from websockets.exceptions import WebSocketException
 from realtime_server.cursor import Snapshot
 from tests.fix_changes import SOURCES, Source
 from tests.fix_database import OWNER
-from tests.fix_oracle import COME_AGAIN_S, SETTLE_S, FaultCluster, Lost, end, until
+from tests.fix_oracle import (
+    COME_AGAIN_S,
+    SETTLE_S,
+    FaultCluster,
+    Lost,
+    end,
+    keep_writing,
+    look,
+    perhaps_undone,
+    until,
+)
 from tests.fix_proxy import Proxy
 from tests.fix_server import Server, make_token
 
@@ -633,32 +643,20 @@ class RowOracle:
         """All writers at once, until each has ended its transactions."""
         seeds = [self.chance.randrange(10**9) for _ in range(self.size.writers)]
         count = transactions or self.size.transactions
-        await asyncio.gather(*(self._write(random.Random(seed), count) for seed in seeds))
+        await asyncio.gather(
+            *(keep_writing(self._database.url, random.Random(seed), count, self._attempt) for seed in seeds)
+        )
 
-    async def _write(self, chance: random.Random, transactions: int) -> None:
-        done = 0
-        while done < transactions:
-            try:
-                async with await psycopg.AsyncConnection.connect(self._database.url, connect_timeout=5) as db:
-                    while done < transactions:
-                        await asyncio.sleep(chance.choice([0, 0, 0.002, 0.01, 0.03]))
-                        try:
-                            await self._transaction(db, chance)
-                        except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
-                            await db.rollback()
-                        done += 1
-            except (psycopg.OperationalError, OSError):
-                # Whether a commit that broke off counts, the ledger says.
-                await asyncio.sleep(COME_AGAIN_S)
+    async def _attempt(self, db: psycopg.AsyncConnection[Any], chance: random.Random) -> None:
+        try:
+            await self._transaction(db, chance)
+        except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
+            await db.rollback()
 
     async def _transaction(self, db: psycopg.AsyncConnection[Any], chance: random.Random) -> None:
         for _ in range(chance.choice([1, 1, 1, 2, 4, 8])):
-            saves = chance.random() < 0.2
-            if saves:
-                await db.execute("savepoint here")
-            await db.execute(self._statement(chance).encode())
-            if saves:
-                await db.execute("rollback to here" if chance.random() < 0.5 else "release here")
+            async with perhaps_undone(db, chance):
+                await db.execute(self._statement(chance).encode())
             await asyncio.sleep(chance.choice([0, 0, 0, 0.001, 0.02]))
         if chance.random() < 0.8:
             await db.commit()
@@ -806,10 +804,7 @@ class RowOracle:
         await asyncio.to_thread(self.execute, "drop schema oracle, fence cascade")
 
     def _look(self) -> None:
-        """A follower that failed for a reason of its own is an error of the test."""
-        for task in self._tasks:
-            if task.done():
-                task.result()
+        look(self._tasks)
 
 
 def judge(
