@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, LiteralString
 
@@ -123,3 +125,21 @@ def any_database(any_cluster: Cluster) -> Iterator[TestDatabase]:
 def act_as(db: psycopg.Connection[Any], role: str, claims: str = "{}") -> None:
     """Take on a role and claims for the rest of the transaction, as a request does."""
     db.execute("select set_config('role', %s, true), set_config('request.jwt.claims', %s, true)", (role, claims))
+
+
+@contextmanager
+def all_walsenders_taken(administrator_url: str) -> Iterator[None]:
+    """Replication connections, as many as the cluster lets in. One that just ended keeps its place until its process has."""
+    url = conninfo.make_conninfo(administrator_url, replication="database")
+    deadline = time.monotonic() + 30
+    with psycopg.connect(administrator_url) as db, ExitStack() as held:
+        ((senders,),) = db.execute("show max_wal_senders")
+        taken = 0
+        while taken < int(senders):
+            try:
+                held.enter_context(psycopg.connect(url, autocommit=True))
+                taken += 1
+            except psycopg.OperationalError as refused:
+                if "max_wal_senders" not in str(refused) or time.monotonic() > deadline:
+                    raise
+        yield

@@ -10,12 +10,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import conninfo
 
 from tests.acceptance.test_operation import folder, newcomer, run_command
 from tests.acceptance.test_pooler import pooled
 from tests.fix_changes import SOURCES, Source, changes_server
-from tests.fix_database import OWNER, Cluster, TestDatabase
+from tests.fix_database import OWNER, Cluster, TestDatabase, all_walsenders_taken
 
 __all__ = ["folder", "pooled"]  # fixtures
 
@@ -91,14 +90,11 @@ def test_pooler_is_named(pooled: TestDatabase) -> None:
 
 
 def test_database_that_lets_no_replication_in(database: TestDatabase) -> None:
-    url = conninfo.make_conninfo(database.administrator_url, replication="database")
     with psycopg.connect(database.administrator_url, autocommit=True) as db, ExitStack() as stack:
         stack.callback(db.execute, f"alter role {OWNER} noreplication")
         db.execute(f"alter role {OWNER} replication")
         assert one(findings(database)[1], "changes") == ("ok", "row changes come from the log")
-        ((senders,),) = db.execute("show max_wal_senders")
-        for _ in range(int(senders)):
-            stack.enter_context(psycopg.connect(url, autocommit=True))
+        stack.enter_context(all_walsenders_taken(database.administrator_url))
         code, found = findings(database)
         assert code == 0
         level, finding = one(found, "changes")

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, LiteralString
@@ -30,7 +30,7 @@ from realtime_server.database import Pool, Target
 from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.errors import EmbeddedError
 from tests.database.test_relay import until
-from tests.fix_database import OWNER, Cluster, TestDatabase
+from tests.fix_database import OWNER, Cluster, TestDatabase, all_walsenders_taken
 from tests.fix_postgres import FAST, open_folder
 from tests.fix_proxy import Proxy, ProxyFactory, Pump
 
@@ -1218,10 +1218,7 @@ def _login_without_replication(database: WalDatabase) -> dict[str, str]:
 async def test_walsenders_and_slots_that_are_all_taken_are_obstacles(
     own: OwnCluster, own_database: WalDatabase
 ) -> None:
-    url = conninfo.make_conninfo(own_database.administrator_url, replication="database")
-    with ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(psycopg.connect(url, autocommit=True))
+    with all_walsenders_taken(own_database.administrator_url):
         problem = await obstacle_of(own_database)
         assert problem is not None
         assert problem.startswith("PostgreSQL refuses a replication connection: ")
