@@ -1,0 +1,109 @@
+"""Partitions are made ahead and dropped when they are old, by one caller at a time, and none of it stands in a writer's way."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+
+import psycopg
+
+from tests.fix_database import TestDatabase, act_as
+
+MAINTAIN = "select partition, action from realtime.maintain('72 hours')"
+
+
+def days(first: int, last: int) -> list[date]:
+    """From so many days after today, in UTC."""
+    today = datetime.now(UTC).date()
+    return [today + timedelta(number) for number in range(first, last + 1)]
+
+
+def name_of(day: date) -> str:
+    return f"messages_{day:%Y_%m_%d}"
+
+
+def old_partition(database: TestDatabase) -> str:
+    """A day that the retention has passed, with a message; all other partitions are as they should be."""
+    database.execute("select realtime.create_partitions()")
+    (day,) = days(-5, -5)
+    name = name_of(day)
+    database.execute(
+        f"create table realtime.{name} partition of realtime.messages for values from ('{day}') to ('{day + timedelta(1)}')"
+    )
+    database.execute(
+        "insert into realtime.messages (topic, extension, inserted_at) values ('old', 'broadcast', %s)", day
+    )
+    return name
+
+
+def test_what_is_kept_is_visible_in_a_view(any_database: TestDatabase) -> None:
+    old = old_partition(any_database)
+    any_database.execute("select realtime.send('{}', 'e', 'new')")
+    # A message of a day that nobody made a partition for.
+    any_database.execute(
+        "insert into realtime.messages (topic, extension, inserted_at) values ('far', 'broadcast', now() + interval '40 days')"
+    )
+    any_database.execute("analyze realtime.messages")
+    rows = any_database.execute("select partition, bounds, estimated_rows, bytes from realtime.partitions")
+    shown = {partition: (bounds, count) for partition, bounds, count, _ in rows}
+    expected = {
+        name_of(day): (
+            f"FOR VALUES FROM ('{day} 00:00:00') TO ('{day + timedelta(1)} 00:00:00')",
+            int(day == datetime.now(UTC).date()),
+        )
+        for day in days(-1, 3)
+    }
+    (day,) = days(-5, -5)
+    expected[old] = (f"FOR VALUES FROM ('{day} 00:00:00') TO ('{day + timedelta(1)} 00:00:00')", 1)
+    expected["messages_default"] = ("DEFAULT", 1)
+    expected["messages_probe"] = ("FOR VALUES FROM (MINVALUE) TO ('1970-01-02 00:00:00')", 0)
+    assert shown.items() >= expected.items()
+    assert [row[0] for row in rows] == sorted(shown)
+    assert all(size > 0 for *_, size in rows)
+
+    assert any_database.execute(MAINTAIN) == [(old, "dropped")]
+    assert set(any_database.execute("select partition from realtime.partitions")) == {(name,) for name in shown} - {
+        (old,)
+    }
+
+
+def test_one_caller_at_a_time_does_the_work(database: TestDatabase) -> None:
+    old = old_partition(database)
+    (newest,) = days(3, 3)
+    database.execute(f"drop table realtime.{name_of(newest)}")
+    with psycopg.connect(database.url) as first, psycopg.connect(database.url) as second:
+        assert first.execute(MAINTAIN).fetchall() == [(name_of(newest), "created"), (old, "dropped")]
+        assert second.execute(MAINTAIN).fetchall() == []
+        second.rollback()
+        first.rollback()
+        assert second.execute(MAINTAIN).fetchall() == [(name_of(newest), "created"), (old, "dropped")]
+        second.commit()
+        assert first.execute(MAINTAIN).fetchall() == []
+
+
+def test_partition_in_use_is_dropped_another_time(database: TestDatabase) -> None:
+    old = old_partition(database)
+    before = database.execute("select realtime.oldest_cursor()")
+    notices: list[str | None] = []
+    with psycopg.connect(database.url) as reader, database.connect() as db:
+        reader.execute("select count(*) from realtime.messages")
+        db.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+        assert db.execute(MAINTAIN).fetchall() == []
+        assert notices == ["old messages are in use and were not dropped; the next run tries again"]
+        assert db.execute("select count(*) from realtime.messages where topic = 'old'").fetchone() == (1,)
+        # No gap is told for messages that are still there.
+        assert database.execute("select realtime.oldest_cursor()") == before
+        reader.rollback()
+        assert db.execute(MAINTAIN).fetchall() == [(old, "dropped")]
+    assert database.execute("select realtime.oldest_cursor()") != before
+
+
+def test_clients_may_neither_maintain_nor_look_at_partitions(database: TestDatabase) -> None:
+    for role in ("anon", "authenticated", "service_role"):
+        for query in (MAINTAIN, "select * from realtime.partitions"):
+            with database.connect() as db, db.transaction():
+                act_as(db, role)
+                try:
+                    db.execute(query)
+                except psycopg.errors.InsufficientPrivilege:
+                    continue
+                raise AssertionError(f"{role} may: {query}")
