@@ -61,6 +61,32 @@ async def test_server_killed(fault_server: ServerOf, oracle_of: OracleFactory, s
     await oracle.verdict()
 
 
+async def test_wakeup_by_polling(fault_server: ServerOf, oracle_of: OracleFactory, size: Size) -> None:
+    """No session listens, none holds a lock, and the server is killed besides."""
+    server = await fault_server(wakeup="poll")
+    assert "wake-up: poll" in server.output
+    oracle = oracle_of(server)
+    oracle.add_every_kind()
+    await oracle.connected()
+    for _ in range(size.rounds):
+        # Whoever waits for a bell holds a lock, by which writers know that they must ring.
+        await until(lambda: advisory_locks(oracle.database) == 0, "everybody to let go")
+        writing = asyncio.create_task(oracle.write())
+        await asyncio.sleep(oracle.chance.uniform(0.05, 0.4))
+        await server.kill()
+        await server.start()
+        await writing
+    await oracle.verdict()
+
+
+def advisory_locks(database: TestDatabase) -> int:
+    ((count,),) = database.execute(
+        "select count(*) from pg_locks where locktype = 'advisory'"
+        " and database = (select oid from pg_database where datname = current_database())"
+    )
+    return int(count)
+
+
 async def test_server_stopped_and_continued(fault_server: ServerOf, oracle_of: OracleFactory, size: Size) -> None:
     """SIGSTOP: clients lose patience and come again, or wait; then all goes on."""
     server = await fault_server()
