@@ -31,7 +31,7 @@ from websockets.exceptions import WebSocketException
 
 from realtime_server.cursor import Snapshot
 from tests.fix_changes import SOURCES, Source
-from tests.fix_database import OWNER
+from tests.fix_database import OWNER, TestDatabase
 from tests.fix_oracle import (
     COME_AGAIN_S,
     SETTLE_S,
@@ -919,13 +919,19 @@ async def rows_server(
         async with aclosing(Server(database, changes=source, max_joins_per_second="0", **settings)) as server:
             yield await server.start()
     finally:
-        with cluster.administer() as db:
-            # A slot is held until the walsender notices that its client is gone.
-            name = conninfo.conninfo_to_dict(database.url)["dbname"]
-            of_this = "from pg_replication_slots where database = %s"
-            db.execute(f"select pg_terminate_backend(active_pid, 5000) {of_this} and active", (name,))
-            db.execute(f"select pg_drop_replication_slot(slot_name) {of_this}", (name,))
-        cluster.cluster.drop(database)
+        # Links go on meanwhile: a database is not dropped before every backend of the cluster has noticed, and one whose login is on a
+        # link that stands still does so after `authentication_timeout`.
+        await asyncio.to_thread(_drop, cluster, database)
+
+
+def _drop(cluster: FaultCluster, database: TestDatabase) -> None:
+    with cluster.administer() as db:
+        # A slot is held until the walsender notices that its client is gone.
+        name = conninfo.conninfo_to_dict(database.url)["dbname"]
+        of_this = "from pg_replication_slots where database = %s"
+        db.execute(f"select pg_terminate_backend(active_pid, 5000) {of_this} and active", (name,))
+        db.execute(f"select pg_drop_replication_slot(slot_name) {of_this}", (name,))
+    cluster.cluster.drop(database)
 
 
 @pytest.fixture(scope="module")
