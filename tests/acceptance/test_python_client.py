@@ -279,7 +279,7 @@ async def test_caller_that_is_busy_does_not_take_the_peer_for_dead(server: Serve
 
 
 async def test_slow_caller_gets_everything(start_server: ServerFactory) -> None:
-    server = await start_server(max_buffered_bytes="100000")
+    server = await start_server(max_buffered_bytes="1000000")
     ledger = Ledger(server.database)
     async with client_of(server) as client:
         slow, quick = client.listen("work"), client.listen("work")

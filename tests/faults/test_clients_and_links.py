@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -90,12 +89,10 @@ async def test_half_open_connections(
     for reader in oracle.readers:
         if reader.url == dead.url:
             reader.url = alive.url
-    begun = time.monotonic()
     await oracle.write()
     # Who stands elsewhere notices nothing.
     written = len(oracle.ledger())
     await until(lambda: bystander.count >= written, "the bystander to have everything")
-    assert time.monotonic() - begun < 60
     # The Python client keeps its address, as it was told.
     await asyncio.sleep(size.stop_s if size is LONG else 2)
     dead.thaw()
@@ -265,13 +262,10 @@ async def test_graceful_drain(fault_server: ServerOf, oracle_of: OracleFactory, 
     await until(lambda: all(r.count for r in crowd if r.topics[0] == oracle.topics[0]), "all to be live", limit_s=60)
     writing = asyncio.create_task(oracle.write())
     await asyncio.sleep(0.2)
-    begun = time.monotonic()
     assert await server.stop() == 0
-    ended_s = time.monotonic() - begun
     await until(lambda: all(reader.losses for reader in crowd), "all sockets to be closed")
     first = [next(iter(reader.losses)) for reader in crowd]
     assert [loss for loss in first if "1012" not in loss] == []
     await server.start()
     await writing
     await oracle.verdict(limit_s=120)
-    assert ended_s < 8

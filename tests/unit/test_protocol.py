@@ -379,9 +379,9 @@ def test_depth_of_the_largest_frame_takes_no_longer_for_being_nested() -> None:
     flat = b"[" + b",".join([b"[]" * 63] * 35_000) + b"]"
 
     def seconds(text: bytes) -> float:
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert not messages.is_deeper_than(text, 64)
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     assert min(seconds(nested) for _ in range(3)) < 3 * min(seconds(flat) for _ in range(3))
 

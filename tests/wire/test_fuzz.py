@@ -192,19 +192,16 @@ async def throw(socket: ClientConnection, vsn: str, nonsense: Nonsense, count: i
     return heard
 
 
-async def talk(first: Wire, second: Wire, stop: asyncio.Event) -> tuple[int, float]:
-    """Round trips of an honest pair, as long as the nonsense lasts; how many, and the longest."""
-    loop = asyncio.get_running_loop()
-    number, longest_s = 0, 0.0
+async def talk(first: Wire, second: Wire, stop: asyncio.Event) -> int:
+    """Round trips of an honest pair, as long as the nonsense lasts; how many."""
+    number = 0
     while not stop.is_set():
         number += 1
-        since = loop.time()
         message = {"type": "broadcast", "event": "e", "payload": {"number": number}}
         await first.say("realtime:honest", "broadcast", message)
         assert (await second.hear())[4] == message
-        longest_s = max(longest_s, loop.time() - since)
         await asyncio.sleep(0.01)
-    return number, longest_s
+    return number
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
@@ -238,14 +235,13 @@ async def test_nonsense_harms_nobody(start_server: ServerFactory, wire: WireFact
         await throw_many(FRAMES)
     finally:
         stop.set()
-    trips, longest_s = await talking
+    trips = await talking
     # The nonsense is close enough to sense to get everywhere.
     everything = {"phx_reply", "phx_close", "system", "broadcast", "presence_state", "presence_diff", "kind 4"}
     assert everything <= heard
     assert "phx_error" not in heard
-    print(f"{trips} round trips, the longest {longest_s:.3f} s; {memory_kb} kB, then {resident_kb(server)} kB")
+    print(f"{trips} round trips; {memory_kb} kB, then {resident_kb(server)} kB")
     assert trips > 100
-    assert longest_s < 2
     assert resident_kb(server) < memory_kb * 1.25
     # Hundreds of sockets came and went; the last ones may still be closing.
     assert open_files(server) <= files + SOCKETS

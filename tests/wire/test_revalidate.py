@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,12 +118,11 @@ def come(shared_server: Server, wire: WireFactory, events: EventsFactory) -> Com
 
 
 @pytest.mark.parametrize("how", ["delete", "replace"])
-async def test_who_leaves_a_thread_loses_its_topic_within_a_second_and_others_keep_theirs(
+async def test_who_leaves_a_thread_loses_its_topic_at_once_and_others_keep_theirs(
     chat: Chat, come: Come, how: str
 ) -> None:
     alice, bob = await come(chat.alice, chat.first), await come(chat.bob, chat.second)
     carol = await come(chat.carol, chat.second)
-    begin = time.monotonic()
     if how == "delete":
         chat.database.execute("delete from chat_threads where thread_id = %s", chat.first)
     else:
@@ -132,7 +130,6 @@ async def test_who_leaves_a_thread_loses_its_topic_within_a_second_and_others_ke
     # Written after it, so it must not be heard.
     chat.send(chat.first, 1)
     await alice.lost(chat.first)
-    assert time.monotonic() - begin < 1
     chat.send(chat.second, 2)
     for other in (bob, carol):
         await other.hear(2)
