@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import inf
 from typing import Any, Final
 from urllib.parse import unquote
@@ -119,21 +118,6 @@ class Rules:
 
     roles: frozenset[str]
     required: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Verifier:
-    """A shared secret and the roles that tokens may name."""
-
-    secret: str
-    roles: frozenset[str]
-
-    def verify(self, token: str, now: float) -> Claims:
-        return verify(token, self._keys, Rules(self.roles, {}), now)
-
-    @cached_property
-    def _keys(self) -> Keys:
-        return Keys.load(self.secret)
 
 
 def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:

@@ -163,10 +163,6 @@ def parse_lsn(text: str) -> int:
     return int(high, 16) << 32 | int(low, 16)
 
 
-def format_lsn(lsn: int) -> str:
-    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
-
-
 def decode_envelope(data: bytes | memoryview) -> WalData | Keepalive:
     """What the walsender put into one CopyData message. Raises: MalformedReplication."""
     kind = data[:1]

@@ -65,24 +65,11 @@ def parse(text: str) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
-def format(conditions: tuple[Condition, ...]) -> str:
-    """The filter that `parse` reads as these conditions. Raises: ValueError when there is none, as for a column with `=` in its name."""
-    text = ",".join(map(_written, conditions))
-    try:
-        is_same = parse(text) == conditions
-    except InvalidBinding:
-        is_same = False
-    if not is_same:
-        raise ValueError("the filter grammar has no words for these conditions")
-    return text
-
-
 _MARK: Final = re.compile(r'[(),"]')
 # Up to the closing quote, or to the end where there is none; a backslash takes the next character with it.
 _QUOTED: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _WHOLLY_QUOTED: Final = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 _ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
-_PLAIN: Final = re.compile(r"[\w.:+%*/@-]+")
 
 
 def _split(text: str) -> Iterator[str]:
@@ -131,16 +118,6 @@ def _list(value: str) -> str:
 def _unquoted(value: str) -> str:
     quoted = _WHOLLY_QUOTED.fullmatch(value)
     return value if quoted is None else _ESCAPED.sub(r"\1", quoted[1])
-
-
-def _written(condition: Condition) -> str:
-    negation = "not." if condition.is_negated else ""
-    value = condition.value
-    if condition.operator is Operator.IN:
-        value = f"({value[1:-1]})"
-    elif not _PLAIN.fullmatch(value):
-        value = '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
-    return f"{condition.column}={negation}{condition.operator}.{value}"
 
 
 def _problem(detail: str) -> InvalidBinding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
@@ -85,9 +85,6 @@ class Broadcast:
         if not self.is_json:
             return None
         return encode(Message(None, None, self.topic, BROADCAST, self._envelope(meta)), encoding.format)
-
-    def as_replayed(self) -> Broadcast:
-        return replace(self, replayed=True)
 
     def _meta(self, *, with_cursor: bool) -> bytes:
         meta: dict[str, str | bool] = {}

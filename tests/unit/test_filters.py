@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -14,7 +15,7 @@ from realtime_server.protocol.filters import Condition, Operator, parse
 
 EQ, GT, IN = Operator.EQ, Operator.GT, Operator.IN
 
-# What `format` has words for. Whatever PostgreSQL allows in a name besides, the grammar takes for its own.
+# What the grammar has words for. Whatever PostgreSQL allows in a name besides, it takes for its own.
 columns = st.text(min_size=1, max_size=63).filter(lambda name: name == name.strip() and not set(name) & set('=,()"'))
 # Drawn from what the grammar reads for its own more often than from all of Unicode.
 values = st.text("\\\"'(){},.= \nab1", max_size=30) | st.text(max_size=30)
@@ -42,7 +43,17 @@ conditions = st.builds(
 words = st.sampled_from(
     ["a=eq.", "=", "not.", ".", ",", "(", ")", '"', "\\", " ", "in.", "is.null", "x", "é", "\0", "\ud800"]
 )
+PLAIN = re.compile(r"[\w.:+%*/@-]+")
 filter_texts = st.text(max_size=60) | st.lists(words, max_size=25).map("".join)
+
+
+def written(condition: Condition) -> str:
+    value = condition.value
+    if condition.operator is IN:
+        value = f"({value[1:-1]})"
+    elif not PLAIN.fullmatch(value):
+        value = '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    return f"{condition.column}={'not.' * condition.is_negated}{condition.operator}.{value}"
 
 
 def answer(text: str) -> tuple[Condition, ...] | str:
@@ -141,8 +152,8 @@ def test_problem_is_told_in_the_words_of_the_reference(text: str, detail: str) -
 
 @given(st.lists(conditions, min_size=1, max_size=5).map(tuple))
 @example((Condition("a", EQ, False, ""), Condition("b.c", IN, True, "{}")))
-def test_conditions_that_are_written_read_the_same(written: tuple[Condition, ...]) -> None:
-    assert parse(filters.format(written)) == written
+def test_conditions_that_are_written_read_the_same(wanted: tuple[Condition, ...]) -> None:
+    assert parse(",".join(map(written, wanted))) == wanted
 
 
 @given(filter_texts)
@@ -156,24 +167,6 @@ def test_any_text_is_conditions_or_an_invalid_binding(text: str) -> None:
     for condition in read:
         if condition.operator is IN:
             assert (condition.value[0], condition.value[-1]) == ("{", "}")
-
-
-@given(filter_texts)
-def test_text_is_never_written_as_something_else(text: str) -> None:
-    read = answer(text)
-    if isinstance(read, str):
-        return
-    try:
-        again = filters.format(read)
-    except ValueError:
-        return
-    assert parse(again) == read
-
-
-@pytest.mark.parametrize("column", ["a=b", "a,b", " a", "a(b"])
-def test_column_that_the_grammar_has_no_words_for_is_not_written(column: str) -> None:
-    with pytest.raises(ValueError, match="no words"):
-        filters.format((Condition(column, EQ, False, "1"), Condition("b", EQ, False, "x y")))
 
 
 def test_what_is_longer_than_the_bounds_is_refused() -> None:

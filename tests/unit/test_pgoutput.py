@@ -172,14 +172,15 @@ def test_status_is_what_the_manual_says() -> None:
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_place_in_the_log_is_written_and_read(lsn: int) -> None:
-    assert pgoutput.parse_lsn(pgoutput.format_lsn(lsn)) == lsn
-    assert pgoutput.parse_lsn(pgoutput.format_lsn(lsn).lower()) == lsn
+def test_any_place_in_the_log_is_read(lsn: int) -> None:
+    text = f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+    assert pgoutput.parse_lsn(text) == lsn
+    assert pgoutput.parse_lsn(text.lower()) == lsn
 
 
-def test_place_in_the_log_is_written_as_postgresql_does() -> None:
-    assert pgoutput.format_lsn(0x16_B374D848) == "16/B374D848"
-    assert pgoutput.format_lsn(0x6BB7090) == "0/6BB7090"
+def test_place_in_the_log_is_read_as_postgresql_writes_it() -> None:
+    assert pgoutput.parse_lsn("16/B374D848") == 0x16_B374D848
+    assert pgoutput.parse_lsn("0/6BB7090") == 0x6BB7090
 
 
 @given(st.text(max_size=20) | st.from_regex(r"[0-9A-F_+ ]{0,9}/[0-9A-F_]{0,9}\n?"))
@@ -188,11 +189,8 @@ def test_any_text_is_a_place_in_the_log_or_malformed(text: str) -> None:
         lsn = pgoutput.parse_lsn(text)
     except MalformedReplication:
         return
-    assert 0 <= lsn < 2**64
-    assert all(
-        int(part, 16) == int(wanted, 16)
-        for part, wanted in zip(pgoutput.format_lsn(lsn).split("/"), text.split("/"), strict=True)
-    )
+    high, low = text.split("/")
+    assert divmod(lsn, 2**32) == (int(high, 16), int(low, 16))
 
 
 @pytest.mark.parametrize("text", ["", "/", "0", "0/0/0", "1_0/0", "+1/0", "0/0\n", "123456789/0", "g/0", "٠/0"])
