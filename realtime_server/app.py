@@ -53,6 +53,8 @@ PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
 MAINTENANCE_S: Final = 3600.0
 MAINTENANCE_RETRY_S: Final = 60.0
+# Rows of the default partition are deleted one by one.
+MAINTENANCE_LIMIT_S: Final = 60.0
 # Reading from an old place, or many at once, may take a while.
 HISTORY_TIMEOUT_S: Final = 30.0
 
@@ -298,7 +300,8 @@ async def _maintain(pool: Pool, retention: timedelta) -> None:
     """Keep partitions ahead of the days and drop what is older than the retention. Any server may; the database lets one at a time."""
     while True:
         try:
-            for partition, action in await pool.fetch("select * from realtime.maintain(%s)", (retention,)):
+            query = "select * from realtime.maintain(%s)"
+            for partition, action in await pool.fetch(query, (retention,), limit_s=MAINTENANCE_LIMIT_S):
                 log.info(f"partition {action}", partition=partition)
             pause_s = MAINTENANCE_S
         except (RealtimeError, database.Error) as error:

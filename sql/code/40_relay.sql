@@ -147,7 +147,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_before timestamp := (now() at time zone 'utc') - retention;
-    v_day date;
     v_partition record;
     v_dropped xid8;
 begin
@@ -160,7 +159,7 @@ begin
         order by child.relname
     loop
         continue when v_partition.day + 1 > v_before;
-        execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
+        execute format('select xid from realtime.%I order by xid desc limit 1', v_partition.relname) into v_dropped;
         -- First the word, then the deed: both commit together.
         perform realtime.note_dropped(v_dropped);
         execute format('drop table realtime.%I', v_partition.relname);

@@ -136,6 +136,49 @@ comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
     'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated; then nothing is allowed.';
 revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
 
+create or replace function realtime.drop_old_messages(retention interval)
+returns setof text
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_before timestamp := (now() at time zone 'utc') - retention;
+    v_partition record;
+    v_dropped xid8;
+begin
+    for v_partition in
+        select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
+        from pg_catalog.pg_inherits
+        join pg_catalog.pg_class as child on child.oid = inhrelid
+        where inhparent = 'realtime.messages'::regclass
+            and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
+        order by child.relname
+    loop
+        continue when v_partition.day + 1 > v_before;
+        execute format('select xid from realtime.%I order by xid desc limit 1', v_partition.relname) into v_dropped;
+        -- First the word, then the deed: both commit together.
+        perform realtime.note_dropped(v_dropped);
+        execute format('drop table realtime.%I', v_partition.relname);
+        return next v_partition.relname;
+    end loop;
+
+    with deleted as (
+        delete from realtime.messages_default
+        where inserted_at < v_before
+        returning xid
+    )
+    select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
+    perform realtime.note_dropped(v_dropped);
+
+    -- Probes are rolled back; what is here somebody put by hand.
+    delete from realtime.messages_probe;
+end
+$$;
+comment on function realtime.drop_old_messages(interval) is
+    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
+revoke all on function realtime.drop_old_messages(interval) from public;
+
 create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
 language plpgsql
 stable
