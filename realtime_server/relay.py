@@ -299,7 +299,8 @@ class Relay(Generic[R]):
         self.place = Place(life, self._position, None, seq)
         if not is_first:
             log.error(
-                "messages are missing: the database was restored or promoted, or away for longer than they are kept"
+                "rows are missing: the database was restored or promoted, or away for longer than they are kept",
+                relay=self._name,
             )
             self._receiver.gap(oldest)
 
@@ -397,7 +398,7 @@ class Relay(Generic[R]):
         while not await self._bell_rang(reader, SAFETY_READ_S):
             await self._settle(reader)
             if await self._read(reader):
-                log.warning("messages came without a bell; is the trigger ring_doorbell enabled?")
+                log.warning("rows came without a bell; is the trigger ring_doorbell enabled?", relay=self._name)
                 return
 
     async def _settle(self, reader: Database) -> None:

@@ -77,13 +77,14 @@ class Courier:
 
     async def take(self, changes: Sequence[Change]) -> None:
         """Deliver a piece of changes; waits for the database as long as it takes."""
-        backoff_s = SHORTEST_BACKOFF_S
+        backoff_s, said = SHORTEST_BACKOFF_S, ""
         while True:
             try:
                 async with self._delivering:
                     await self._deliver(changes)
             except (DatabaseUnavailable, QueryCanceled) as error:
-                log.warning("row changes wait for the database", error=str(error.__cause__))
+                if said != (said := str(error.__cause__)):
+                    log.warning("row changes wait for the database", error=said)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
             else:

@@ -112,6 +112,7 @@ class Sources:
                     log.warning("source of row changes was not chosen", error=problem)
                 await asyncio.sleep(DATABASE_RETRY_S)
                 continue
+            problem = ""
             self._is_chosen.set()
             if source is None:
                 await asyncio.sleep(RETRY_S)

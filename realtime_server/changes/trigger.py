@@ -100,6 +100,8 @@ class CaptureTriggers:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._obstacles: dict[int, _Obstacle] = {}
+        # What was last said of the database.
+        self._said = ""
 
     async def put(self) -> list[int]:
         """On the tables of the publication, and on no others; the tables that got one. Call it again and again."""
@@ -114,7 +116,7 @@ class CaptureTriggers:
             with database.changing():
                 steps = [_Step(*row) for row in await self._pool.fetch(plan)]
         except (DatabaseUnavailable, QueryCanceled) as error:
-            log.warning("capture triggers were not looked at", error=str(error.__cause__))
+            self._complain("capture triggers were not looked at", error)
             return []
         self._obstacles = {
             step.relation: obstacle
@@ -125,8 +127,17 @@ class CaptureTriggers:
         try:
             await self._take_all([step for step in steps if self._due_at(step) <= time.monotonic()], captured)
         except DatabaseUnavailable as error:
-            log.warning("capture triggers were not all put right", error=str(error.__cause__))
+            self._complain("capture triggers were not all put right", error)
+        else:
+            self._said = ""
         return captured
+
+    def _complain(self, what: str, error: DatabaseUnavailable | QueryCanceled) -> None:
+        """Once, until it is something else: this is tried again every second."""
+        problem = str(error.__cause__)
+        if problem != self._said:
+            self._said = problem
+            log.warning(what, error=problem)
 
     async def _take_all(self, due: list[_Step], captured: list[int]) -> None:
         """Raises: DatabaseUnavailable."""

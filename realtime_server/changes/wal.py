@@ -136,7 +136,7 @@ class WalSource:
         Makes the slot where there is none; that takes as long as the transactions that write at that moment, and `is_ready` tells when it
         is done. Raises: SourceLost, when something has stood in the way for some seconds.
         """
-        backoff_s = SHORTEST_BACKOFF_S
+        backoff_s, said = SHORTEST_BACKOFF_S, ""
         blocked_since: float | None = None
         while True:
             problem: BaseException | None
@@ -158,8 +158,9 @@ class WalSource:
                     self._note_failure(error, was_ready)
             self._on_loss()
             if was_ready:
-                backoff_s = SHORTEST_BACKOFF_S
-            log.warning("no row changes from the log", error=str(problem), retry_in_s=round(backoff_s, 1))
+                backoff_s, said = SHORTEST_BACKOFF_S, ""
+            if said != (said := str(problem)):
+                log.warning("no row changes from the log, trying again", error=said)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
             backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
 
