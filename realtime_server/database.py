@@ -149,11 +149,7 @@ class Pool:
         longest_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
         async with self._connection() as db:
             with hanging_up(db, longest_s):
-                async with contextlib.AsyncExitStack() as stack:
-                    if limit_s is not None:
-                        await stack.enter_async_context(db.transaction())
-                        limit_ms = str(int(limit_s * 1000))
-                        await db.execute("select set_config('statement_timeout', %s, true)", (limit_ms,))
+                async with contextlib.nullcontext() if limit_s is None else _limited(db, limit_s):
                     cursor = await db.execute(query, arguments)
                     return await cursor.fetchall()
 
@@ -180,9 +176,7 @@ class Pool:
                     if self._is_pooled:
                         # Settings of a session would be some other client's next.
                         with hanging_up(db, self._timeout_s):
-                            await stack.enter_async_context(db.transaction())
-                            limit_ms = str(int(self._statement_timeout_s * 1000))
-                            await db.execute("select set_config('statement_timeout', %s, true)", (limit_ms,))
+                            await stack.enter_async_context(_limited(db, self._statement_timeout_s))
                     yield db
                     with hanging_up(db, self._timeout_s):
                         await stack.aclose()
@@ -205,6 +199,14 @@ class Pool:
             # What silenced or ended one has as a rule done so to all: they are not waited for one after the other.
             await self._pool.drain()
             raise
+
+
+@contextlib.asynccontextmanager
+async def _limited(db: Database, limit_s: float) -> AsyncIterator[None]:
+    """A transaction in which a statement may take so long."""
+    async with db.transaction():
+        await db.execute("select set_config('statement_timeout', %s, true)", (str(int(limit_s * 1000)),))
+        yield
 
 
 @contextlib.contextmanager
