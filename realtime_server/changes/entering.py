@@ -59,7 +59,7 @@ class Entrance:
 
     async def _enter_again(self) -> None:
         while True:
-            await self.enter(await self._subscriptions.again.get())
+            await self.enter(await self._subscriptions.next_again())
 
     async def enter(self, registration: Registration) -> None:
         """Put the bindings to work, all of them or none, and tell the subscriber what has become of it, unless it knows."""

@@ -98,12 +98,14 @@ class Entry:
 class Subscriptions:
     """All entries. Dictionaries keep the order of subscribing, sets do not.
 
-    `registrations` are all that there are, also those without entries; `again` those that are to be entered anew.
+    `registrations` are all that there are, also those without entries.
     """
 
     def __init__(self) -> None:
         self.registrations: dict[Registration, None] = {}
-        self.again: asyncio.Queue[Registration] = asyncio.Queue()
+        # Those that are to be entered anew, each once.
+        self._again: asyncio.Queue[Registration] = asyncio.Queue()
+        self._is_queued: set[Registration] = set()
         self._tables: dict[int, dict[str, dict[Entry, None]]] = {}
         self._unindexed: dict[int, dict[Entry, None]] = {}
         self._exact: dict[int, dict[str, dict[str, dict[Entry, None]]]] = {}
@@ -118,7 +120,15 @@ class Subscriptions:
 
     def enter_all_again(self) -> None:
         for registration in self.registrations:
-            self.again.put_nowait(registration)
+            if registration not in self._is_queued:
+                self._is_queued.add(registration)
+                self._again.put_nowait(registration)
+
+    async def next_again(self) -> Registration:
+        """Wait for one that is to be entered anew. From now on it may be queued once more."""
+        registration = await self._again.get()
+        self._is_queued.discard(registration)
+        return registration
 
     def forget_snapshots(self) -> None:
         """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new. Who reads has
