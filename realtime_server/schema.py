@@ -1,6 +1,6 @@
-"""What the server keeps in the database: `sql/` is today's truth, `alembic/` its frozen history. Finds both, runs both.
+"""What the server keeps in the database, made by its frozen history, `alembic/`. (`sql/` says what that comes to; tests compare the two.)
 
-In the repository they are the folders beside the package, in an installed wheel they lie inside it.
+In the repository it is a folder beside the package, in an installed wheel it lies inside it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ VERSION_TABLE: Final = "alembic_version"
 _PACKAGE: Final = Path(__file__).parent
 
 
-def _folder(name: str) -> Path:
-    packed = _PACKAGE / f"_{name}"
-    return packed if packed.is_dir() else _PACKAGE.parent / name
+def _history() -> Path:
+    packed = _PACKAGE / "_alembic"
+    return packed if packed.is_dir() else _PACKAGE.parent / "alembic"
 
 
 def alembic_config(url: str | None = None) -> Config:
     """Alembic's configuration for this package's history. `url`: any form that libpq takes; None: from the environment."""
     config = Config()
-    config.set_main_option("script_location", str(_folder("alembic")))
-    config.set_main_option("version_locations", str(_folder("alembic") / "versions"))
+    config.set_main_option("script_location", str(_history()))
+    config.set_main_option("version_locations", str(_history() / "versions"))
     config.set_main_option("recursive_version_locations", "true")
     config.set_main_option("path_separator", "newline")
     config.attributes["url"] = url
@@ -76,25 +76,6 @@ def run_sql_file(script: str) -> None:
     connection = op.get_bind().connection.dbapi_connection
     assert isinstance(connection, psycopg.Connection), "revisions run through psycopg"
     connection.execute(cast(LiteralString, text))
-
-
-def today(branch: str) -> str:
-    """The SQL that makes a branch from nothing, as `sql/` has it now: structure first, then code."""
-    root = _folder("sql")
-    folders = [root / "structure", root / "code"] if branch == CORE else [root / "samples" / branch]
-    files = [file for folder in folders for file in sorted(folder.glob("*.sql"), key=_order)]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
-
-
-def today_code(branch: str) -> str:
-    """The part of `today` that may run again at any time and changes nothing the second time."""
-    root = _folder("sql")
-    files = sorted((root / "code").glob("*.sql")) if branch == CORE else [root / "samples" / branch / "code.sql"]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
-
-
-def _order(file: Path) -> tuple[bool, str]:
-    return file.stem == "code", file.name
 
 
 def role_statements(login: str, server_version: int) -> list[str]:

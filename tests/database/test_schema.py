@@ -78,9 +78,19 @@ def run_sql(database: TestDatabase, text: str) -> None:
         db.execute(text.encode())
 
 
+def sql_of(branch: str, *parts: str) -> str:
+    """What `sql/` says of a branch: `structure`, which makes it from nothing, or `code`, which may run again at any time."""
+    root = ROOT / "sql"
+    if branch == schema.CORE:
+        files = [file for part in parts for file in sorted((root / part).glob("*.sql"))]
+    else:
+        files = [root / "samples" / branch / f"{part}.sql" for part in parts]
+    return "\n".join(file.read_text() for file in files)
+
+
 def fresh(database: TestDatabase, branch: str) -> TestDatabase:
     for name in dict.fromkeys([schema.CORE, branch]):
-        run_sql(database, schema.today(name))
+        run_sql(database, sql_of(name, "structure", "code"))
     return database
 
 
@@ -167,7 +177,7 @@ def test_code_files_can_run_again(new_database: NewDatabase, branch: str) -> Non
     before = dump(database)
     for _ in range(2):
         for name in dict.fromkeys([schema.CORE, branch]):
-            run_sql(database, schema.today_code(name))
+            run_sql(database, sql_of(name, "code"))
     assert_equal(before, dump(database))
 
 
