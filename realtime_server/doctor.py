@@ -14,7 +14,7 @@ import psycopg
 from psycopg import conninfo
 
 from realtime_server import schema
-from realtime_server.changes.wal import POOLED
+from realtime_server.changes.wal import POOLED, refusal
 from realtime_server.config import Settings
 from realtime_server.database import Target, target_of
 from realtime_server.errors import SchemaMismatch
@@ -85,10 +85,9 @@ def _wakeup(wakeup: Literal["auto", "notify", "poll"], is_pooled: bool) -> Findi
 
 
 def _replication_refusal(url: str, timeout_s: float) -> str | None:
-    """What pg_hba.conf and max_wal_senders say shows only in the attempt."""
     walsender = Target(conninfo.make_conninfo(url, replication="database"))
     try:
         psycopg.connect(walsender.parameters(name="doctor", timeout_s=timeout_s), autocommit=True).close()
     except psycopg.OperationalError as error:
-        return f"PostgreSQL refuses a replication connection: {str(error).splitlines()[0]}"
+        return refusal(error)
     return None

@@ -127,7 +127,7 @@ class WalSource:
             await (await self._connect_walsender()).close()
         except psycopg.OperationalError as error:
             await self._pool.fetch("select 1")
-            return _refusal(error)
+            return refusal(error)
         return None
 
     async def run(self, receiver: Receiver) -> None:
@@ -190,7 +190,7 @@ class WalSource:
                 walsender = await self._connect_walsender()
             except psycopg.OperationalError as error:
                 await self._ask(db, "select 1")
-                raise SourceLost(_refusal(error)) from error
+                raise SourceLost(refusal(error)) from error
             stack.push_async_callback(walsender.close)
             stream = await self._start(db, walsender)
             if self._gap is not None:
@@ -461,5 +461,6 @@ def _is_passing(error: Exception) -> bool:
     return isinstance(error, psycopg.Error) and (error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"))
 
 
-def _refusal(error: psycopg.Error) -> str:
+def refusal(error: psycopg.Error) -> str:
+    """The obstacle that shows only in the attempt: what pg_hba.conf and max_wal_senders say."""
     return f"PostgreSQL refuses a replication connection: {str(error).splitlines()[0]}"
