@@ -106,6 +106,19 @@ def test_index_names_exactly_those_whose_value_a_row_has(
     assert len(subscriptions) == len(left)
 
 
+async def test_who_is_to_be_entered_anew_waits_once() -> None:
+    subscriptions = Subscriptions()
+    first, second, last = (Registration(Nobody(), CLAIMS, ()) for _ in range(3))
+    subscriptions.registrations = {first: None, second: None}
+    subscriptions.enter_all_again()
+    subscriptions.enter_all_again()
+    assert await subscriptions.next_again() is first
+    # While it is being entered there may be a reason to do it once more.
+    subscriptions.registrations[last] = None
+    subscriptions.enter_all_again()
+    assert [await subscriptions.next_again() for _ in range(3)] == [second, first, last]
+
+
 @pytest.mark.parametrize(
     ("json_text", "text"),
     [(b'"a\\"b"', 'a"b'), (b"null", None), (b'"5"', "5"), (b'"null"', "null")],
