@@ -1,4 +1,4 @@
-"""Every setting: its environment variable (prefix `REALTIME_`), default, bound and unit. Nothing else reads the environment.
+"""Every setting: its environment variable (prefix `REALTIME_`), default, bound and unit. The server reads no other environment.
 
 Sizes are bytes, durations are seconds.
 """
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     max_presence_calls: int = Field(100, ge=0, description="presence pushes of one channel in a window; 0: no limit")
     presence_window_s: float = Field(30.0, gt=0, description="length of that window")
     max_sockets: int = Field(0, ge=0, description="sockets and event streams, more are refused (429); 0: no limit")
-    max_users: int = Field(0, ge=0, description="sockets that have joined a channel; 0: no limit")
+    max_users: int = Field(0, ge=0, description="sockets that have joined a channel, and event streams; 0: no limit")
     no_channel_timeout_s: float = Field(
         600.0, gt=0, description="a socket without a channel for so long is closed (1000)"
     )
@@ -109,7 +109,9 @@ class Settings(BaseSettings):
     retention: timedelta = Field(timedelta(hours=72), description="how long messages are kept, in seconds or ISO 8601")
     idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")
     drain_timeout_s: float = Field(5.0, gt=0, description="time for sockets to close when the server stops")
-    policy_timeout_s: float = Field(5.0, gt=0, description="longest evaluation of row-level security for a join")
+    policy_timeout_s: float = Field(
+        5.0, gt=0, description="longest evaluation of row-level security, for joins or for row changes"
+    )
     database_timeout_s: float = Field(
         5.0, gt=0, description="longest wait for a database connection; twice as long for an answer to the relay"
     )

@@ -255,7 +255,7 @@ class TooManyJoins(LimitError):
 
 
 class PayloadTooLarge(LimitError):
-    """The payload is larger than REALTIME_MAX_PAYLOAD_BYTES."""
+    """The payload is larger than REALTIME_MAX_PAYLOAD_BYTES, or that of a join than 256,000 bytes."""
 
     code = "payload_size_exceeded"
     status = 413
@@ -282,7 +282,7 @@ class DatabaseUnavailable(RealtimeError):
 
 
 class QueryCanceled(RealtimeError):
-    """A policy took longer than the statement timeout."""
+    """A policy took longer than REALTIME_POLICY_TIMEOUT_S, or reading what was missed longer than half a minute."""
 
     code = "QueryCanceled"
     status = 422
@@ -330,7 +330,7 @@ class InvalidLimit(RealtimeError):
 
 
 class Gap(RealtimeError):
-    """Messages behind a cursor are gone. `oldest` is the first cursor that can be read from."""
+    """Messages behind a cursor are gone. The answer has the first one that can be read from, as `cursor`."""
 
     code = "Gap"
     status = 410
