@@ -35,8 +35,9 @@ from realtime_server.endpoints.messages import messages_endpoint
 from realtime_server.endpoints.metrics import metrics_endpoint
 from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
+from realtime_server.endpoints.sockets import Sockets
 from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
-from realtime_server.endpoints.websocket import Sockets, websocket_endpoint
+from realtime_server.endpoints.websocket import websocket_endpoint
 from realtime_server.errors import RealtimeError
 from realtime_server.history import History
 from realtime_server.hub import Hub

@@ -37,7 +37,7 @@ from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT, GOODBYE_S
 from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
-from realtime_server.endpoints.websocket import Sockets, check_limits
+from realtime_server.endpoints.sockets import Sockets, check_limits
 from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,

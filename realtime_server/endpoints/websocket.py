@@ -7,9 +7,7 @@ Source of checks, their order and their texts: Supabase Realtime `RealtimeWeb.Us
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 import structlog
 from starlette.responses import JSONResponse, Response
@@ -17,46 +15,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.connection import EXTENSION, NORMAL, RESTARTING, AsgiTransport, Connection, Transport
+from realtime_server.connection import EXTENSION, NORMAL, AsgiTransport, Connection, Transport
 from realtime_server.endpoints.caller import policy_headers
-from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired, TooManyJoins, TooManyUsers
+from realtime_server.endpoints.sockets import Sockets, check_limits
+from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired
 from realtime_server.protocol import messages
 from realtime_server.services import Services, Verify
 from realtime_server.session import Session
 
 log = structlog.get_logger()
-
-
-class Closable(Protocol):
-    def close(self, code: int, reason: str = "") -> None: ...
-
-
-class Sockets:
-    """The sockets and event streams of this process, `most` at once (0: any number), so that they can be closed before it ends."""
-
-    def __init__(self, most: int) -> None:
-        self._connections: set[Closable] = set()
-        self._most = most
-        self.is_draining = False
-
-    @property
-    def is_full(self) -> bool:
-        return 0 < self._most <= len(self)
-
-    def __len__(self) -> int:
-        return len(self._connections)
-
-    def add(self, connection: Closable) -> None:
-        self._connections.add(connection)
-
-    def discard(self, connection: Closable) -> None:
-        self._connections.discard(connection)
-
-    def drain(self) -> None:
-        """Refuse new sockets and close all with the code that makes clients come again."""
-        self.is_draining = True
-        for connection in list(self._connections):
-            connection.close(RESTARTING, "service restart")
 
 
 def websocket_endpoint(
@@ -157,15 +124,6 @@ class _IdleTimer:
             self._connection.close(NORMAL)
         else:
             self._timer = self._loop.call_later(min(idle_left_s, channels_left_s), self._look)
-
-
-def check_limits(services: Services, sockets: Sockets) -> None:
-    """Raises: TooManyUsers, TooManyJoins."""
-    rates = services.rates
-    if sockets.is_full or (rates.max_users and len(services.users) >= rates.max_users):
-        raise TooManyUsers
-    if rates.joins.is_over(time.monotonic()):
-        raise TooManyJoins
 
 
 async def _identify(websocket: WebSocket, verify: Verify) -> Claims:
