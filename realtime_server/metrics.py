@@ -38,7 +38,7 @@ class Metrics:
         Gauge(name, documentation, registry=self._registry).set_function(value)
 
     def expose(self) -> bytes:
-        """Prometheus' text format, version 0.0.4."""
+        """As text, of the type that prometheus_client names in CONTENT_TYPE_LATEST."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, documentation: str) -> Counter:

@@ -162,7 +162,7 @@ as $$
         end,
         case
             when changes = 'trigger' or obstacle is null then null
-            when changes = 'auto' then 'nothing, if writers can afford one more row for each; else make the log readable and start the server again'
+            when changes = 'auto' then 'nothing, if writers can afford one more row for each; else make the log readable, and the server goes over to it within some minutes'
             else 'make the log readable, or set REALTIME_CHANGES to auto'
         end
     union all

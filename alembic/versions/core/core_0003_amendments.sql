@@ -1000,3 +1000,60 @@ $$;
 comment on function realtime.capture_marks() is
     'For each table that is captured a text that is another one if it was not for a moment: its trigger was dropped or disabled, and is there again.';
 revoke all on function realtime.capture_marks() from public;
+
+create or replace function realtime.doctor_changes(changes text, obstacle text)
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        'changes',
+        case when changes = 'trigger' or obstacle is null then 'ok' when changes = 'auto' then 'note' else 'problem' end,
+        case
+            when changes = 'trigger' then 'row changes come from capture triggers, as the settings ask for it'
+            when obstacle is null then 'row changes come from the log'
+            when changes = 'auto' then format('row changes come from capture triggers: %s', obstacle)
+            else format('there are no row changes, the log cannot be read: %s', obstacle)
+        end,
+        case
+            when changes = 'trigger' or obstacle is null then null
+            when changes = 'auto' then 'nothing, if writers can afford one more row for each; else make the log readable, and the server goes over to it within some minutes'
+            else 'make the log readable, or set REALTIME_CHANGES to auto'
+        end
+    union all
+    select
+        'wal_level',
+        case when is_enough then 'ok' when changes = 'auto' then 'note' else 'problem' end,
+        case
+            when is_enough then format('wal_level is %s', wal_level)
+            else format('wal_level is %s: the log does not say which rows have changed', wal_level)
+        end,
+        case when not is_enough then 'an administrator runs "alter system set wal_level = logical" and restarts PostgreSQL' end
+    from (
+        select
+            current_setting('wal_level') as wal_level,
+            -- Since 19 the first logical slot raises the level.
+            current_setting('wal_level') = 'logical'
+                or current_setting('wal_level') = 'replica' and current_setting('server_version_num')::integer >= 190000 as is_enough
+    ) as log
+    where changes <> 'trigger'
+    union all
+    select
+        'replication',
+        case when may_replicate then 'ok' when changes = 'auto' then 'note' else 'problem' end,
+        format(case when may_replicate then 'role %I may replicate' else 'role %I may not replicate' end, current_user),
+        case when not may_replicate then format('an administrator runs "alter role %I replication"', current_user) end
+    from (
+        select exists (
+            select
+            from pg_roles as r
+            where pg_has_role(current_user, r.oid, 'usage')
+                and (r.rolname = current_user and (r.rolreplication or r.rolsuper) or r.rolname = 'rds_replication')
+        ) as may_replicate
+    ) as login
+    where changes <> 'trigger'
+$$;
+comment on function realtime.doctor_changes(text, text) is
+    'For realtime.doctor: where row changes come from, and why. changes: as REALTIME_CHANGES; obstacle: why the log cannot be read.';
+revoke all on function realtime.doctor_changes(text, text) from public;
