@@ -504,17 +504,19 @@ async def test_message_beyond_the_bound_does_not_stop_the_stream_for_ever(
     assert await again.numbers(1) == [1]
 
 
-async def test_stopping_ends_streams_and_a_resumed_one_misses_nothing(server: Server, events: EventsFactory) -> None:
+async def test_stopping_ends_streams_and_a_resumed_one_misses_nothing(
+    start_server: ServerFactory, events: EventsFactory
+) -> None:
+    # Longer than `stop` waits: it is not the end of that time that ends them.
+    server = await start_server(drain_timeout_s="60")
     streams = [await events(server.url, server.anon_key, topic=["a", "b"]) for _ in range(20)]
     send(server.database, "a", 1)
     for stream in streams:
         assert await stream.numbers(1) == [1]
-    begin = time.monotonic()
     stopped = asyncio.create_task(server.stop())
     for stream in streams:
         assert await stream.rest() == []
     assert await stopped == 0
-    assert time.monotonic() - begin < 3
     send(server.database, "a", 2)
     send(server.database, "b", 3)
     await server.start()
