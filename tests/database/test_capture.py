@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, LiteralString
+from typing import Any, LiteralString, cast
 
 import psycopg
 import pytest
@@ -20,6 +20,7 @@ from realtime_server.changes.trigger import CaptureTriggers, TriggerSource, capt
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.cursor import Snapshot
 from realtime_server.database import Pool, Target
+from realtime_server.errors import DatabaseUnavailable
 from tests.fix_database import TestDatabase
 
 SYNC = "select name, action from realtime.sync_capture()"
@@ -587,3 +588,14 @@ async def test_slot_that_nobody_reads_is_told_of(database: TestDatabase, pool: P
         # It is about to be read.
         await Upkeep(pool, lambda: "wal").look()
     assert logs == []
+
+
+async def test_database_that_is_away_is_complained_of_once() -> None:
+    class Away:
+        async def fetch(self, *_: object, **__: object) -> list[tuple[Any, ...]]:
+            raise DatabaseUnavailable from OSError("nobody listens")
+
+    triggers = CaptureTriggers(cast(Pool, Away()))
+    with structlog.testing.capture_logs() as logs:
+        assert [await triggers.put() for _ in range(3)] == [[], [], []]
+    assert [line["error"] for line in logs] == ["nobody listens"]
