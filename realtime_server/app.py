@@ -58,6 +58,7 @@ MAINTENANCE_RETRY_S: Final = 60.0
 MAINTENANCE_LIMIT_S: Final = 60.0
 # Reading from an old place, or many at once, may take a while.
 HISTORY_TIMEOUT_S: Final = 30.0
+UPKEEP_TIMEOUT_S: Final = 5.0
 
 log = structlog.get_logger()
 
@@ -95,8 +96,16 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=settings.policy_timeout_s,
     )
+    # Of its own, so that policies that take long do not hold up presence, nor maintenance a join.
+    upkeep_pool = Pool(
+        target,
+        name="upkeep",
+        size=2,
+        timeout_s=settings.database_timeout_s,
+        statement_timeout_s=UPKEEP_TIMEOUT_S,
+    )
     relay = Relay(target, MESSAGES, name="relay", timeout_s=settings.database_timeout_s)
-    roster = Roster(pool)
+    roster = Roster(upkeep_pool)
     metrics = Metrics(__version__)
     changes = Feed(
         target,
@@ -121,7 +130,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        pools = (pool, history_pool, changes_pool)
+        pools = (pool, history_pool, changes_pool, upkeep_pool)
         for one in pools:
             await one.open()
         parts = [
@@ -132,8 +141,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 ("tokens", tokens.run()),
                 ("roster", roster.run()),
                 ("changes", changes.run()),
-                ("maintenance", _maintain(pool, settings.retention)),
-                ("upkeep of row changes", Upkeep(pool, lambda: changes.mode).run()),
+                ("maintenance", _maintain(upkeep_pool, settings.retention)),
+                ("upkeep of row changes", Upkeep(upkeep_pool, lambda: changes.mode).run()),
             )
         ]
         try:

@@ -129,8 +129,8 @@ async def test_054_token_that_reaches_its_end_closes_its_channel(
 
 async def test_054_refresh_puts_the_end_off(shared_server: Server, wire: WireFactory) -> None:
     socket, other = [await wire(shared_server.websocket_url, shared_server.anon_key) for _ in range(2)]
-    await socket.join("054-r", access_token=make_token(expires_in=0.6))
-    await other.join("054-r", access_token=make_token(expires_in=0.7))
+    await socket.join("054-r", access_token=make_token(expires_in=2))
+    await other.join("054-r", access_token=make_token(expires_in=2.2))
     await refresh(socket, "054-r", make_token(expires_in=100))
     await hear_shutdown(other, "054-r")
     assert await socket.is_alive()
