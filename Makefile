@@ -74,6 +74,7 @@ lock: ## resolve requirements/*.txt again (needs uv)
 
 bench: $(V)/.test ## measure; some minutes
 	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/revalidate.py
 	$(BIN)/python benchmarks/read_cost.py
 	$(BIN)/python benchmarks/writers.py
 	$(BIN)/python benchmarks/changes.py
