@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -14,6 +13,8 @@ from psycopg import conninfo
 from sqlalchemy import Connection, create_engine, pool, text
 
 from alembic import context
+from realtime_server import config
+from realtime_server.errors import SettingsError
 from realtime_server.schema import CORE, VERSION_TABLE
 
 MIGRATION_LOCK = 7885631  # any fixed number: two migrators meet here
@@ -31,16 +32,17 @@ OPTIONS: dict[str, Any] = {
 
 
 def database_url() -> str:
-    url = (
-        context.config.attributes.get("url")
-        or os.environ.get("REALTIME_DATABASE_URL")
-        or os.environ.get("DATABASE_URL")
-    )
-    if not url:
+    if url := context.config.attributes.get("url"):
+        return str(url)
+    try:
+        given = config.load().database_url
+    except SettingsError as error:
+        raise SystemExit(str(error)) from None
+    if given is None:
         raise SystemExit(
             'no database: set REALTIME_DATABASE_URL (the embedded one is migrated by "realtime-server run")'
         )
-    return str(url)
+    return given.get_secret_value()
 
 
 def run_offline() -> None:
@@ -52,9 +54,11 @@ def run_offline() -> None:
 
 
 def run_online() -> None:
+    url = database_url()
+    own = conninfo.conninfo_to_dict(url).get("options") or ""
     url = conninfo.make_conninfo(
-        database_url(),
-        options="-c search_path= -c lock_timeout=5s",
+        url,
+        options=f"{own} -c search_path= -c lock_timeout=5s".strip(),
         application_name="realtime-server migrate",
     )
     engine = create_engine("postgresql+psycopg://", poolclass=pool.NullPool, creator=lambda: psycopg.connect(url))

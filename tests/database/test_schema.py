@@ -19,6 +19,7 @@ from typing import LiteralString
 import psycopg
 import pytest
 from alembic.script import ScriptDirectory
+from psycopg import conninfo
 
 from realtime_server import schema
 from realtime_server.embedded import bundled_bin
@@ -116,16 +117,20 @@ def environment(url: str | None) -> dict[str, str]:
     return kept if url is None else {**kept, "REALTIME_DATABASE_URL": url}
 
 
-def alembic(url: str | None, *arguments: str) -> str:
-    """The real command, in the repository, as a DBA runs it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
+def run_alembic(url: str | None, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The real command, as a DBA runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", "-c", ROOT / "alembic.ini", *arguments],
+        cwd=folder,
         env=environment(url),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
     )
+
+
+def alembic(url: str | None, *arguments: str) -> str:
+    done = run_alembic(url, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -311,6 +316,24 @@ def test_alembic_installs_the_core_for_head_and_a_sample_where_it_is_named(
     assert installed(database) == revisions
     assert has(database, "realtime.messages")
     assert has(database, "public.chat_threads") == (heads("chat")[0] in revisions)
+
+
+def test_alembic_finds_the_database_where_the_server_does(cluster: Cluster, tmp_path: Path) -> None:
+    database = cluster.create_empty()
+    (tmp_path / ".env").write_text(f"REALTIME_DATABASE_URL={database.url!r}\n")
+    done = run_alembic(None, "upgrade", "head", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert installed(database) == heads("core")
+    cluster.drop(database)
+
+
+def test_options_of_the_url_hold_for_migrations(cluster: Cluster) -> None:
+    database = cluster.create_empty()
+    done = run_alembic(
+        conninfo.make_conninfo(database.url, options="-c default_transaction_read_only=on"), "upgrade", "head"
+    )
+    assert "cannot execute CREATE SCHEMA in a read-only transaction" in done.stderr
+    cluster.drop(database)
 
 
 def test_two_migrators_at_once_both_end_well(new_database: NewDatabase) -> None:
