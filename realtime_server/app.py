@@ -164,6 +164,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     metrics.watch("realtime_presence_entries", "What clients track.", lambda: len(services.presence))
     metrics.watch("realtime_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     metrics.watch("realtime_relay_ready", "1 while the relay reads from the database.", lambda: relay.is_ready)
+    metrics.watch("realtime_relay_asleep", "1 while the relay waits for a writer to ring.", lambda: relay.is_asleep)
     metrics.watch("realtime_row_change_subscribers", "Channels and streams of row changes.", lambda: len(changes))
     metrics.watch("realtime_row_changes_flow", "1 while row changes are read.", lambda: changes.mode is not None)
     metrics_secret = settings.metrics_jwt_secret.get_secret_value() if settings.metrics_jwt_secret else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -81,6 +82,9 @@ async def test_metrics_count_what_happens(server: Server, wire: WireFactory, htt
     assert value(text, "realtime_relay_ready") == 1
     for secret in ("private", server.anon_key):
         assert secret not in text
+    # Nothing is written any more.
+    while value(await read(http, server), "realtime_relay_asleep") != 1:
+        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/metrics/eu-west-1"])
