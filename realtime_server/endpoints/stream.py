@@ -247,8 +247,8 @@ class EventStream:
     def send(self, frame: Frame) -> None:
         if self._is_over:
             return
-        # What is larger than the bound by itself goes through when nothing else waits: it could never be resumed otherwise.
-        if self._waiting and len(self._waiting) + len(frame.data) > self._max_buffered_bytes:
+        # Without this frame: one that alone is beyond the limit would end every stream, and again whenever it is resumed.
+        if len(self._waiting) > self._max_buffered_bytes:
             log.info("stream ended, its reader is too slow")
             # What it has not got it resumes from the id of the last event it read.
             self._waiting.clear()

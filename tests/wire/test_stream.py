@@ -502,6 +502,13 @@ async def test_message_beyond_the_bound_does_not_stop_the_stream_for_ever(
     assert await stream.numbers(1) == [1]
     again = await events(server.url, server.anon_key, topic="big", last_event_id=begin)
     assert await again.numbers(1) == [1]
+    # Nor does it behind others that come with it.
+    server.database.execute(
+        "select realtime.send(jsonb_build_object('n', n, 'x', repeat('x', (n & 1) * 300000)), 'e', 'big', false)"
+        " from generate_series(2, 6) as n"
+    )
+    last = await events(server.url, server.anon_key, topic="big", last_event_id=again.id)
+    assert await last.numbers(5) == [2, 3, 4, 5, 6]
 
 
 async def test_stopping_ends_streams_and_a_resumed_one_misses_nothing(
