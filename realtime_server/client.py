@@ -77,6 +77,8 @@ class Refused(RealtimeError):
 class Message:
     """`topic` without `realtime:`; `payload` is the parsed JSON object, or bytes; `cursor` is the place right behind this message.
 
+    JSON that Python does not parse (numbers of thousands of digits, a thousand levels) comes as the bytes of its text.
+
     Messages that were never stored have no cursor, and an id only if their sender gave one.
     """
 
@@ -338,17 +340,22 @@ class Listener(AsyncIterator[Message | Gap]):
             meta = messages.loads_object(message.metadata) or {}
             payload = _parse(message.payload) if message.is_json else message.payload
             return self._take_broadcast(socket, message.event, payload, meta)
-        content = messages.loads_object(message.payload) or {}
         match message.event:
             case messages.BROADCAST:
-                event, named = str(content.get("event", "")), content.get("meta")
+                fields = {name: _parse(value) for name, value in _fields(message.payload).items()}
+                event, meta = fields.get("event"), fields.get("meta")
                 return self._take_broadcast(
-                    socket, event, content.get("payload"), named if isinstance(named, dict) else {}
+                    socket,
+                    event if isinstance(event, str) else "",
+                    fields.get("payload"),
+                    meta if isinstance(meta, dict) else {},
                 )
-            case messages.SYSTEM if content.get("status") == "gap":
-                return self._take_gap(socket, str(content.get("message")), content.get("cursor"))
-            case messages.SYSTEM if content.get("status") == "error":
-                self._complaint = str(content.get("message"))
+            case messages.SYSTEM:
+                content = messages.loads_object(message.payload) or {}
+                if content.get("status") == "gap":
+                    return self._take_gap(socket, str(content.get("message")), content.get("cursor"))
+                if content.get("status") == "error":
+                    self._complaint = str(content.get("message"))
             case messages.CLOSE | messages.ERROR:
                 raise _Lost(f"the server ended the channel: {self._complaint or message.event}")
         return None
@@ -513,11 +520,20 @@ def _decode(frame: str | bytes) -> messages.Message | binary.UserBroadcast:
         raise _Lost(f"the server sent a malformed frame: {error}") from error
 
 
-def _parse(payload: bytes) -> Any:
+def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a JSON object, none where it is none; each unread, so that one that cannot be parsed leaves the others."""
     try:
-        return msgspec.json.decode(payload)
-    except msgspec.DecodeError as error:
-        raise _Lost(f"the server sent a malformed payload: {error}") from error
+        return msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+
+
+def _parse(text: bytes | msgspec.Raw) -> Any:
+    """The value of JSON text, or the text itself where it cannot be parsed: to lose it would be worse, and so would never to get past it."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return bytes(text)
 
 
 def _text(value: object) -> str | None:

@@ -155,6 +155,27 @@ async def test_bytes_arrive_as_bytes_live_and_again(shared_server: Server) -> No
             assert (item.event, item.payload, item.replayed) == ("raw", b"\x00\xff\x7b", replayed)
 
 
+@pytest.mark.parametrize("digits", [5000, 400])
+async def test_numbers_that_python_does_not_parse_arrive_as_text(shared_server: Server, digits: int) -> None:
+    topic = f"numbers:{digits}"
+    payload = f'{{"n": 1{"0" * digits}.5}}'
+    async with client_of(shared_server) as client:
+        listener = client.listen(topic)
+        await listener.ready()
+        start = listener.cursor
+        shared_server.database.execute("select realtime.send(%s::jsonb || '{\"id\": 1}', 'e', %s)", payload, topic)
+        shared_server.database.execute("select realtime.send('{\"id\": 2}', 'e', %s)", topic)
+        live = await take(listener, 2)
+        again = await take(client.listen(topic, after=start), 2)
+        for (large, small), replayed in ((live, False), (again, True)):
+            assert isinstance(large, Message)
+            assert (large.event, large.replayed, json.loads(large.payload)) == ("e", replayed, {"n": float("inf"), "id": 1})
+            assert large.id
+            assert large.cursor
+            assert isinstance(small, Message)
+            assert small.payload == {"id": 2}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_messages_written_while_the_server_is_away_arrive(server: Server, number: signal.Signals) -> None:
     ledger = Ledger(server.database)
