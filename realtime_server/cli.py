@@ -223,7 +223,8 @@ def listen(
     import asyncio
 
     if state is not None and state.exists():
-        after = state.read_text().strip()
+        text = state.read_bytes()
+        after = text.decode().strip() if text.isascii() else ""
         if not after:
             raise SettingsError(f"the file {state} holds no cursor; remove it to begin with what comes from now on")
     client = _client(url, key, token)

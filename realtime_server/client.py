@@ -343,12 +343,12 @@ class Listener(AsyncIterator[Message | Gap]):
         match message.event:
             case messages.BROADCAST:
                 fields = {name: _parse(value) for name, value in _fields(message.payload).items()}
-                event, meta = fields.get("event"), fields.get("meta")
+                event, named = fields.get("event"), fields.get("meta")
                 return self._take_broadcast(
                     socket,
                     event if isinstance(event, str) else "",
                     fields.get("payload"),
-                    meta if isinstance(meta, dict) else {},
+                    named if isinstance(named, dict) else {},
                 )
             case messages.SYSTEM:
                 content = messages.loads_object(message.payload) or {}
@@ -529,7 +529,7 @@ def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
 
 
 def _parse(text: bytes | msgspec.Raw) -> Any:
-    """The value of JSON text, or the text itself where it cannot be parsed: to lose it would be worse, and so would never to get past it."""
+    """The value of JSON text; where it cannot be parsed, the text itself: to lose it would be worse, or never to get past it."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

@@ -169,7 +169,11 @@ async def test_numbers_that_python_does_not_parse_arrive_as_text(shared_server: 
         again = await take(client.listen(topic, after=start), 2)
         for (large, small), replayed in ((live, False), (again, True)):
             assert isinstance(large, Message)
-            assert (large.event, large.replayed, json.loads(large.payload)) == ("e", replayed, {"n": float("inf"), "id": 1})
+            assert (large.event, large.replayed, json.loads(large.payload)) == (
+                "e",
+                replayed,
+                {"n": float("inf"), "id": 1},
+            )
             assert large.id
             assert large.cursor
             assert isinstance(small, Message)
@@ -688,6 +692,19 @@ async def test_command_keeps_its_place_even_if_nothing_came(server: Server, tmp_
         output, _ = await process.communicate()
         assert json.loads(output)["payload"]["n"] == 1
         assert process.returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"\n", b"\xff\x00"], ids=["empty", "not text"])
+async def test_file_without_a_cursor_is_left_as_it_is(shared_server: Server, tmp_path: Path, content: bytes) -> None:
+    state = tmp_path / "place"
+    state.write_bytes(content)
+    async with command(shared_server, "listen", "work", "--state", str(state), answers=False) as process:
+        _, errors = await process.communicate()
+        assert process.returncode == 1
+    assert errors.decode().splitlines() == [
+        f"realtime-server: the file {state} holds no cursor; remove it to begin with what comes from now on"
+    ]
+    assert state.read_bytes() == content
 
 
 async def test_command_prints_lines_for_people_and_for_programs(server: Server) -> None:
