@@ -177,6 +177,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_parts text[] := string_to_array(place, '-');
+    v_dropped xid8 := realtime.dropped_xid();
     v_problem text;
 begin
     -- Its life has no name of its own, so that every cursor would seem to be of another one.
@@ -202,7 +203,14 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
+    elsif pg_snapshot_xmax(since) <= v_dropped
+        or exists (
+            -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+            select
+            from pg_snapshot_xip(since) as xip
+            where xip <= v_dropped and pg_visible_in_snapshot(xip, pg_current_snapshot())
+        )
+    then
         v_problem := 'the cursor is older than what is kept';
     end if;
     if v_problem is not null then
@@ -351,6 +359,8 @@ begin
         v_since := v_until;
         v_until := null;
     end loop;
+    -- What was dropped since the cursor was looked at may not have been read: the read waits while a partition is dropped.
+    perform realtime.read_cursor(after);
 end
 $$;
 comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 
 import psycopg
+import pytest
 
 from tests.fix_database import TestDatabase, act_as
 
@@ -107,3 +110,40 @@ def test_clients_may_neither_maintain_nor_look_at_partitions(database: TestDatab
                 except psycopg.errors.InsufficientPrivilege:
                     continue
                 raise AssertionError(f"{role} may: {query}")
+
+
+def test_transaction_that_has_run_for_longer_than_messages_are_kept_makes_no_gap(any_database: TestDatabase) -> None:
+    read = "select (payload ->> 'n')::int from realtime.messages_after('t', %s)"
+    with psycopg.connect(any_database.url) as long:
+        long.execute("select pg_current_xact_id()")
+        before = any_database.execute("select realtime.cursor()")[0][0]
+        old = old_partition(any_database)
+        assert any_database.execute(MAINTAIN) == [(old, "dropped")]
+        (place,) = any_database.execute("select realtime.cursor()")[0]
+        any_database.execute("select realtime.send('{\"n\": 1}', 'e', 't')")
+        assert any_database.execute(read, place) == [(1,)]
+        # Where there is one, it is told.
+        with pytest.raises(psycopg.Error, match="older than what is kept"):
+            any_database.execute(read, before)
+        long.execute("select realtime.send('{\"n\": 2}', 'e', 't')")
+        long.commit()
+    # It has ended, and may have had messages among what was dropped since.
+    with pytest.raises(psycopg.Error, match="older than what is kept"):
+        any_database.execute(read, place)
+    assert any_database.execute(read, any_database.execute("select realtime.cursor()")[0][0]) == []
+
+
+def test_reader_that_waits_for_a_partition_to_be_dropped_is_told_of_the_gap(any_database: TestDatabase) -> None:
+    before = any_database.execute("select realtime.cursor()")[0][0]
+    old = old_partition(any_database)
+    with psycopg.connect(any_database.url) as maintenance, ThreadPoolExecutor(1) as other:
+        assert maintenance.execute(MAINTAIN).fetchall() == [(old, "dropped")]
+        reading = other.submit(any_database.execute, "select id from realtime.messages_after('old', %s)", before)
+        while not reading.done() and not any_database.execute(
+            "select pid from pg_locks where not granted and database ="
+            " (select oid from pg_database where datname = current_database())"
+        ):
+            time.sleep(0.01)
+        maintenance.commit()
+        with pytest.raises(psycopg.Error, match="older than what is kept"):
+            reading.result()

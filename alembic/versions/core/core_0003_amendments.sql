@@ -187,6 +187,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_parts text[] := string_to_array(place, '-');
+    v_dropped xid8 := realtime.dropped_xid();
     v_problem text;
 begin
     -- Its life has no name of its own, so that every cursor would seem to be of another one.
@@ -212,7 +213,14 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
+    elsif pg_snapshot_xmax(since) <= v_dropped
+        or exists (
+            -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+            select
+            from pg_snapshot_xip(since) as xip
+            where xip <= v_dropped and pg_visible_in_snapshot(xip, pg_current_snapshot())
+        )
+    then
         v_problem := 'the cursor is older than what is kept';
     end if;
     if v_problem is not null then
@@ -226,6 +234,115 @@ end
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
     'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
+
+create or replace function realtime.messages_after(
+    topic text,
+    after realtime.cursor,
+    max_rows integer default 100,
+    private boolean default null
+)
+returns table (
+    id uuid,
+    event text,
+    payload jsonb,
+    binary_payload bytea,
+    is_private boolean,
+    inserted_at timestamp,
+    xid xid8,
+    cursor text
+)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_life text := realtime.life();
+    v_since pg_snapshot;
+    v_until pg_snapshot;
+    v_seq bigint;
+    v_left integer := least(greatest(max_rows, 0), 10000);
+    v_found integer;
+    v_is_present boolean;
+    v_overlapping xid8[];
+    -- A cursor without its last part; taken together once, because a page has many.
+    v_within text;
+    v_behind text;
+begin
+    select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
+    loop
+        v_is_present := v_until is null;
+        if v_is_present then
+            v_until := pg_catalog.pg_current_snapshot();
+            v_overlapping := realtime.overlapping(v_since);
+        end if;
+        v_within := pg_catalog.regexp_replace(realtime.format_cursor(v_life, v_since, v_until, 0), '0$', '');
+        v_behind := pg_catalog.regexp_replace(realtime.format_cursor(v_life, realtime.durable(v_until), null, 0), '0$', '');
+        return query
+        select
+            page.id,
+            page.event,
+            page.payload,
+            page.binary_payload,
+            page.private,
+            page.inserted_at,
+            page.xid,
+            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end || page.seq
+        from (
+            (
+                select m.*
+                from realtime.messages as m
+                where m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq > v_seq
+                    and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and (v_is_present or m.seq > v_seq)
+                    and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+            union all
+            (
+                select m.*
+                from realtime.messages as m
+                where v_is_present
+                    and m.topic = messages_after.topic
+                    and m.extension = 'broadcast'
+                    and m.seq <= v_seq
+                    and m.xid = any (v_overlapping)
+                    and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
+                    and (messages_after.private is null or m.private = messages_after.private)
+                order by m.seq
+                limit v_left + 1
+            )
+        ) as page
+        order by page.seq
+        limit v_left;
+        get diagnostics v_found = row_count;
+        v_left := v_left - v_found;
+        exit when v_is_present or v_left = 0;
+        v_since := v_until;
+        v_until := null;
+    end loop;
+    -- What was dropped since the cursor was looked at may not have been read: the read waits while a partition is dropped.
+    perform realtime.read_cursor(after);
+end
+$$;
+comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
+    'Messages of a topic behind a cursor that the caller may see, in order, at most 10,000, each with the cursor to go on from. private: null for both rooms of the name. Raises RT001 where messages are missing.';
 
 create or replace function realtime.declared_type(relation oid, attnum smallint)
 returns text
