@@ -12,7 +12,7 @@ import httpx2
 import psycopg
 import pytest
 
-from tests.fix_database import TestDatabase
+from tests.fix_database import TestDatabase, act_as
 from tests.fix_metrics import gauges
 from tests.fix_server import Server
 from tests.fix_wire import Wire, WireFactory
@@ -365,6 +365,30 @@ def test_snapshot_and_stream_fit_together(any_database: TestDatabase) -> None:
     behind = any_database.execute("select (payload ->> 'n')::int from realtime.messages_after('items', %s)", cursor)
     assert rows == [{"n": 2}]
     assert sorted(number for (number,) in behind) == [1, 3, 4]
+
+
+def test_snapshot_and_stream_show_what_the_caller_may_see(database: TestDatabase) -> None:
+    with database.connect() as db:
+        db.execute("create table items (n int, owner text)")
+        db.execute("grant select on items to authenticated")
+        db.execute("alter table items enable row level security")
+        db.execute("create policy own on items for select to authenticated using (owner = auth.jwt() ->> 'sub')")
+        db.execute(
+            "create policy own on realtime.messages for select to authenticated using (topic = auth.jwt() ->> 'sub')"
+        )
+        db.execute("insert into items values (1, 'ann'), (2, 'bob')")
+        with db.transaction():
+            act_as(db, "authenticated", '{"sub": "ann"}')
+            ((rows, cursor),) = db.execute("select * from realtime.snapshot('select n from items')").fetchall()
+        send(database, "ann", 3)
+        send(database, "bob", 4)
+        assert rows == [{"n": 1}]
+        with db.transaction():
+            act_as(db, "authenticated", '{"sub": "ann"}')
+            for topic, count in (("ann", 1), ("bob", 0)):
+                assert (
+                    len(db.execute("select from realtime.messages_after(%s, %s)", (topic, cursor)).fetchall()) == count
+                )
 
 
 def test_what_was_dropped_in_another_life_is_no_gap_in_this_one(any_database: TestDatabase) -> None:
