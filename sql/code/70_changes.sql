@@ -163,7 +163,8 @@ as $$
             a.atttypid,
             t.typname,
             realtime.base_type(a.atttypid) as base,
-            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key,
+            -- Without the columns that an index only includes.
+            coalesce(a.attnum = any ((primary_key.indkey::int2[])[0:primary_key.indnkeyatts - 1]), false) as is_key,
             -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
             published.attnames is null
                 or published.attnames ? a.attname
@@ -186,7 +187,7 @@ as $$
         from published
         join pg_index as i on i.indrelid = published.oid
             and case published.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
-        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any (i.indkey::int2[])
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])
         group by published.oid
     )
     select
@@ -425,7 +426,7 @@ begin
             end if;
         elsif v_operator = 'in' then
             execute pg_catalog.format(
-                'select coalesce(array_agg(item::text), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as item', v_type
+                'select coalesce(array_agg(pg_catalog.format(''%%s'', item)) filter (where item is not null), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as item', v_type
             ) into vals, v_count using v_value;
             if v_count > 100 then
                 raise exception 'too many values for `in` filter. Maximum 100';
@@ -436,7 +437,7 @@ begin
                 v_type,
                 v_collation,
                 v_type
-            ) using v_value, (pg_catalog.array_remove(vals, null))[1];
+            ) using v_value, vals[1];
         elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
             if v_operator in ('like', 'ilike') and (pg_catalog.length(v_value) - pg_catalog.length(pg_catalog.rtrim(v_value, '\'))) % 2 = 1 then
                 -- PostgreSQL finds this out when it gets so far, which depends on the row.
@@ -461,7 +462,7 @@ begin
             end;
         else
             execute pg_catalog.format(
-                'select array[v::text], %s from (select $1::%s%s as x, $1::%s as v) as pair',
+                'select array[pg_catalog.format(''%%s'', v)], %s from (select $1::%s%s as x, $1::%s as v) as pair',
                 realtime.comparison(v_operator, false, null),
                 v_type,
                 v_collation,
@@ -836,7 +837,7 @@ begin
         ),
         pg_catalog.string_agg(
             pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and '
-        ) filter (where a.attnum = any (i.indkey::int2[])),
+        ) filter (where a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
         -- The table itself, which somebody may have locked, is read only for what cannot be computed.
         pg_catalog.bool_or(a.attgenerated = '' and exists (
             select from pg_catalog.jsonb_array_elements(images) as wanted (image) where not wanted.image ? a.attname
@@ -1137,13 +1138,14 @@ $$;
 comment on function realtime.has_change_reader() is 'Whether a server reads captured changes now.';
 revoke all on function realtime.has_change_reader() from public;
 
--- The oid in it keeps it apart from what users name, and from the clone that a partition gets of the trigger of its root.
+-- The oid in it keeps it apart from what users name, and from the clone that a partition gets of the trigger of its root. Triggers fire in
+-- the order of their names: what others write because of a change is to come behind it.
 create or replace function realtime.capture_trigger(relation oid)
 returns text
 language sql
 immutable
 as $$
-    select 'realtime_capture_' || relation::text
+    select '!realtime_capture_' || relation::text
 $$;
 comment on function realtime.capture_trigger(oid) is 'Name of the capture trigger on this table.';
 revoke all on function realtime.capture_trigger(oid) from public;
@@ -1162,14 +1164,19 @@ as $$
             case when t.tgtype & 16 > 0 then 'UPDATE' end,
             case when t.tgtype & 8 > 0 then 'DELETE' end
         ], null),
-        t.tgenabled <> 'D'
+        -- Its clones on partitions have its name.
+        t.tgname <> all (array(
+            select disabled.tgname
+            from pg_catalog.pg_trigger as disabled
+            where disabled.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and disabled.tgenabled = 'D'
+        ))
             and t.tgname = realtime.capture_trigger(t.tgrelid)
             and t.tgargs = pg_catalog.convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea
     from pg_catalog.pg_trigger as t
     where t.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and not t.tgisinternal and t.tgparentid = 0
 $$;
 comment on function realtime.capture_triggers() is
-    'The capture triggers, without the clones on partitions. Not sound: disabled, or made for another table, as in a restored dump.';
+    'The capture triggers, without the clones on partitions. Not sound: disabled, be it on one partition, or made for another table, as in a restored dump.';
 revoke all on function realtime.capture_triggers() from public;
 
 create or replace function realtime.capture_marks()

@@ -372,7 +372,7 @@ as $$
         cross join lateral (
             select coalesce(array_agg(a.attnum), '{}') as columns, coalesce(array_agg(a.attname::text), '{}') as names
             from pg_index as i
-            join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any (i.indkey::int2[])
+            join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])
             where i.indrelid = t.relation
                 and case t.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
         ) as identity

@@ -119,7 +119,7 @@ def test_trigger_of_a_user_with_our_name_stays(any_database: TestDatabase) -> No
         "create trigger realtime_capture after insert on first for each row execute function own()",
     )
     ((name,),) = any_database.execute("select realtime.capture_trigger('second'::regclass)")
-    run(any_database, f"create trigger {name} after insert on second for each row execute function own()")
+    run(any_database, f"create trigger {quoted(name)} after insert on second for each row execute function own()")
     assert actions(any_database) == {"public.first": "captured", "public.second": "refused"}
     assert "already exists" in problem(any_database)
     ((count,),) = any_database.execute("select count(*) from pg_trigger where tgfoid = 'own'::regproc")
@@ -186,6 +186,19 @@ def test_partition_that_is_published_itself_is_attached(any_database: TestDataba
     assert written(any_database) == [("parted", "INSERT")]
     run(any_database, "alter table parted detach partition more")
     assert actions(any_database) == {"public.more": "captured"}
+
+
+def test_trigger_that_is_disabled_on_one_partition_is_made_anew(any_database: TestDatabase) -> None:
+    create_partitions(any_database)
+    run(any_database, "alter publication supabase_realtime set (publish_via_partition_root = true)")
+    actions(any_database)
+    run(any_database, "alter table low disable trigger all")
+    marks = any_database.execute("select * from realtime.capture_marks()")
+    assert actions(any_database) == {"public.parted": "captured"}
+    assert any_database.execute("select * from realtime.capture_marks()") != marks
+    run(any_database, "insert into parted values (1)")
+    assert written(any_database) == [("parted", "INSERT")]
+    assert actions(any_database) == {}
 
 
 # -- tables in use

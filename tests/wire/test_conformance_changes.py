@@ -467,6 +467,20 @@ async def test_101_key_that_may_not_be_read(tables: Tables, server: Server, wire
     assert await hear_row(user, "101-k") == ("INSERT", {"id": 1, "title": "a"})
 
 
+async def test_101_columns_that_an_index_only_includes_are_no_key(tables: Tables, socket: Wire) -> None:
+    tables.create("notes", "id int, secret text, title text, primary key (id) include (secret, title)")
+    tables.execute("revoke select on notes from anon")
+    tables.execute("grant select (id, title) on notes to anon")
+    await subscribe(socket, "101-i", tables.binding("notes", select=["id"]))
+    tables.execute("insert into notes values (1, 'a', 'b')")
+    assert await hear_row(socket, "101-i") == ("INSERT", {"id": 1})
+    tables.execute("update notes set title = 'c'")
+    data = (await hear_change(socket, "101-i"))["data"]
+    assert (data["record"], data["old_record"], data["errors"]) == ({"id": 1}, {"id": 1}, None)
+    tables.execute("delete from notes")
+    assert await hear_row(socket, "101-i") == ("DELETE", {"id": 1})
+
+
 async def test_101_table_without_a_key(tables: Tables, socket: Wire) -> None:
     tables.create("notes", "title text")
     ids = await subscribe(socket, "101-n", tables.binding("notes"), tables.binding("notes", filter="title=eq.b"))
@@ -748,6 +762,26 @@ async def test_changes_of_a_transaction_come_together_in_their_order_and_after_i
         ("INSERT", 2),
         ("DELETE", 1),
     ]
+
+
+async def test_what_a_trigger_makes_of_a_row_comes_behind_the_row(tables: Tables, socket: Wire) -> None:
+    tables.create("todos", "id int primary key, n int default 0")
+    tables.execute(
+        f"""
+        create function count_up() returns trigger language plpgsql set search_path = {tables.schema} as $$
+        begin
+            update todos set n = n + 1 where id = new.id;
+            return null;
+        end
+        $$
+        """
+    )
+    tables.execute("create trigger after_insert after insert on todos for each row execute function count_up()")
+    await subscribe(socket, "own-order", tables.binding())
+    tables.execute("insert into todos values (1), (2)")
+    heard = [await hear_row(socket, "own-order") for _ in range(4)]
+    for id in (1, 2):
+        assert [(action, row["n"]) for action, row in heard if row["id"] == id] == [("INSERT", 0), ("UPDATE", 1)]
 
 
 async def test_transaction_that_commits_late_comes_late(tables: Tables, server: Server, socket: Wire) -> None:

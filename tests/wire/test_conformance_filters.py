@@ -73,6 +73,18 @@ async def test_097_list_of_a_hundred_values(tables: Tables, socket: Wire) -> Non
     ) == {f"n=in.({numbers})": {1, 2}}
 
 
+async def test_097_value_is_compared_and_not_what_a_cast_makes_of_it(tables: Tables, socket: Wire) -> None:
+    tables.execute("create type mood as enum ('sad', 'ok')")
+    tables.execute("create function shout(mood) returns text language sql immutable as $$ select 'loud' $$")
+    tables.execute("create cast (mood as text) with function shout(mood)")
+    tables.create("todos", "id int primary key, mood mood")
+    filters = ["mood=eq.ok", "mood=in.(ok,NULL)"]
+    ids = await subscribe(socket, "097-c", *(tables.binding(filter=filter) for filter in filters))
+    tables.execute("insert into todos values (1, 'sad'), (2, 'ok')")
+    payload = await hear_change(socket, "097-c")
+    assert (payload["data"]["record"], sorted(payload["ids"])) == ({"id": 2, "mood": "ok"}, sorted(ids))
+
+
 async def test_103_null(tables: Tables, socket: Wire) -> None:
     tables.create("things", "id int primary key, n int")
     filters = {

@@ -54,7 +54,7 @@ def reads_log(server: Server) -> bool:
 
 
 def captured(server: Server) -> int:
-    return len(rows(server, "select from pg_trigger where tgname like 'realtime_capture_%'"))
+    return len(rows(server, "select from pg_trigger where tgname like '!realtime_capture_%'"))
 
 
 async def until(is_so: Callable[[], bool]) -> None:

@@ -473,7 +473,8 @@ as $$
             a.atttypid,
             t.typname,
             realtime.base_type(a.atttypid) as base,
-            coalesce(primary_key.indkey::int2[] @> array[a.attnum], false) as is_key,
+            -- Without the columns that an index only includes.
+            coalesce(a.attnum = any ((primary_key.indkey::int2[])[0:primary_key.indnkeyatts - 1]), false) as is_key,
             -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
             published.attnames is null
                 or published.attnames ? a.attname
@@ -496,7 +497,7 @@ as $$
         from published
         join pg_index as i on i.indrelid = published.oid
             and case published.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
-        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any (i.indkey::int2[])
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])
         group by published.oid
     )
     select
@@ -606,6 +607,127 @@ as $$
 $$;
 comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security, rights on it or what is in the publication have changed.';
 revoke all on function realtime.table_marks(oid[]) from public;
+
+create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
+returns table (n integer, is_exact boolean, vals text[])
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_condition jsonb;
+    v_column text;
+    v_operator text;
+    v_value text;
+    v_type text;
+    v_base oid;
+    v_collation text;
+    v_is_plain boolean;
+    v_is_enum boolean;
+    v_count integer;
+begin
+    perform realtime.take_identity(check_filters.role, '{}');
+    foreach v_column in array check_filters.columns loop
+        if not exists (
+            select
+            from pg_catalog.pg_attribute as a
+            where a.attrelid = check_filters.relation
+                and a.attname = v_column
+                and a.attnum > 0
+                and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select')
+        ) then
+            raise exception 'invalid column for select %', v_column;
+        end if;
+    end loop;
+    for v_condition, n in
+        select c.condition, c.number::integer - 1 from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+    loop
+        v_column := v_condition ->> 'column';
+        v_operator := v_condition ->> 'operator';
+        v_value := v_condition ->> 'value';
+        v_type := null;
+        select
+            pg_catalog.format_type(a.atttypid, -1),
+            realtime.base_type(a.atttypid),
+            t.typtype = 'e',
+            coalesce(c.collisdeterministic, true),
+            case when c.oid is null then '' else pg_catalog.format(' collate %I.%I', n.nspname, c.collname) end
+        into v_type, v_base, v_is_enum, v_is_plain, v_collation
+        from pg_catalog.pg_attribute as a
+        join pg_catalog.pg_type as t on t.oid = a.atttypid
+        left join pg_catalog.pg_collation as c on c.oid = a.attcollation
+        left join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
+        where a.attrelid = check_filters.relation
+            and a.attname = v_column
+            and a.attnum > 0
+            and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select');
+        if v_type is null then
+            raise exception 'invalid column for filter %', v_column;
+        end if;
+        -- Types of which two values are equal exactly if their texts are.
+        is_exact := not (v_condition ->> 'is_negated')::boolean
+            and v_operator in ('eq', 'in')
+            and v_is_plain
+            and (v_base in (16, 19, 20, 21, 23, 25, 26, 1043, 2950) or v_is_enum);
+        vals := null;
+        if v_operator = 'is' then
+            if v_value not in ('null', 'true', 'false', 'unknown') then
+                raise exception 'invalid value for is filter: must be null, true, false, or unknown';
+            elsif v_value <> 'null' and v_base <> 16 then
+                raise exception 'is % filter requires a boolean column, got %', v_value, v_type;
+            end if;
+        elsif v_operator = 'in' then
+            execute pg_catalog.format(
+                'select coalesce(array_agg(pg_catalog.format(''%%s'', item)) filter (where item is not null), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as item', v_type
+            ) into vals, v_count using v_value;
+            if v_count > 100 then
+                raise exception 'too many values for `in` filter. Maximum 100';
+            end if;
+            execute pg_catalog.format(
+                'select %s from (select $2::%s%s as x, $1::%s[] as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_collation,
+                v_type
+            ) using v_value, vals[1];
+        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
+            if v_operator in ('like', 'ilike') and (pg_catalog.length(v_value) - pg_catalog.length(pg_catalog.rtrim(v_value, '\'))) % 2 = 1 then
+                -- PostgreSQL finds this out when it gets so far, which depends on the row.
+                raise exception using
+                    errcode = 'invalid_escape_sequence',
+                    message = 'LIKE pattern must not end with escape character';
+            end if;
+            begin
+                -- Of a domain only the value that was given is known to be one.
+                execute pg_catalog.format(
+                    'select %s from (select $2::%s%s as x, $1::%s as v) as pair',
+                    realtime.comparison(v_operator, false, null),
+                    pg_catalog.format_type(v_base, -1),
+                    v_collation,
+                    v_type
+                ) using v_value, '';
+            exception
+                when undefined_function or ambiguous_function then
+                    raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
+                when invalid_regular_expression then
+                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+            end;
+        else
+            execute pg_catalog.format(
+                'select array[pg_catalog.format(''%%s'', v)], %s from (select $1::%s%s as x, $1::%s as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_collation,
+                v_type
+            ) into vals using v_value;
+        end if;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.check_filters(oid, text, jsonb, text[]) is
+    'Whether a role may filter by these conditions and select these columns; raises what is wrong. For each condition that compares for equality of text (is_exact) the texts that fit.';
+revoke all on function realtime.check_filters(oid, text, jsonb, text[]) from public;
 
 create or replace function realtime.match_changes(relation oid, role text, images jsonb, conditions jsonb)
 returns table (image integer, condition integer)
@@ -919,7 +1041,7 @@ begin
         ),
         pg_catalog.string_agg(
             pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and '
-        ) filter (where a.attnum = any (i.indkey::int2[])),
+        ) filter (where a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
         -- The table itself, which somebody may have locked, is read only for what cannot be computed.
         pg_catalog.bool_or(a.attgenerated = '' and exists (
             select from pg_catalog.jsonb_array_elements(images) as wanted (image) where not wanted.image ? a.attname
@@ -1104,6 +1226,45 @@ $$;
 comment on function realtime.changes_since(pg_snapshot) is 'Captured changes committed since a snapshot, without their rows.';
 revoke all on function realtime.changes_since(pg_snapshot) from public;
 
+create or replace function realtime.capture_trigger(relation oid)
+returns text
+language sql
+immutable
+as $$
+    select '!realtime_capture_' || relation::text
+$$;
+comment on function realtime.capture_trigger(oid) is 'Name of the capture trigger on this table.';
+revoke all on function realtime.capture_trigger(oid) from public;
+
+create or replace function realtime.capture_triggers()
+returns table (relation oid, name text, events text[], is_sound boolean)
+language sql
+stable
+as $$
+    select
+        t.tgrelid,
+        t.tgname::text,
+        -- Bits of pg_trigger.tgtype.
+        pg_catalog.array_remove(array[
+            case when t.tgtype & 4 > 0 then 'INSERT' end,
+            case when t.tgtype & 16 > 0 then 'UPDATE' end,
+            case when t.tgtype & 8 > 0 then 'DELETE' end
+        ], null),
+        -- Its clones on partitions have its name.
+        t.tgname <> all (array(
+            select disabled.tgname
+            from pg_catalog.pg_trigger as disabled
+            where disabled.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and disabled.tgenabled = 'D'
+        ))
+            and t.tgname = realtime.capture_trigger(t.tgrelid)
+            and t.tgargs = pg_catalog.convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea
+    from pg_catalog.pg_trigger as t
+    where t.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and not t.tgisinternal and t.tgparentid = 0
+$$;
+comment on function realtime.capture_triggers() is
+    'The capture triggers, without the clones on partitions. Not sound: disabled, be it on one partition, or made for another table, as in a restored dump.';
+revoke all on function realtime.capture_triggers() from public;
+
 create or replace function realtime.capture_marks()
 returns table (relation oid, mark text)
 language sql
@@ -1174,3 +1335,98 @@ $$;
 comment on function realtime.doctor_changes(text, text) is
     'For realtime.doctor: where row changes come from, and why. changes: as REALTIME_CHANGES; obstacle: why the log cannot be read.';
 revoke all on function realtime.doctor_changes(text, text) from public;
+
+create or replace function realtime.doctor_writes()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with tables as materialized (
+        select
+            t.relation,
+            format('%I.%I', t.schema, t.name) as title,
+            t.has_whole_old,
+            c.relkind,
+            c.relreplident,
+            array(
+                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_published')::boolean
+            ) as columns
+        from realtime.published_tables('{}') as t
+        join pg_class as c on c.oid = t.relation
+        where t.events && '{UPDATE,DELETE}'
+    ),
+    members as materialized (
+        select
+            t.*,
+            -- Row filters and column lists came with PostgreSQL 15.
+            to_jsonb(member) ->> 'prattrs' is not null as has_list,
+            to_jsonb(member) ->> 'prqual' is not null as has_filter,
+            array(
+                select d.refobjsubid::int2
+                from pg_depend as d
+                where d.classid = 'pg_publication_rel'::regclass
+                    and d.objid = member.oid
+                    and d.refclassid = 'pg_class'::regclass
+                    and d.refobjid = t.relation
+                    and d.refobjsubid > 0
+            ) as columns_used,
+            identity.columns as identity,
+            identity.names as identity_names
+        from tables as t
+        join pg_publication as p on p.pubname = 'supabase_realtime'
+        join pg_publication_rel as member on member.prpubid = p.oid and member.prrelid = t.relation
+        cross join lateral (
+            select coalesce(array_agg(a.attnum), '{}') as columns, coalesce(array_agg(a.attname::text), '{}') as names
+            from pg_index as i
+            join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+            where i.indrelid = t.relation
+                and case t.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
+        ) as identity
+        -- Of partitions PostgreSQL goes by their own columns and identities.
+        where t.relkind = 'r'
+    )
+    select
+        'replica_identity',
+        'problem',
+        format('UPDATE and DELETE of %s fail for the application: it is published and has no replica identity', realtime.table_name(leaf.oid)),
+        format('add a primary key, or: alter table %s replica identity full', realtime.table_name(leaf.oid))
+    from tables as t
+    cross join lateral (
+        select t.relation where t.relkind = 'r'
+        union
+        select p.relid from pg_partition_tree(t.relation) as p where p.isleaf
+    ) as p (relid)
+    join pg_class as leaf on leaf.oid = p.relid
+    where leaf.relreplident <> 'f'
+        and not exists (
+            select
+            from pg_index as i
+            where i.indrelid = leaf.oid
+                and i.indisvalid
+                and i.indimmediate
+                and case leaf.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
+        )
+    union all
+    select
+        'replica_identity',
+        'problem',
+        format('UPDATE and DELETE of %s fail for the application: the column list of the publication does not cover the replica identity', title),
+        case
+            when has_whole_old then format('publish it without a column list, or: alter table %s replica identity default', title)
+            else format('put these columns into the list, too: %s', array_to_string(identity_names, ', '))
+        end
+    from members
+    where has_list and (has_whole_old or not identity_names <@ columns)
+    union all
+    select
+        'replica_identity',
+        'problem',
+        format('UPDATE and DELETE of %s fail for the application: the row filter of the publication reads columns outside the replica identity', title),
+        format('alter table %s replica identity full', title)
+    from members
+    -- With a list it is not known which columns the filter reads.
+    where has_filter and not has_list and not has_whole_old and not columns_used <@ identity
+$$;
+comment on function realtime.doctor_writes() is 'For realtime.doctor: published tables that applications cannot update.';
+revoke all on function realtime.doctor_writes() from public;
