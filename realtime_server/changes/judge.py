@@ -21,6 +21,9 @@ from realtime_server.errors import QueryCanceled
 from realtime_server.protocol.filters import Condition
 
 CLIENTS_AT_ONCE: Final = 500
+# Images times conditions: many that are cheap must not take as long together as one that is too expensive.
+BYTES_MATCHED_AT_ONCE: Final = 4_000_000
+FEWEST_CONDITIONS_AT_ONCE: Final = 10
 # When many together took too long, each is asked by itself, with a limit of its own, and all of them with this one.
 LIMIT_ALONE_S: Final = 0.25
 LIMIT_ALL_ALONE_S: Final = 5.0
@@ -101,7 +104,16 @@ class Judge:
 
     async def match(self, table: Table, role: str, images: bytes, conditions: Sequence[Condition]) -> Matches:
         """Which images satisfy which conditions, by PostgreSQL's own comparison."""
+        found: set[tuple[int, int]] = set()
+        problems: dict[int, str] = {}
+        size = max(FEWEST_CONDITIONS_AT_ONCE, BYTES_MATCHED_AT_ONCE // len(images))
+        for start in range(0, len(conditions), size):
+            matches = await self._match(table, role, images, conditions[start : start + size])
+            found.update((image, start + number) for image, number in matches.found)
+            problems |= {start + number: problem for number, problem in matches.problems.items()}
+        return Matches(frozenset(found), problems)
 
+    async def _match(self, table: Table, role: str, images: bytes, conditions: Sequence[Condition]) -> Matches:
         async def ask(some: Sequence[Condition], limit_s: float) -> list[tuple[Any, ...]]:
             return await self._ask(
                 "select image, condition from realtime.match_changes(%s, %s, %s::jsonb, %s::jsonb)",

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
+from realtime_server.changes import judge
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.change import Image, Row, image_of, text_of
 from realtime_server.changes.judge import Judge, Rejected
@@ -435,6 +436,16 @@ async def test_condition_that_postgresql_cannot_answer_hides_no_other(things: Th
     matches = await things.judge.match(things.table, ROLE, images, conditions)
     assert matches.found == {(0, 0), (0, 3)}
     assert set(matches.problems) == {1, 2}
+
+
+async def test_conditions_are_not_to_blame_for_being_many(things: Things, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "LIMIT_FILTERS_S", 0.4)
+    monkeypatch.setattr(judge, "LIMIT_ALL_ALONE_S", 0.4)
+    conditions = [Condition("words", Operator.ILIKE, False, f"%many {number}") for number in range(1000)]
+    images = [{"words": "lorem ipsum " * 40}] * 499 + [{"words": "Many 999"}]
+    matches = await things.judge.match(things.table, ROLE, msgspec.json.encode(images), conditions)
+    assert matches.problems == {}
+    assert matches.found == {(499, 999)}
 
 
 async def test_pattern_under_a_collation_that_has_none_is_refused(things: Things) -> None:
