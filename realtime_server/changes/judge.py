@@ -6,7 +6,7 @@ Many questions leave in one round trip. One that takes too long or cannot be ans
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, Final, LiteralString, NamedTuple, TypeVar
 
 import msgspec
@@ -21,6 +21,8 @@ from realtime_server.errors import QueryCanceled
 from realtime_server.protocol.filters import Condition
 
 CLIENTS_AT_ONCE: Final = 500
+# Of all clients together: many are not to take as long as one whose policies take too long.
+ROWS_SEEN_AT_ONCE: Final = 10_000
 # Images times conditions: many that are cheap must not take as long together as one that is too expensive.
 BYTES_MATCHED_AT_ONCE: Final = 4_000_000
 FEWEST_CONDITIONS_AT_ONCE: Final = 10
@@ -140,8 +142,7 @@ class Judge:
     async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> list[Sight]:
         """For each client which of the images that it wants it may see, by the policies for SELECT."""
         sights: list[Sight] = []
-        for start in range(0, len(wanted), CLIENTS_AT_ONCE):
-            some = wanted[start : start + CLIENTS_AT_ONCE]
+        for some in _in_turn(wanted):
             try:
                 sights += await self._see(table, images, some)
             except (QueryCanceled, database.Error) as error:
@@ -198,6 +199,19 @@ class Judge:
     ) -> list[tuple[Any, ...]]:
         texts = [argument.decode() if isinstance(argument, bytes) else argument for argument in arguments]
         return await self._pool.fetch(query, texts, limit_s=limit_s)
+
+
+def _in_turn(
+    wanted: Sequence[tuple[Identity, Collection[int]]],
+) -> Iterator[Sequence[tuple[Identity, Collection[int]]]]:
+    """As many clients at once as is fair to them."""
+    start = rows = 0
+    for end, (_, images) in enumerate(wanted):
+        rows += len(images)
+        if start < end and (end - start == CLIENTS_AT_ONCE or rows > ROWS_SEEN_AT_ONCE):
+            yield wanted[start:end]
+            start, rows = end, len(images)
+    yield wanted[start:]
 
 
 async def _each_alone(questions: Sequence[Q], ask: Callable[[Q], Awaitable[A]]) -> list[A | str]:

@@ -19,7 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
+from realtime_server.changes import judge
+from realtime_server.changes.catalog import Catalog
 from realtime_server.changes.trigger import captured_row
+from realtime_server.database import Pool, Target
 from tests.fix_database import OWNER, Cluster, TestDatabase
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -771,3 +774,26 @@ def test_table_that_is_altered_meanwhile_is_no_fault_of_its_policies(database: T
         altering.join()
     assert all(answer == ([0], None) for answer in answers), answers
     assert failures == 5
+
+
+async def test_clients_are_not_to_blame_for_being_many(database: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "ROWS_SEEN_AT_ONCE", 50)
+    monkeypatch.setattr(judge, "LIMIT_ALL_ALONE_S", 0.1)
+    database.execute("create table notes (id integer primary key)")
+    database.execute("alter table notes enable row level security")
+    database.execute("create policy slow on notes for select using (id < 8 and pg_sleep(0.002) is not null)")
+    database.execute("alter publication supabase_realtime add table notes")
+    pool = Pool(Target(database.url), name="test", size=1, timeout_s=5, statement_timeout_s=1)
+    await pool.open()
+    try:
+        catalog = Catalog(pool, ["authenticated"])
+        await catalog.refresh()
+        [table] = catalog.tables.values()
+        images = json.dumps([{"id": str(id)} for id in range(10)]).encode()
+        clients = [judge.Identity("authenticated", json.dumps({"sub": str(number)})) for number in range(100)]
+        wanted = [(client, range(number % 2, 10)) for number, client in enumerate(clients)]
+        sights = await judge.Judge(pool).see(table, images, wanted)
+    finally:
+        await pool.close()
+    assert [sight.problem for sight in sights] == [None] * 100
+    assert [sorted(sight.images) for sight in sights] == [list(range(8)), list(range(1, 8))] * 50
