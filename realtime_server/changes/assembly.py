@@ -73,8 +73,9 @@ class _Table:
         return row
 
     def key_of(self, row: Row) -> Row | None:
-        """What of a row is its identity, None if it has none."""
-        return {name: row[name] for name in self._key if name in row} or None
+        """What of a row is its identity, None if it has none, or null in it: the root of partitions has another one than the partition."""
+        key = {name: row[name] for name in self._key if name in row}
+        return key if key and None not in key.values() else None
 
     def old_row(self, values: Tuple, is_whole: bool) -> Row | None:
         row = self.row(values)

@@ -119,9 +119,9 @@ class Round:
         return verdicts
 
     def _verdict(self, change: Change) -> Verdict:
-        return Verdict(
-            change, change.action, self._picture(change.new, True), self._picture(change.old, change.has_whole_old)
-        )
+        # Where only the root of partitions has a replica identity of all columns, the log calls whole what is a key and nulls.
+        has_whole_old = change.has_whole_old and (self._is_captured or self._table.has_whole_old)
+        return Verdict(change, change.action, self._picture(change.new, True), self._picture(change.old, has_whole_old))
 
     def _picture(self, image: Image | None, is_whole: bool) -> Picture | None:
         if image is None:

@@ -144,7 +144,15 @@ as $$
             c.relowner,
             c.relrowsecurity,
             c.relforcerowsecurity,
-            c.relreplident,
+            -- What is written to the log is up to each partition, whatever the root says.
+            case when c.relreplident <> 'f' or not exists (
+                with recursive part as (
+                    select i.inhrelid as oid from pg_inherits as i where i.inhparent = c.oid and c.relkind = 'p'
+                    union all
+                    select i.inhrelid from pg_inherits as i join part on i.inhparent = part.oid
+                )
+                select from part join pg_class as p on p.oid = part.oid where p.relkind = 'r' and p.relreplident <> 'f'
+            ) then c.relreplident else 'd' end as relreplident,
             -- Row filters and column lists came with PostgreSQL 15.
             to_jsonb(p) ->> 'rowfilter' as rowfilter,
             to_jsonb(p) -> 'attnames' as attnames

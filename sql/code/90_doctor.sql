@@ -558,6 +558,7 @@ as $$
         ),
         concat(
             format('alter table %s replica identity full lets the server judge it', t.title),
+            case when exists (select from pg_partitioned_table as p where p.partrelid = t.relation) then ', done for each partition, too' end,
             case when not strict_deletes then '; REALTIME_STRICT_DELETES=true tells it to nobody whom policies bind' end
         )
     from tables as t

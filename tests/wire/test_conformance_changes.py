@@ -611,6 +611,33 @@ async def test_104_replica_identity_full(tables: Tables, socket: Wire) -> None:
     assert await hear_row(socket, "104-f") == ("DELETE", {"code": "b", "id": 2})
 
 
+async def test_104_replica_identity_of_the_root_alone(tables: Tables, server: Server, wire: WireFactory) -> None:
+    """What is null in the log is not known: it is neither told nor judged."""
+    columns = "id int primary key, owner uuid) partition by range (id"
+    for name in ("rooms", "halls"):
+        tables.create(name, columns, *OWN_ROWS, FULL)
+        tables.execute(f"create table {name}_1 partition of {name} for values from (0) to (10)")
+    tables.execute("alter table halls_1 replica identity full")
+    tables.execute("alter publication supabase_realtime set (publish_via_partition_root = true)")
+    try:
+        alice = await wire(server.websocket_url, token_of(ALICE))
+        service = await wire(server.websocket_url, server.service_key)
+        for socket in (alice, service):
+            await subscribe(socket, "104-r", tables.binding(None))
+        for name in ("rooms", "halls"):
+            tables.execute(f"insert into {name} values (1, %s)", ALICE)
+            tables.execute(f"update {name} set id = 2")
+            tables.execute(f"delete from {name}")
+            row = {"id": 1, "owner": ALICE}
+            for socket in (alice, service):
+                assert await hear_row(socket, "104-r") == ("INSERT", row)
+                data = (await hear_change(socket, "104-r"))["data"]
+                assert (data["record"], data["old_record"]) == (row | {"id": 2}, {"id": 1} if name == "rooms" else row)
+                assert await hear_row(socket, "104-r") == ("DELETE", {"id": 2})
+    finally:
+        tables.execute("alter publication supabase_realtime set (publish_via_partition_root = false)")
+
+
 async def test_104_replica_identity_of_an_index(tables: Tables, socket: Wire) -> None:
     columns = "id int primary key, code text not null unique, n int"
     tables.create("things", columns, "alter table {table} replica identity using index {table}_code_key")

@@ -454,7 +454,15 @@ as $$
             c.relowner,
             c.relrowsecurity,
             c.relforcerowsecurity,
-            c.relreplident,
+            -- What is written to the log is up to each partition, whatever the root says.
+            case when c.relreplident <> 'f' or not exists (
+                with recursive part as (
+                    select i.inhrelid as oid from pg_inherits as i where i.inhparent = c.oid and c.relkind = 'p'
+                    union all
+                    select i.inhrelid from pg_inherits as i join part on i.inhparent = part.oid
+                )
+                select from part join pg_class as p on p.oid = part.oid where p.relkind = 'r' and p.relreplident <> 'f'
+            ) then c.relreplident else 'd' end as relreplident,
             -- Row filters and column lists came with PostgreSQL 15.
             to_jsonb(p) ->> 'rowfilter' as rowfilter,
             to_jsonb(p) -> 'attnames' as attnames
@@ -1430,3 +1438,168 @@ as $$
 $$;
 comment on function realtime.doctor_writes() is 'For realtime.doctor: published tables that applications cannot update.';
 revoke all on function realtime.doctor_writes() from public;
+
+create or replace function realtime.doctor_tables(source text, roles text[], strict_deletes boolean)
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with tables as materialized (
+        select
+            t.*,
+            format('%I.%I', t.schema, t.name) as title,
+            array(
+                select c.item ->> 'name'
+                from jsonb_array_elements(t.columns) as c (item)
+                where (c.item ->> 'is_key')::boolean and (c.item ->> 'is_published')::boolean
+            ) as key,
+            array(
+                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_published')::boolean
+            ) as names,
+            has_schema_privilege(c.relnamespace, 'usage') as may_use,
+            has_table_privilege(c.oid, 'select') as may_read
+        from realtime.published_tables(roles) as t
+        join pg_class as c on c.oid = t.relation
+    ),
+    access as materialized (
+        select
+            t.relation,
+            t.title,
+            t.key,
+            a.role,
+            (a.rights ->> 'is_bound')::boolean as is_bound,
+            array(select jsonb_array_elements_text(a.rights -> 'columns')) as columns
+        from tables as t
+        cross join jsonb_each(t.access) as a (role, rights)
+    )
+    -- what clients are not told
+    select
+        'primary_key',
+        'problem',
+        format(
+            '%s has no primary key%s: clients get "Error 400: Bad Request, no primary key" instead of rows',
+            t.title,
+            case
+                when exists (select from pg_index as i where i.indrelid = t.relation and i.indisprimary)
+                    then ' in the column list of the publication'
+            end
+        ),
+        'add it'
+    from tables as t
+    where cardinality(t.key) = 0
+    union all
+    select
+        'privileges',
+        'problem',
+        format('none of the roles may select from %s: whoever subscribes gets "Error 401: Unauthorized" instead of rows', a.title),
+        format('grant usage on its schema and select on %s to authenticated, for instance', a.title)
+    from access as a
+    group by a.relation, a.title
+    having bool_and(cardinality(a.columns) = 0)
+    union all
+    select
+        'privileges',
+        'problem',
+        format(
+            'role %I may select columns of %s, but not of its primary key (%s): its clients get "Error 401: Unauthorized" instead of rows',
+            a.role,
+            a.title,
+            array_to_string(a.key, ', ')
+        ),
+        format('grant select (%s) on %s to %I', (select string_agg(quote_ident(k), ', ') from unnest(a.key) as k), a.title, a.role)
+    from access as a
+    where cardinality(a.columns) > 0 and not a.key <@ a.columns
+    union all
+    select
+        'policies',
+        'note',
+        format(
+            'row-level security of %s has no policy for SELECT: clients of %s are told nothing',
+            a.title,
+            string_agg(a.role, ', ' order by a.role)
+        ),
+        format('create policy ... on %s for select using (...)', a.title)
+    from access as a
+    where a.is_bound
+        and cardinality(a.columns) > 0
+        and not exists (select from pg_policy as p where p.polrelid = a.relation and p.polpermissive and p.polcmd in ('r', '*'))
+    group by a.relation, a.title
+    union all
+    select
+        'unlogged',
+        'problem',
+        format('%s is unlogged: the log has none of its changes', realtime.table_name(leaf.oid)),
+        format('alter table %s set logged', realtime.table_name(leaf.oid))
+    from tables as t
+    cross join lateral (
+        select t.relation
+        union
+        select p.relid from pg_partition_tree(t.relation) as p
+    ) as p (relid)
+    join pg_class as leaf on leaf.oid = p.relid and leaf.relkind = 'r'
+    where source = 'wal' and leaf.relpersistence = 'u'
+    union all
+    select 'row_filter', 'note', format('of %s only rows are told that fulfil %s', t.title, t.row_filter), null
+    from tables as t
+    where t.row_filter is not null
+    union all
+    select 'column_list', 'note', format('of %s only these columns are told: %s', t.title, array_to_string(t.names, ', ')), null
+    from tables as t
+    join pg_publication as p on p.pubname = 'supabase_realtime'
+    join pg_publication_rel as member on member.prpubid = p.oid and member.prrelid = t.relation
+    where to_jsonb(member) ->> 'prattrs' is not null
+    -- what clients are told, perhaps more than was meant
+    union all
+    select
+        'row_security',
+        'note',
+        format('row-level security of %s is off and anon may select from it: whoever has the public key is told every change', a.title),
+        format('if that is not meant: alter table %s enable row level security, and write policies', a.title)
+    from access as a
+    join tables as t on t.relation = a.relation
+    where a.role = 'anon' and cardinality(a.columns) > 0 and not t.has_row_security
+    union all
+    select
+        'deletes',
+        'note',
+        format(
+            case
+                when strict_deletes
+                    then 'a DELETE in %s is told to nobody whom policies bind, because the log has no more than the key of the row'
+                else 'a DELETE in %s tells the key to everybody who subscribed, because the log has no more of the row that policies could judge'
+            end,
+            t.title
+        ),
+        concat(
+            format('alter table %s replica identity full lets the server judge it', t.title),
+            case when exists (select from pg_partitioned_table as p where p.partrelid = t.relation) then ', done for each partition, too' end,
+            case when not strict_deletes then '; REALTIME_STRICT_DELETES=true tells it to nobody whom policies bind' end
+        )
+    from tables as t
+    where source = 'wal'
+        and t.has_row_security
+        and not t.has_whole_old
+        and 'DELETE' = any (t.events)
+        and cardinality(t.key) > 0
+    -- what the server may not do
+    union all
+    select
+        'rights',
+        'problem',
+        format('role %I may not use schema %I, so changes of %s cannot be told', current_user, t.schema, t.title),
+        format('grant usage on schema %I to %I', t.schema, current_user)
+    from tables as t
+    where not t.may_use
+    union all
+    select
+        'rights',
+        'problem',
+        format('role %I may not select from %s: where the log does not have a whole row, its change is not told', current_user, t.title),
+        format('grant select on %s to %I', t.title, current_user)
+    from tables as t
+    where source = 'wal' and t.may_use and not t.may_read
+$$;
+comment on function realtime.doctor_tables(text, text[], boolean) is
+    'For realtime.doctor: what clients are told of the tables of the publication. source: wal or trigger; roles: of clients; strict_deletes: as REALTIME_STRICT_DELETES.';
+revoke all on function realtime.doctor_tables(text, text[], boolean) from public;
