@@ -39,9 +39,9 @@ NOTHING = Access(frozenset(), True)
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, of all partitions, too, so that clients are told old rows, not only their keys.
-    `is_captured`: it has a trigger that writes its changes to the outbox. `columns` are the published ones; `unpublished` are told nobody,
-    but policies may read them."""
+    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, of all partitions, too, so that clients are told old rows,
+    not only their keys. `is_captured`: it has a trigger that writes its changes to the outbox. `columns` are the published ones;
+    `unpublished` are told nobody, but policies may read them."""
 
     relation: int
     schema: str

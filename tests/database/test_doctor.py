@@ -354,6 +354,20 @@ CAUSES = [
     Cause(
         "deletes",
         "note",
+        "a DELETE in public.parted tells the key to everybody who subscribed",
+        (
+            "create table parted (id int primary key) partition by list (id)",
+            "create table part_one partition of parted for values in (1)",
+            "alter table parted replica identity full, enable row level security",
+            "alter publication supabase_realtime set (publish_via_partition_root = true)",
+            "alter publication supabase_realtime add table parted",
+        ),
+        ("alter table part_one replica identity full",),
+        WAL,
+    ),
+    Cause(
+        "deletes",
+        "note",
         "a DELETE in public.things is told to nobody whom policies bind",
         ("alter table things replica identity default",),
         ("alter table things disable row level security",),

@@ -148,7 +148,7 @@ async def test_lost_trigger_is_told_to_the_subscribers_of_every_server(start: St
         for socket in sockets:
             await subscribe(socket, "rows", tables.binding())
             await subscribe(socket, "others", tables.binding("other"))
-        ((trigger,),) = tables.execute("select tgname from pg_trigger where tgrelid = 'todos'::regclass")
+        ((trigger,),) = tables.execute("select quote_ident(tgname) from pg_trigger where tgrelid = 'todos'::regclass")
         tables.execute(f"drop trigger {trigger} on todos")
         for socket in sockets:
             while (frame := await socket.hear())[1:] == word("rows"):
