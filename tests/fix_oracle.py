@@ -164,6 +164,11 @@ class Reader:
     def count(self) -> int:
         return sum(map(len, self.received.values()))
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the last message of every topic came live."""
+        return all(numbers and numbers[-1] not in self.replayed for numbers in self.received.values())
+
     async def run(self) -> None:
         while True:
             try:
@@ -815,7 +820,7 @@ def fault_database(fault_cluster: FaultCluster) -> Iterator[TestDatabase]:
 @pytest.fixture(scope="session")
 async def lasting_server(fault_cluster: FaultCluster) -> AsyncIterator[Server]:
     database = fault_cluster.cluster.create("core@head")
-    async with contextlib.aclosing(Server(database, max_joins_per_second="0")) as server:
+    async with contextlib.aclosing(Server(database, changes="trigger", max_joins_per_second="0")) as server:
         yield await server.start()
     fault_cluster.cluster.drop(database)
 

@@ -125,9 +125,9 @@ ServerFactory = Callable[..., Awaitable[Server]]
 
 @pytest.fixture(scope="session")
 async def shared_server(cluster: Cluster) -> AsyncIterator[Server]:
-    """One server for all tests that only talk to it; each takes topics of its own."""
+    """One server for all tests that only talk to it; each takes topics of its own. Tests that let the owner replicate leave it alone."""
     database = cluster.create("heads")
-    async with aclosing(Server(database)) as server:
+    async with aclosing(Server(database, changes="trigger")) as server:
         yield await server.start()
     cluster.drop(database)
 
