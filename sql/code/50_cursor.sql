@@ -55,7 +55,8 @@ $$;
 comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
 revoke all on function realtime.note_dropped(xid8) from public;
 
--- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
+-- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
+-- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
 create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
 returns text
 language sql
