@@ -132,6 +132,21 @@ async def shared_server(cluster: Cluster) -> AsyncIterator[Server]:
     cluster.drop(database)
 
 
+@pytest.fixture(scope="session")
+async def polling_server(cluster: Cluster) -> AsyncIterator[Server]:
+    """The same, but nobody wakes it."""
+    database = cluster.create("heads")
+    async with aclosing(Server(database, changes="trigger", wakeup="poll")) as server:
+        yield await server.start()
+    cluster.drop(database)
+
+
+@pytest.fixture(params=["notify", "poll"])
+def any_server(request: pytest.FixtureRequest, shared_server: Server, polling_server: Server) -> Server:
+    """One of the two, by how it learns that something was written."""
+    return shared_server if request.param == "notify" else polling_server
+
+
 @pytest.fixture
 async def server(database: TestDatabase) -> AsyncIterator[Server]:
     """A server on a database of its own, with the sample systems."""

@@ -55,14 +55,12 @@ async def joined(server: Server, wire: WireFactory, topic: str, config: dict[str
 
 
 @pytest.mark.parametrize("private", [False, True])
-async def test_resume_goes_on_exactly_behind_each_cursor(
-    shared_server: Server, wire: WireFactory, private: bool
-) -> None:
+async def test_resume_goes_on_exactly_behind_each_cursor(any_server: Server, wire: WireFactory, private: bool) -> None:
     topic = f"resume:{private}"
-    socket, response = await joined(shared_server, wire, topic, {**CURSOR, "private": private})
+    socket, response = await joined(any_server, wire, topic, {**CURSOR, "private": private})
     # Three transactions; the middle one has several messages, so there are places within a read.
     for numbers in ((1,), (2, 3, 4), (5,)):
-        send(shared_server.database, topic, *numbers, private=private)
+        send(any_server.database, topic, *numbers, private=private)
     live = [await hear_broadcast(socket) for _ in range(5)]
     assert [message["n"] for message in live] == [1, 2, 3, 4, 5]
     assert "replayed" not in live[0]["meta"]
@@ -70,7 +68,7 @@ async def test_resume_goes_on_exactly_behind_each_cursor(
     cursors = [response["cursor"], *(message["meta"]["cursor"] for message in live)]
     for position, cursor in enumerate(cursors):
         config = {"private": private, "broadcast": {"cursor": True, "replay": {"after": cursor}}}
-        again, _ = await joined(shared_server, wire, topic, config)
+        again, _ = await joined(any_server, wire, topic, config)
         rest = [await hear_broadcast(again) for _ in range(5 - position)]
         assert [message["n"] for message in rest] == [1, 2, 3, 4, 5][position:]
         assert [message["meta"]["id"] for message in rest] == [message["meta"]["id"] for message in live[position:]]
@@ -80,32 +78,32 @@ async def test_resume_goes_on_exactly_behind_each_cursor(
         await again.socket.close()
 
 
-async def test_who_asks_for_no_cursor_gets_none(shared_server: Server, wire: WireFactory) -> None:
-    socket, response = await joined(shared_server, wire, "plain", {})
+async def test_who_asks_for_no_cursor_gets_none(any_server: Server, wire: WireFactory) -> None:
+    socket, response = await joined(any_server, wire, "plain", {})
     assert response == {"postgres_changes": []}
-    send(shared_server.database, "plain", 1)
+    send(any_server.database, "plain", 1)
     assert set((await hear_broadcast(socket))["meta"]) == {"id"}
 
 
 async def test_more_than_a_page_and_more_than_can_be_held_arrive_in_order(
-    shared_server: Server, wire: WireFactory
+    any_server: Server, wire: WireFactory
 ) -> None:
-    _, response = await joined(shared_server, wire, "many", CURSOR)
-    send(shared_server.database, "many", *range(3500))
+    _, response = await joined(any_server, wire, "many", CURSOR)
+    send(any_server.database, "many", *range(3500))
     config = {"broadcast": {"replay": {"after": response["cursor"]}}}
-    socket, _ = await joined(shared_server, wire, "many", config)
-    send(shared_server.database, "many", *range(3500, 6000))
+    socket, _ = await joined(any_server, wire, "many", config)
+    send(any_server.database, "many", *range(3500, 6000))
     assert [(await hear_broadcast(socket))["n"] for _ in range(6000)] == list(range(6000))
     assert await socket.is_alive()
 
 
-async def test_public_and_private_rooms_of_one_name_are_told_apart(shared_server: Server, wire: WireFactory) -> None:
-    _, response = await joined(shared_server, wire, "both", CURSOR)
-    send(shared_server.database, "both", 1, private=True)
-    send(shared_server.database, "both", 2, private=False)
+async def test_public_and_private_rooms_of_one_name_are_told_apart(any_server: Server, wire: WireFactory) -> None:
+    _, response = await joined(any_server, wire, "both", CURSOR)
+    send(any_server.database, "both", 1, private=True)
+    send(any_server.database, "both", 2, private=False)
     replay = {"broadcast": {"replay": {"after": response["cursor"]}}}
     for private, number in ((True, 1), (False, 2)):
-        socket, _ = await joined(shared_server, wire, "both", {**replay, "private": private})
+        socket, _ = await joined(any_server, wire, "both", {**replay, "private": private})
         assert (await hear_broadcast(socket))["n"] == number
         assert await socket.is_alive()
 
@@ -121,24 +119,24 @@ GAPS = {
 
 @pytest.mark.parametrize("case", GAPS)
 async def test_cursor_that_cannot_be_read_from_is_answered_with_a_gap_and_then_live(
-    shared_server: Server, wire: WireFactory, case: str
+    any_server: Server, wire: WireFactory, case: str
 ) -> None:
     cursor, words = GAPS[case]
     topic = f"gap:{case}"
     # The relay has passed this one before the join: it is not live any more.
-    other, _ = await joined(shared_server, wire, topic, {})
-    send(shared_server.database, topic, 1)
+    other, _ = await joined(any_server, wire, topic, {})
+    send(any_server.database, topic, 1)
     assert (await hear_broadcast(other))["n"] == 1
-    socket, _ = await joined(shared_server, wire, topic, {"broadcast": {"replay": {"after": cursor}}})
+    socket, _ = await joined(any_server, wire, topic, {"broadcast": {"replay": {"after": cursor}}})
     join_ref, ref, wire_topic, event, payload = await socket.hear()
     assert (join_ref, ref, wire_topic, event) == ("1", None, f"realtime:{topic}", "system")
     assert (payload["extension"], payload["status"], payload["channel"]) == ("broadcast", "gap", topic)
     assert words in payload["message"]
     if words != "malformed":
         # The oldest cursor is one that can be read from.
-        again, _ = await joined(shared_server, wire, topic, {"broadcast": {"replay": {"after": payload["cursor"]}}})
+        again, _ = await joined(any_server, wire, topic, {"broadcast": {"replay": {"after": payload["cursor"]}}})
         assert (await hear_broadcast(again))["n"] == 1
-    send(shared_server.database, topic, 2)
+    send(any_server.database, topic, 2)
     assert (await hear_broadcast(socket))["n"] == 2
 
 
@@ -159,38 +157,38 @@ async def test_cursor_older_than_what_is_kept_is_a_gap(server: Server, wire: Wir
     assert (await hear_broadcast(socket))["n"] == 2
 
 
-async def test_081_replay_by_time_gives_the_newest_oldest_first(shared_server: Server, wire: WireFactory) -> None:
+async def test_081_replay_by_time_gives_the_newest_oldest_first(any_server: Server, wire: WireFactory) -> None:
     before = int(time.time() * 1000) - 60_000
-    send(shared_server.database, "timed", *range(30), private=True)
+    send(any_server.database, "timed", *range(30), private=True)
     for limit, expected in ((None, 25), (3, 3), (100, 25), (0, 1)):
         replay = {"since": before} | ({} if limit is None else {"limit": limit})
-        socket, _ = await joined(shared_server, wire, "timed", {"private": True, "broadcast": {"replay": replay}})
+        socket, _ = await joined(any_server, wire, "timed", {"private": True, "broadcast": {"replay": replay}})
         got = [await hear_broadcast(socket) for _ in range(expected)]
         assert [message["n"] for message in got] == list(range(30))[-expected:]
         assert all(message["meta"]["replayed"] is True for message in got)
         assert await socket.is_alive()
     # Not older than asked for, and with bytes as bytes, for who can take them.
-    shared_server.database.execute(
+    any_server.database.execute(
         "insert into realtime.messages (topic, extension, event, payload, private, inserted_at)"
         " values ('timed:few', 'broadcast', 'e', '{\"n\": -1}', true, (now() - interval '2 minutes') at time zone 'utc')"
     )
-    send(shared_server.database, "timed:few", 1, private=True)
-    shared_server.database.execute("select realtime.send_binary('\\xdeadbeef', 'bin', 'timed:few')")
-    [[row_id]] = shared_server.database.execute(
+    send(any_server.database, "timed:few", 1, private=True)
+    any_server.database.execute("select realtime.send_binary('\\xdeadbeef', 'bin', 'timed:few')")
+    [[row_id]] = any_server.database.execute(
         "select id::text from realtime.messages where topic = 'timed:few' and event = 'bin'"
     )
     config = {"private": True, "broadcast": {"replay": {"since": before}}}
-    socket, _ = await joined(shared_server, wire, "timed:few", config)
+    socket, _ = await joined(any_server, wire, "timed:few", config)
     assert (await hear_broadcast(socket))["n"] == 1
     frame = await socket.hear_bytes()
     meta = b'{"id":"%b","replayed":true}' % str(row_id).encode()
     assert frame == bytes([4, 18, 3, len(meta), 0]) + b"realtime:timed:fewbin" + meta + b"\xde\xad\xbe\xef"
-    old = await wire(shared_server.websocket_url, shared_server.service_key, vsn="1.0.0")
+    old = await wire(any_server.websocket_url, any_server.service_key, vsn="1.0.0")
     assert (await old.join("timed:few", config))["status"] == "ok"
     assert (await old.hear())[4]["payload"]["n"] == 1
     assert await old.is_alive()
     socket, _ = await joined(
-        shared_server, wire, "timed:few", {"private": True, "broadcast": {"replay": {"since": before + 120_000}}}
+        any_server, wire, "timed:few", {"private": True, "broadcast": {"replay": {"since": before + 120_000}}}
     )
     assert await socket.is_alive()
 
@@ -254,11 +252,11 @@ async def test_client_that_goes_during_a_replay_by_time_leaves_nothing_behind(
     ],
 )
 async def test_082_replay_by_time_is_refused(
-    shared_server: Server, wire: WireFactory, private: bool, replay: Any, reason: str
+    any_server: Server, wire: WireFactory, private: bool, replay: Any, reason: str
 ) -> None:
-    socket = await wire(shared_server.websocket_url, shared_server.anon_key)
+    socket = await wire(any_server.websocket_url, any_server.anon_key)
     answer = await socket.join(
-        "t", {"private": private, "broadcast": {"replay": replay}}, access_token=shared_server.service_key
+        "t", {"private": private, "broadcast": {"replay": replay}}, access_token=any_server.service_key
     )
     assert answer == {"status": "error", "response": {"reason": f"UnableToReplayMessages: {reason}"}}
     assert await socket.is_alive()
@@ -278,11 +276,11 @@ async def test_bytes_arrive_also_when_the_cursor_is_too_long_for_their_frame(ser
         assert len((await hear_broadcast(socket))["meta"]["cursor"]) > 255
 
 
-async def test_clients_cannot_move_the_place_of_others(shared_server: Server, wire: WireFactory) -> None:
-    keeper, _ = await joined(shared_server, wire, "forged", CURSOR)
-    plain, _ = await joined(shared_server, wire, "forged", {})
+async def test_clients_cannot_move_the_place_of_others(any_server: Server, wire: WireFactory) -> None:
+    keeper, _ = await joined(any_server, wire, "forged", CURSOR)
+    plain, _ = await joined(any_server, wire, "forged", {})
     forged = {"type": "broadcast", "event": "e", "payload": {"n": 1}, "meta": {"cursor": "1-aaaaaaaaaaaa-5.5-0"}}
-    writer, _ = await joined(shared_server, wire, "forged", {})
+    writer, _ = await joined(any_server, wire, "forged", {})
     await writer.say("realtime:forged", "broadcast", forged)
     assert (await plain.hear())[4] == forged
     assert (await keeper.hear())[4] == {"type": "broadcast", "event": "e", "payload": {"n": 1}}

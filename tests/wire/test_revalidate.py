@@ -60,8 +60,8 @@ class Chat:
 
 
 @pytest.fixture
-def chat(shared_server: Server) -> Chat:
-    return Chat(shared_server.database)
+def chat(any_server: Server) -> Chat:
+    return Chat(any_server.database)
 
 
 async def hear_number(member: Wire | Events) -> int:
@@ -113,8 +113,8 @@ class Come:
 
 
 @pytest.fixture
-def come(shared_server: Server, wire: WireFactory, events: EventsFactory) -> Come:
-    return Come(shared_server, wire, events)
+def come(any_server: Server, wire: WireFactory, events: EventsFactory) -> Come:
+    return Come(any_server, wire, events)
 
 
 @pytest.mark.parametrize("how", ["delete", "replace"])
@@ -148,7 +148,7 @@ async def test_other_member_of_the_same_thread_keeps_it_and_misses_nothing(chat:
     await alice.lost(chat.first)
 
 
-async def test_only_the_lost_topic_of_a_socket_is_closed(chat: Chat, come: Come, shared_server: Server) -> None:
+async def test_only_the_lost_topic_of_a_socket_is_closed(chat: Chat, come: Come, any_server: Server) -> None:
     bob = await come(chat.bob, chat.first, chat.second)
     chat.replace(chat.second, chat.bob)
     await bob.lost(chat.second)
