@@ -80,6 +80,26 @@ async def test_every_client_hears_every_other_and_not_itself(rights_server: Serv
     no_errors(*users)
 
 
+async def test_gap_disturbs_no_client_that_knows_nothing_of_it(rights_server: Server, client: ClientFactory) -> None:
+    """It hands on a cursor that is none, is told so, and hears what comes next."""
+    users = await start_all(client, rights_server, token=token_with(READ), kinds=KINDS_WITH_PRIVATE)
+    config = {"private": True, "broadcast": {"replay": {"after": "none"}}}
+    await asyncio.gather(*(subscribe(user, "gap", config=config) for user in users))
+    rights_server.database.execute("select realtime.send('{\"n\": 1}', 'e', 'gap')")
+    for user in users:
+        event, payload = await hear(user)
+        assert (event, payload["n"]) == ("e", 1)
+        told = [event for event in user.seen if event["event"] not in ("broadcast", "status")]
+        if user.kind.startswith("py-"):
+            # They log what they do not know, and drop it.
+            (dropped,) = told
+            assert dropped["event"] == "client_error"
+            assert dropped["error"].startswith("Unrecognized message format")
+            assert '"status":"gap"' in dropped["error"]
+        else:
+            assert [event["payload"]["status"] for event in told] == ["gap"]
+
+
 @pytest.mark.parametrize("content", [b"\xde\xad\xbe\xef", b"", bytes(range(256)) * 100, b"[" * 5000])
 async def test_bytes_between_javascript_clients_and_not_to_others(
     rights_server: Server, client: ClientFactory, content: bytes
