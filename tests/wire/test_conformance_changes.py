@@ -163,6 +163,67 @@ async def test_095_partitions_are_told_under_the_name_that_the_publication_says(
         tables.execute("alter publication supabase_realtime set (publish_via_partition_root = false)")
 
 
+@pytest.mark.parametrize("of_root", [True, False])
+async def test_095_row_that_moves_to_another_partition_is_deleted_and_inserted(
+    tables: Tables, server: Server, wire: WireFactory, of_root: bool
+) -> None:
+    tables.execute("create table visits (id int primary key) partition by list (id)")
+    for id in (1, 2):
+        tables.execute(f"create table visits_{id} partition of visits for values in ({id})")
+        tables.execute(f"grant select on visits_{id} to anon")
+    tables.execute("grant select on visits to anon; alter publication supabase_realtime add table visits")
+    tables.execute(f"alter publication supabase_realtime set (publish_via_partition_root = {of_root})")
+    try:
+        socket = await wire(server.websocket_url, server.anon_key)
+        await subscribe(socket, "move", tables.binding(None))
+        tables.execute("insert into visits values (1)")
+        tables.execute("update visits set id = 2")
+        told = [(await hear_change(socket, "move"))["data"] for _ in range(3)]
+        assert [(data["type"], data["table"], data.get("record", data.get("old_record"))) for data in told] == [
+            ("INSERT", "visits" if of_root else "visits_1", {"id": 1}),
+            ("DELETE", "visits" if of_root else "visits_1", {"id": 1}),
+            ("INSERT", "visits" if of_root else "visits_2", {"id": 2}),
+        ]
+    finally:
+        tables.execute("alter publication supabase_realtime set (publish_via_partition_root = false)")
+
+
+async def test_095_tables_of_a_published_schema_come_and_go_and_follow_its_name(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    everything, one = [await wire(server.websocket_url, server.anon_key) for _ in range(2)]
+    before, after = tables.schema, f"{tables.schema}_renamed"
+    with psycopg.connect(server.database.administrator_url, autocommit=True) as administrator:
+        administrator.execute(f"alter publication supabase_realtime add tables in schema {before}")
+        tables.execute("create table first (id int primary key); grant select on first to anon")
+        await subscribe(everything, "all", tables.binding(None))
+        tables.execute("insert into first values (1)")
+        assert await hear_row(everything, "all") == ("INSERT", {"id": 1})
+
+        tables.execute("create table second (id int primary key); grant select on second to anon")
+        await subscribe(one, "second", tables.binding("second"))
+        tables.execute("insert into second values (2)")
+        for socket, topic in ((everything, "all"), (one, "second")):
+            assert await hear_row(socket, topic) == ("INSERT", {"id": 2})
+
+        tables.execute(f"alter schema {before} rename to {after}; set search_path = {after}, public")
+        tables.schema = after
+        renamed = await wire(server.websocket_url, server.anon_key)
+        await subscribe(renamed, "renamed", tables.binding("first"))
+        tables.execute("insert into first values (3)")
+        data = (await hear_change(renamed, "renamed"))["data"]
+        assert (data["schema"], data["table"], data["record"]) == (after, "first", {"id": 3})
+
+        administrator.execute(f"alter publication supabase_realtime drop tables in schema {after}")
+        # All three have nothing to be told of any more, two of them since the schema has another name.
+        for socket in (everything, one, renamed):
+            said = (await socket.hear())[4]
+            assert (said["status"], said["message"].partition(".")[0]) == (
+                "error",
+                "Unable to subscribe to changes with given parameters",
+            )
+
+
 async def test_095_column_that_is_added_while_somebody_listens(tables: Tables, socket: Wire) -> None:
     tables.create()
     await subscribe(socket, "095-a", tables.binding())
