@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from tests.fix_changes import Source, hear_change, subscribe
+from tests.fix_changes import Source, hear_change, hear_row, subscribe, tables_on
 from tests.fix_oracle import FaultCluster, until
 from tests.fix_proxy import Proxy, ProxyFactory
 from tests.fix_row_oracle import (
@@ -174,6 +174,24 @@ async def test_subscription_of_a_moment_before_a_crash(
     with fault_cluster.administer() as administrator:
         administrator.execute("alter system reset wal_writer_delay")
         administrator.execute("select pg_reload_conf()")
+
+
+async def test_transaction_that_is_prepared_is_told_when_it_is_committed(row_server: Server, wire: WireFactory) -> None:
+    socket = await wire(row_server.websocket_url, row_server.anon_key)
+    with tables_on(row_server) as tables:
+        tables.create()
+        await subscribe(socket, "prepared", tables.binding())
+        for id in (1, 2):
+            # Bells are notifications, which cannot be prepared.
+            quiet = "set local realtime.doorbell = 'off'"
+            tables.execute(f"begin; {quiet}; insert into todos values ({id}); prepare transaction 'todo {id}'")
+        tables.execute("insert into todos values (3)")
+        assert await hear_row(socket, "prepared") == ("INSERT", {"id": 3, "title": None})
+        tables.execute("rollback prepared 'todo 1'")
+        tables.execute("commit prepared 'todo 2'")
+        assert await hear_row(socket, "prepared") == ("INSERT", {"id": 2, "title": None})
+        tables.execute("insert into todos values (4)")
+        assert await hear_row(socket, "prepared") == ("INSERT", {"id": 4, "title": None})
 
 
 async def test_link_to_the_database_cut(row_server: Server, row_link: Proxy, row_oracle_of: RowOracleFactory) -> None:
