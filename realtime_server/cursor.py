@@ -32,6 +32,11 @@ class Snapshot:
         """Whether a transaction that committed is visible."""
         return xid < self.xmax and xid not in self.in_progress
 
+    def may_miss(self, dropped: int, now: Snapshot) -> bool:
+        """Whether, of all that was written up to this transaction id and is dropped by now, it may not have seen something."""
+        # Nothing was dropped of who still runs.
+        return self.xmax <= dropped or any(xid <= dropped and now.sees(xid) for xid in self.in_progress)
+
     def __lt__(self, other: Snapshot) -> bool:
         """Whether it is the earlier one: of the same database, the later one sees all that it sees, and more."""
         return (self.xmin, self.xmax, -len(self.in_progress)) < (other.xmin, other.xmax, -len(other.in_progress))

@@ -287,7 +287,7 @@ class Relay(Generic[R]):
         now = Snapshot.parse(snapshot)
         # A copy of its files, put in place of them, is the same life, but behind what was durable.
         is_same = life == self._life and self._durable is not None and self._durable.xmax <= now.xmax
-        if is_same and self._position is not None and self._position.xmin > dropped_xid:
+        if is_same and self._position is not None and not self._position.may_miss(dropped_xid, now):
             self._position = self._durable
             if not await self._has_kept_all(reader):
                 self._handed_on, self._last_seq, self._highest = _Numbers(), 0, None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg import conninfo
+from psycopg import conninfo, sql
 
 from realtime_server.cursor import Place
 from realtime_server.database import Target
@@ -158,6 +158,43 @@ async def test_every_committed_row_arrives_exactly_once_while_the_relay_is_cut_o
         await until(lambda: relay.is_asleep, "the relay to be done with all that could arrive twice")
     assert sorted(received.numbers) == expected, f"seed {seed}"
     assert len(expected) > 1400
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_what_was_dropped_is_a_gap_only_if_it_may_have_been_missed(ledger: Ledger, is_lost: bool) -> None:
+    """A transaction has been running for longer than messages are kept; it may end while the relay is away, or later."""
+    gaps: list[str] = []
+
+    class Told(Received):
+        def gap(self, oldest: str) -> None:
+            gaps.append(oldest)
+
+    received = Told()
+    async with running(ledger, received) as relay:
+        with psycopg.connect(ledger.url) as long:
+            long.execute("select write_row('long')")
+            for number in (2, 3):
+                ledger.execute("select write_row('old')")
+                await until(lambda number=number: len(received.rows) == number - 1, f"row {number}")  # type: ignore[misc]
+                ledger.execute("update realtime.messages set inserted_at = '2001-01-01'")
+                ledger.execute("select realtime.drop_old_messages('72 hours')")
+            with psycopg.connect(ledger.administrator_url, autocommit=True) as db:
+                # Nobody gets in, for long enough to end what is to be ended.
+                name = sql.Identifier(db.info.dbname)
+                db.execute(sql.SQL("alter database {} connection limit 0").format(name))
+                assert terminate_relay(ledger) == 1
+                await until(lambda: not relay.is_ready, "the relay to notice")
+                if is_lost:
+                    long.commit()
+                db.execute(sql.SQL("alter database {} connection limit -1").format(name))
+            await until(lambda: relay.is_ready, "the relay to come back")
+            ledger.execute("select write_row('new')")
+            await until(lambda: received.numbers[-1] == 4, "the new row")
+            assert (len(gaps), received.numbers[:2]) == (is_lost, [2, 3])
+            long.commit()
+        if not is_lost:
+            await until(lambda: received.numbers[-1] == 1, "the row of the long transaction")
+            assert gaps == []
 
 
 async def test_a_relay_that_sleeps_wakes_for_each_row_and_sleeps_again(ledger: Ledger) -> None:
