@@ -26,7 +26,13 @@ SHELL_LIMIT_S = 20.0
 GLOBAL_WEBSOCKET = 'import WebSocket from "ws"; globalThis.WebSocket ??= WebSocket;\n'
 
 
+async def expect_key(page: Page) -> None:
+    """The page knows the API key, which stands in its lines and lets it join."""
+    await expect(page.locator("#join")).to_be_enabled(timeout=15_000)
+
+
 async def choose(page: Page, topic: str, *, private: bool = False, token: str = "") -> None:
+    await expect_key(page)
     await page.get_by_label("Topic", exact=True).fill(topic)
     await page.get_by_label("Private" if private else "Public", exact=True).check(force=True)
     await page.get_by_label("Token").fill(token)
@@ -286,6 +292,7 @@ async def test_copy_takes_the_whole_text(
     shared_server: Server, browser_page: PageFactory, name: str, has_clipboard: bool
 ) -> None:
     page = await browser_page(shared_server.url)
+    await expect_key(page)
     if not has_clipboard:
         await page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     payload = page.get_by_label("Payload")
