@@ -99,6 +99,18 @@ as $$
 $$;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
+create or replace function realtime.xid_after(xid bigint)
+returns bigint
+language sql
+immutable
+strict
+as $$
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end
+$$;
+comment on function realtime.xid_after(bigint) is
+    'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
+revoke all on function realtime.xid_after(bigint) from public;
+
 -- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
 -- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
 create or replace function realtime.durable("snapshot" pg_snapshot)
@@ -121,7 +133,7 @@ as $$
     from (
         select least(
             pg_snapshot_xmax("snapshot")::text::bigint,
-            1 + greatest(
+            realtime.xid_after(greatest(
                 2,
                 realtime.dropped_xid()::text::bigint,
                 (
@@ -131,7 +143,7 @@ as $$
                     order by m.xid desc
                     limit 1
                 )
-            )
+            ))
         ) as xmax
     ) as bound
 $$;
@@ -165,7 +177,10 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select realtime.format_cursor(
-        realtime.life(), format('%1$s:%1$s:', greatest(realtime.dropped_xid()::text::numeric, 2) + 1)::pg_snapshot, null, 0
+        realtime.life(),
+        format('%1$s:%1$s:', realtime.xid_after(greatest(realtime.dropped_xid()::text::bigint, 2)))::pg_snapshot,
+        null,
+        0
     )
 $$;
 comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';

@@ -54,6 +54,14 @@ async def joined(server: Server, wire: WireFactory, topic: str, config: dict[str
     return socket, answer["response"]
 
 
+async def until_passed(server: Server, wire: WireFactory) -> None:
+    """What has been committed is not live any more for who joins from now on."""
+    socket, _ = await joined(server, wire, "behind", {})
+    send(server.database, "behind", 1)
+    await hear_broadcast(socket)
+    await socket.socket.close()
+
+
 @pytest.mark.parametrize("private", [False, True])
 async def test_resume_goes_on_exactly_behind_each_cursor(any_server: Server, wire: WireFactory, private: bool) -> None:
     topic = f"resume:{private}"
@@ -123,10 +131,8 @@ async def test_cursor_that_cannot_be_read_from_is_answered_with_a_gap_and_then_l
 ) -> None:
     cursor, words = GAPS[case]
     topic = f"gap:{case}"
-    # The relay has passed this one before the join: it is not live any more.
-    other, _ = await joined(any_server, wire, topic, {})
     send(any_server.database, topic, 1)
-    assert (await hear_broadcast(other))["n"] == 1
+    await until_passed(any_server, wire)
     socket, _ = await joined(any_server, wire, topic, {"broadcast": {"replay": {"after": cursor}}})
     join_ref, ref, wire_topic, event, payload = await socket.hear()
     assert (join_ref, ref, wire_topic, event) == ("1", None, f"realtime:{topic}", "system")
@@ -160,6 +166,7 @@ async def test_cursor_older_than_what_is_kept_is_a_gap(server: Server, wire: Wir
 async def test_081_replay_by_time_gives_the_newest_oldest_first(any_server: Server, wire: WireFactory) -> None:
     before = int(time.time() * 1000) - 60_000
     send(any_server.database, "timed", *range(30), private=True)
+    await until_passed(any_server, wire)
     for limit, expected in ((None, 25), (3, 3), (100, 25), (0, 1)):
         replay = {"since": before} | ({} if limit is None else {"limit": limit})
         socket, _ = await joined(any_server, wire, "timed", {"private": True, "broadcast": {"replay": replay}})
@@ -177,6 +184,7 @@ async def test_081_replay_by_time_gives_the_newest_oldest_first(any_server: Serv
     [[row_id]] = any_server.database.execute(
         "select id::text from realtime.messages where topic = 'timed:few' and event = 'bin'"
     )
+    await until_passed(any_server, wire)
     config = {"private": True, "broadcast": {"replay": {"since": before}}}
     socket, _ = await joined(any_server, wire, "timed:few", config)
     assert (await hear_broadcast(socket))["n"] == 1

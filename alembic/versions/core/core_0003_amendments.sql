@@ -179,6 +179,73 @@ comment on function realtime.drop_old_messages(interval) is
     'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
 revoke all on function realtime.drop_old_messages(interval) from public;
 
+create or replace function realtime.xid_after(xid bigint)
+returns bigint
+language sql
+immutable
+strict
+as $$
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end
+$$;
+comment on function realtime.xid_after(bigint) is
+    'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
+revoke all on function realtime.xid_after(bigint) from public;
+
+create or replace function realtime.durable("snapshot" pg_snapshot)
+returns pg_snapshot
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        '%s:%s:%s',
+        least(pg_snapshot_xmin("snapshot")::text::bigint, bound.xmax),
+        bound.xmax,
+        (
+            select string_agg(xip::text, ',' order by xip)
+            from pg_snapshot_xip("snapshot") as xip
+            where xip::text::bigint < bound.xmax
+        )
+    )::pg_snapshot
+    from (
+        select least(
+            pg_snapshot_xmax("snapshot")::text::bigint,
+            realtime.xid_after(greatest(
+                2,
+                realtime.dropped_xid()::text::bigint,
+                (
+                    select m.xid::text::bigint
+                    from realtime.messages as m
+                    where m.xid < pg_snapshot_xmax("snapshot") and pg_visible_in_snapshot(m.xid, "snapshot")
+                    order by m.xid desc
+                    limit 1
+                )
+            ))
+        ) as xmax
+    ) as bound
+$$;
+comment on function realtime.durable(pg_snapshot) is
+    'The same messages as in the snapshot, seen by transactions that a crash of the database cannot take back.';
+revoke all on function realtime.durable(pg_snapshot) from public;
+grant execute on function realtime.durable(pg_snapshot) to anon, authenticated, service_role;
+
+create or replace function realtime.oldest_cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select realtime.format_cursor(
+        realtime.life(),
+        format('%1$s:%1$s:', realtime.xid_after(greatest(realtime.dropped_xid()::text::bigint, 2)))::pg_snapshot,
+        null,
+        0
+    )
+$$;
+comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
+
 create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
 language plpgsql
 stable
