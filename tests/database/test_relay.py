@@ -53,6 +53,17 @@ class Received:
         return [int(row.event or "") for row in self.rows]
 
 
+class ReceivedWithGaps(Received):
+    """The oldest cursor of each gap, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gaps: list[str] = []
+
+    def gap(self, oldest: str) -> None:
+        self.gaps.append(oldest)
+
+
 async def until(condition: Callable[[], bool], what: str) -> None:
     try:
         async with asyncio.timeout(LIMIT_S):
@@ -163,13 +174,7 @@ async def test_every_committed_row_arrives_exactly_once_while_the_relay_is_cut_o
 @pytest.mark.parametrize("is_lost", [False, True])
 async def test_what_was_dropped_is_a_gap_only_if_it_may_have_been_missed(ledger: Ledger, is_lost: bool) -> None:
     """A transaction has been running for longer than messages are kept; it may end while the relay is away, or later."""
-    gaps: list[str] = []
-
-    class Told(Received):
-        def gap(self, oldest: str) -> None:
-            gaps.append(oldest)
-
-    received = Told()
+    received = ReceivedWithGaps()
     async with running(ledger, received) as relay:
         with psycopg.connect(ledger.url) as long:
             long.execute("select write_row('long')")
@@ -190,11 +195,11 @@ async def test_what_was_dropped_is_a_gap_only_if_it_may_have_been_missed(ledger:
             await until(lambda: relay.is_ready, "the relay to come back")
             ledger.execute("select write_row('new')")
             await until(lambda: received.numbers[-1] == 4, "the new row")
-            assert (len(gaps), received.numbers[:2]) == (is_lost, [2, 3])
+            assert (len(received.gaps), received.numbers[:2]) == (is_lost, [2, 3])
             long.commit()
         if not is_lost:
             await until(lambda: received.numbers[-1] == 1, "the row of the long transaction")
-            assert gaps == []
+            assert received.gaps == []
 
 
 async def test_a_relay_that_sleeps_wakes_for_each_row_and_sleeps_again(ledger: Ledger) -> None:
@@ -487,13 +492,7 @@ async def test_database_that_is_set_back_to_a_copy_of_its_files_is_a_gap(
     """No recovery, so no new timeline: only its transaction ids tell that it is not what it was."""
     monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
     ledger = own_ledger(own_postgres)
-    gaps: list[str] = []
-
-    class Told(Received):
-        def gap(self, oldest: str) -> None:
-            gaps.append(oldest)
-
-    received = Told()
+    received = ReceivedWithGaps()
     async with running(ledger, received) as relay:
         own_postgres.stop()
         subprocess.run(["cp", "-a", own_folder / "data", own_folder / "copy"], check=True)
@@ -506,8 +505,8 @@ async def test_database_that_is_set_back_to_a_copy_of_its_files_is_a_gap(
         shutil.rmtree(own_folder / "data")
         (own_folder / "copy").rename(own_folder / "data")
         own_postgres.start()
-        await until(lambda: gaps != [] and relay.is_ready, "word of the gap")
+        await until(lambda: received.gaps != [] and relay.is_ready, "word of the gap")
         send(ledger, range(1000, 1010))
         await until(lambda: len(received.rows) == 210, "the rows behind it")
-    assert len(gaps) == 1
+    assert len(received.gaps) == 1
     assert [row.event for row in received.rows[200:]] == [str(event) for event in range(1000, 1010)]
