@@ -55,6 +55,12 @@ def token_of(user: str) -> str:
     return make_token(sub=user)
 
 
+def assert_is_refused(frame: list[Any]) -> None:
+    """What a subscription is told whose table is not published any more, or has another name."""
+    sentence = "Unable to subscribe to changes with given parameters. Please check Realtime is enabled"
+    assert (frame[3], frame[4]["status"], frame[4]["message"][: len(sentence)]) == ("system", "error", sentence)
+
+
 # -- 57, 95, 96: the conversation
 
 
@@ -202,12 +208,16 @@ async def test_095_tables_of_a_published_schema_come_and_go_and_follow_its_name(
 
         tables.execute("create table second (id int primary key); grant select on second to anon")
         await subscribe(one, "second", tables.binding("second"))
+        # Who is there already is told when it has the table, too.
+        assert (await everything.hear())[1:] == word("all")
         tables.execute("insert into second values (2)")
         for socket, topic in ((everything, "all"), (one, "second")):
             assert await hear_row(socket, topic) == ("INSERT", {"id": 2})
 
         tables.execute(f"alter schema {before} rename to {after}; set search_path = {after}, public")
         tables.schema = after
+        for socket in (everything, one):
+            assert_is_refused(await socket.hear())
         renamed = await wire(server.websocket_url, server.anon_key)
         await subscribe(renamed, "renamed", tables.binding("first"))
         tables.execute("insert into first values (3)")
@@ -215,13 +225,7 @@ async def test_095_tables_of_a_published_schema_come_and_go_and_follow_its_name(
         assert (data["schema"], data["table"], data["record"]) == (after, "first", {"id": 3})
 
         administrator.execute(f"alter publication supabase_realtime drop tables in schema {after}")
-        # All three have nothing to be told of any more, two of them since the schema has another name.
-        for socket in (everything, one, renamed):
-            said = (await socket.hear())[4]
-            assert (said["status"], said["message"].partition(".")[0]) == (
-                "error",
-                "Unable to subscribe to changes with given parameters",
-            )
+        assert_is_refused(await renamed.hear())
 
 
 async def test_095_column_that_is_added_while_somebody_listens(tables: Tables, socket: Wire) -> None:
