@@ -72,7 +72,10 @@ class Entrance:
             try:
                 if self._sources.is_flowing and version > 0:
                     entries, text = await self._resolve(registration), SUBSCRIBED
-                    since = registration.since or await self._present()
+                    # Who is told changes already goes on where they are, not with those of now.
+                    since = registration.since
+                    if since is None and not registration.entries:
+                        since = await self._present()
                 else:
                     # It may be that a server starts, or that its database does.
                     await asyncio.sleep(LOOK_S)

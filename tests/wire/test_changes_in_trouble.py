@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from tests.fix_changes import FULL, OWN_ROWS, Tables, bind, changes_server, hear_row, subscribe, word
@@ -98,6 +99,33 @@ async def test_filter_that_takes_too_long_is_checked_again_and_refused_in_the_en
     tables.execute("insert into things values (1, 1, 1)")
     assert (await hear_row(socket, "passing"))[1]["id"] == 1
     assert await other.is_alive()
+
+
+async def test_who_takes_a_new_table_up_loses_nothing_that_waits_since_the_reader_came_back(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security")
+    tables.execute("create policy own on notes using (owner = auth.uid() and passes(4))")
+    tables.create()
+    ann, service = [await wire(server.websocket_url, key) for key in (make_token(sub=ANN), server.service_key)]
+    await subscribe(ann, "mine", tables.binding("notes"))
+    await subscribe(service, "all", tables.binding(None))
+    with psycopg.connect(server.database.administrator_url, autocommit=True) as administrator:
+        ended = administrator.execute(
+            "select pg_terminate_backend(active_pid, 10000) from pg_replication_slots"
+            " where database = current_database() and active"
+        )
+        assert ended.fetchall() == [(True,)]
+    tables.execute("insert into todos values (1)")
+    assert (await hear_row(service, "all"))[1]["id"] == 1
+    with closed_gate(tables, 4):
+        tables.execute("insert into notes values (2, %s)", ANN)
+        await somebody_waits(tables, 4)
+        tables.execute("insert into todos values (3)")
+        tables.create("more")
+        assert (await service.hear())[1:] == word("all")
+    assert await hear_row(ann, "mine") == ("INSERT", {"id": 2, "owner": ANN})
+    assert [(await hear_row(service, "all"))[1]["id"] for _ in range(2)] == [2, 3]
 
 
 async def test_deletes_of_rows_that_nobody_knows_are_told_to_nobody_whom_policies_bind(
