@@ -66,7 +66,8 @@ async def test_106_one_socket_that_sends_too_much_loses_its_channel_alone(
     sender, other = [await wire(server.websocket_url, server.anon_key, vsn=vsn) for _ in range(2)]
     for socket in (sender, other):
         await socket.join("106-socket")
-    for _ in range(150):
+    sent = 500
+    for _ in range(sent):
         await sender.say("realtime:106-socket", "broadcast", MESSAGE)
     assert (await sender.hear())[4] == too_many("106-socket")
     assert (await sender.hear())[3] == "phx_close"
@@ -74,5 +75,5 @@ async def test_106_one_socket_that_sends_too_much_loses_its_channel_alone(
     ref = await other.say("phoenix", "heartbeat", {})
     while (await other.hear())[1] != ref:
         received += 1
-    # Twice as many as a second allows at once, less the one for the join.
-    assert 99 <= received < 150
+    # At least twice as many as a second allows, less the one for the join.
+    assert 99 <= received < sent
