@@ -435,8 +435,17 @@ def _read_wish(request: Request, max_topics: int) -> Wish:
     """Raises: TopicNameRequired, TooManyChannels, InvalidBinding."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
-    wanted: dict[str, Any] = {name: query[name] for name in ("schema", "table", "filter") if name in query}
-    if select := query.get("select"):
+    wanted: dict[str, Any] = {}
+    for name in ("schema", "table"):
+        if name in query:
+            wanted[name], *more = query.getlist(name)
+            if more:
+                raise InvalidBinding(
+                    f"`{name}` is given more than once. Open a stream for each, or ask for all of a schema"
+                )
+    if filters := query.getlist("filter"):
+        wanted["filter"] = ",".join(filters)
+    if select := ",".join(query.getlist("select")):
         wanted["select"] = [name.strip() for name in select.split(",")]
     events = frozenset(query.getlist("event")) - {"*"}
     # What is none of the three events counts as all of them.

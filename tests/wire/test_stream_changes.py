@@ -47,13 +47,12 @@ async def test_changes_of_a_table(server: Server, tables: Tables, events: Events
     assert deleted["old_record"] == {"id": 1}
 
 
-async def test_filter_event_and_selection(server: Server, tables: Tables, events: EventsFactory) -> None:
+@pytest.mark.parametrize("filters", ["id=gt.1,title=like.a%", ["id=gt.1", "title=like.a%"]])
+async def test_filter_event_and_selection(
+    server: Server, tables: Tables, events: EventsFactory, filters: str | list[str]
+) -> None:
     tables.create()
-    query: dict[str, str | list[str]] = {
-        "filter": "id=gt.1,title=like.a%",
-        "event": ["INSERT", "DELETE"],
-        "select": "id",
-    }
+    query = {"filter": filters, "event": ["INSERT", "DELETE"], "select": "id"}
     stream = await events(server.url, server.anon_key, schema=tables.schema, table="todos", **query)
     tables.execute("insert into todos values (1, 'a1'), (2, 'b'), (3, 'a3')")
     tables.execute("update todos set title = 'a' || title")
@@ -96,15 +95,17 @@ async def test_changes_beside_messages(server: Server, tables: Tables, events: E
         ({"table": "todos", "filter": "id=eq.one"}, 'ERROR 22P02 (invalid_text_representation) invalid input syntax'),
         ({"table": "todos", "filter": "id=is.1"}, "invalid value for is filter"),
         ({"table": "todos", "filter": "id"}, 'Error parsing `filter` params: ["id"]'),
+        ({"table": ["todos", "others"]}, "`table` is given more than once"),
+        ({"schema": ["public", "other"]}, "`schema` is given more than once"),
         ({"select": "id"}, "Column selection is not supported for wildcard subscriptions"),
         ({"table": "todos", "select": "id,nothing"}, "invalid column for select nothing"),
     ],
 )  # fmt: skip
 async def test_what_cannot_be_had_is_refused(
-    server: Server, tables: Tables, events: EventsFactory, query: dict[str, str], problem: str
+    server: Server, tables: Tables, events: EventsFactory, query: dict[str, str | list[str]], problem: str
 ) -> None:
     tables.create()
-    stream = await events(server.url, server.anon_key, ready=False, schema=tables.schema, **query)
+    stream = await events(server.url, server.anon_key, ready=False, **{"schema": tables.schema} | query)
     assert stream.status == 400
     assert problem in (await stream.body())["message"]
 
