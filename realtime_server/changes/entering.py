@@ -89,7 +89,9 @@ class Entrance:
                     continue
                 entries, text, since = [], str(error), None
             except (DatabaseUnavailable, QueryCanceled):
-                registration.say(TIMEOUTS, ok=False)
+                # What stands goes on standing, and loses nothing.
+                if not registration.entries:
+                    registration.say(TIMEOUTS, ok=False)
                 await asyncio.sleep(RETRY_S)
                 continue
             if version != self._catalog.version:

@@ -21,7 +21,7 @@ from tests.fix_wire import LIMIT_S, Wire, WireFactory
 ANN, BOB = str(uuid4()), str(uuid4())
 IMPATIENT = """
 from realtime_server.changes import entering, judge
-judge.LIMIT_FILTERS_S, entering.CHECK_RETRY_S = 0.3, 0.1
+judge.LIMIT_FILTERS_S, entering.CHECK_RETRY_S, entering.RETRY_S = 0.3, 0.1, 0.1
 """
 
 
@@ -126,6 +126,31 @@ async def test_who_takes_a_new_table_up_loses_nothing_that_waits_since_the_reade
         assert (await service.hear())[1:] == word("all")
     assert await hear_row(ann, "mine") == ("INSERT", {"id": 2, "owner": ANN})
     assert [(await hear_row(service, "all"))[1]["id"] for _ in range(2)] == [2, 3]
+
+
+async def test_who_is_told_changes_is_not_told_that_another_look_failed(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    tables.create()
+    socket = await wire(server.websocket_url, server.anon_key)
+    await subscribe(socket, "all", tables.binding(None))
+    ((works,),) = tables.execute("select pg_get_functiondef('realtime.table_marks'::regproc)")
+    tables.execute("create sequence asked")
+    tables.execute(
+        "create or replace function realtime.table_marks(relations oid[])"
+        " returns table (relation oid, mark text) language plpgsql as"
+        f" $$ begin perform nextval('{tables.schema}.asked'); raise query_canceled; end $$"
+    )
+    try:
+        tables.create("more")
+        async with asyncio.timeout(LIMIT_S):
+            while tables.execute("select is_called from asked") == [(False,)]:
+                await asyncio.sleep(0.01)
+    finally:
+        tables.execute(works)
+    assert (await socket.hear())[1:] == word("all")
+    tables.execute("insert into more values (1)")
+    assert (await hear_row(socket, "all"))[1]["id"] == 1
 
 
 async def test_deletes_of_rows_that_nobody_knows_are_told_to_nobody_whom_policies_bind(
