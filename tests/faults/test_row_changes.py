@@ -416,7 +416,8 @@ async def test_column_that_a_policy_reads_is_renamed(
     oracle.execute("alter table oracle.own_full rename owner to keeper")
     row_link.thaw()
     await oracle.pass_fence()
-    assert follower.gaps == ["gap: changes of oracle.own_full could not be read"]
+    # Once for each piece that they came in.
+    assert set(follower.gaps) == {"gap: changes of oracle.own_full could not be read"}
     assert not follower.heard
     [(newer,)] = oracle.execute("update oracle.own_full set size = 1 where id = 100 returning title")
     await oracle.pass_fence()
