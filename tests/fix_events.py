@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-LIMIT_S = 10.0
+LIMIT_S = 20.0
 LINE_END = re.compile(rb"\r\n|\r|\n")
 
 

@@ -14,7 +14,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-LIMIT_S = 10.0
+LIMIT_S = 20.0
 
 
 class Wire:

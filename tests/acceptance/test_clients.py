@@ -22,7 +22,7 @@ from tests.fix_server import Server, make_token
 KINDS: list[Kind] = ["js", "js-2.39", "realtime-js", "py-realtime", "py-supabase"]
 # The oldest client knows no private channels.
 KINDS_WITH_PRIVATE: list[Kind] = ["js", "realtime-js", "py-realtime", "py-supabase"]
-LIMIT_S = 15.0
+LIMIT_S = 30.0
 # Of presence: how many, and how long.
 SEQUENCES = 4
 STEPS = 60

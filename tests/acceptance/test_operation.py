@@ -29,7 +29,7 @@ from tests.fix_wire import WireFactory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "realtime_server.cli"]
-LIMIT_S = 40
+LIMIT_S = 60
 
 
 def bare_environment(**settings: str) -> dict[str, str]:

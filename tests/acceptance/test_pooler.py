@@ -19,7 +19,7 @@ from tests.fix_server import Server, make_token
 from tests.fix_wire import WireFactory
 from tests.wire.test_resume import hear_broadcast, joined, send
 
-LIMIT_S = 10
+LIMIT_S = 30
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tests.fix_proxy import ProxyFactory
 from tests.fix_rights import READ, grant_rights, token_with
 from tests.fix_server import SECRET, Server, ServerFactory, make_token
 
-LIMIT_S = 40.0
+LIMIT_S = 60.0
 LAST = -1
 
 

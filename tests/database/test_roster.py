@@ -18,7 +18,7 @@ from realtime_server.roster import Roster
 from tests.fix_database import TestDatabase
 
 ROOM = Room("realtime:room", False)
-LIMIT_S = 10.0
+LIMIT_S = 20.0
 
 
 class Link(Pool):

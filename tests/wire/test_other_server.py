@@ -18,7 +18,7 @@ from tests.fix_database import TestDatabase
 from tests.fix_server import SECRET
 from tests.fix_wire import Wire, WireFactory
 
-LIMIT_S = 10.0
+LIMIT_S = 20.0
 KEY = claims.api_key("anon", SECRET)
 
 

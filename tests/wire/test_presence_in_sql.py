@@ -9,7 +9,7 @@ from typing import Any
 from tests.fix_server import Server
 from tests.fix_wire import Wire, WireFactory
 
-LIMIT_S = 15
+LIMIT_S = 30
 Rows = list[tuple[Any, ...]]
 
 
