@@ -68,7 +68,7 @@ class Entrance:
         waiting_since = time.monotonic()
         checks = 0
         while registration.is_open and registration.turn == turn:
-            version = self._catalog.version
+            version, losses = self._catalog.version, self._subscriptions.losses
             try:
                 if self._sources.is_flowing and version > 0:
                     entries, text = await self._resolve(registration), SUBSCRIBED
@@ -94,7 +94,8 @@ class Entrance:
                     registration.say(TIMEOUTS, ok=False)
                 await asyncio.sleep(RETRY_S)
                 continue
-            if version != self._catalog.version:
+            if (version, losses) != (self._catalog.version, self._subscriptions.losses):
+                # Perhaps there is no source by now, and who had no entries was not told of the gap; nor does an old snapshot hold.
                 continue
             if registration.is_open and registration.turn == turn:
                 if [(entry.id, entry.relation) for entry in entries] != [

@@ -98,11 +98,12 @@ class Entry:
 class Subscriptions:
     """All entries. Dictionaries keep the order of subscribing, sets do not.
 
-    `registrations` are all that there are, also those without entries.
+    `registrations` are all that there are, also those without entries. `losses` counts how often snapshots were forgotten.
     """
 
     def __init__(self) -> None:
         self.registrations: dict[Registration, None] = {}
+        self.losses = 0
         # Those that are to be entered anew, each once.
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._is_queued: set[Registration] = set()
@@ -133,6 +134,7 @@ class Subscriptions:
     def forget_snapshots(self) -> None:
         """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new. Who reads has
         lost the connection then."""
+        self.losses += 1
         for registration in self.registrations:
             registration.since = None
 

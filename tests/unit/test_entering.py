@@ -1,0 +1,104 @@
+"""When a subscription stands: what happens while it is put to work."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from realtime_server.changes.catalog import Access, Catalog, Column, Table
+from realtime_server.changes.entering import Entrance
+from realtime_server.changes.judge import Judge
+from realtime_server.changes.quarantine import Quarantine
+from realtime_server.changes.sources import Sources
+from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subscriptions
+from realtime_server.changes.watch import Watch
+from realtime_server.claims import Claims
+from realtime_server.database import Pool
+from realtime_server.protocol.bindings import Binding
+from realtime_server.protocol.frames import Encoding, Frame
+from realtime_server.protocol.messages import Format
+
+TABLE = Table(
+    relation=1,
+    schema="public",
+    name="todos",
+    has_row_security=False,
+    has_whole_old=False,
+    row_filter=None,
+    is_captured=True,
+    events=("INSERT",),
+    columns=(Column("id", "int8", False, False, True, True, False, True),),
+    unpublished=(),
+    access={"anon": Access(frozenset({"id"}), False)},
+)
+CLAIMS = Claims(role="anon", subject=None, expires_at=0, json="{}")
+BINDING = Binding("*", "public", "todos")
+
+
+class Listener:
+    topic = "realtime:t"
+    encoding = Encoding(Format.V2)
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def changed(self, frame: Frame) -> None: ...
+
+    def tell_changes(self, text: str, *, ok: bool) -> None:
+        self.heard.append(text)
+
+    def tell_missing_changes(self, problem: str) -> None:
+        self.heard.append(problem)
+
+
+class Stage:
+    """The source and the database, which says what `snapshot` is by now and answers when the gate is open."""
+
+    triggers = None
+    version = 1
+    is_flowing = True
+
+    def __init__(self) -> None:
+        self.tables = {1: TABLE}
+        self.snapshot = "1000:1000:"
+        self.gate = asyncio.Event()
+        self.is_asked = asyncio.Event()
+        self.subscriptions = Subscriptions()
+        self.entrance = Entrance(
+            cast(Pool, self),
+            cast(Catalog, self),
+            cast(Judge, self),
+            self.subscriptions,
+            Quarantine(),
+            cast(Sources, self),
+            cast(Watch, self),
+        )
+
+    async def is_current(self, relations: object) -> bool:
+        return True
+
+    async def fetch(self, query: str) -> list[tuple[Any, ...]]:
+        snapshot = self.snapshot
+        self.is_asked.set()
+        await self.gate.wait()
+        return [(snapshot,)]
+
+
+async def test_who_is_entered_while_the_source_is_lost_stands_when_there_is_another() -> None:
+    """And what had a transaction id before a crash is not what has it afterwards."""
+    stage, listener = Stage(), Listener()
+    registration = Registration(listener, CLAIMS, [(1, BINDING)])
+    stage.subscriptions.registrations[registration] = None
+    entering = asyncio.create_task(stage.entrance.enter(registration))
+    await stage.is_asked.wait()
+    # Who is not told of a gap must not have been there before it.
+    stage.is_flowing = False
+    stage.subscriptions.miss_all("gap")
+    stage.gate.set()
+    await asyncio.sleep(0.01)
+    assert not listener.heard
+    assert not registration.entries
+    stage.snapshot, stage.is_flowing = "900:900:", True
+    await entering
+    assert listener.heard == [SUBSCRIBED]
+    assert not registration.is_past(950)
