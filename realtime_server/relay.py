@@ -206,7 +206,7 @@ class Relay(Generic[R]):
         self._backoff_s = SHORTEST_BACKOFF_S
         # What was said to be wrong, in the log and to everybody.
         self._problem = self._obstacle = ""
-        self._end: tuple[int, Callable[[Snapshot], None]] | None = None
+        self._end: tuple[int, Callable[[Snapshot, str], None]] | None = None
         self._is_over = False
         self.is_asleep = False
 
@@ -220,8 +220,9 @@ class Relay(Generic[R]):
         """Why it is not ready, in words for everybody; None when it is."""
         return None if self.is_ready else self._obstacle or "the database has not answered yet"
 
-    def end_behind(self, xid: int, then: Callable[[Snapshot], None]) -> None:
-        """Let `run` end as soon as all transactions before this one have ended and were handed on; `then` is told what had been by then."""
+    def end_behind(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
+        """Let `run` end as soon as all transactions before this one have ended and were handed on; `then` is told what had been by then,
+        and a place in the log that all of it is before. It is on disk: no crash takes it back."""
         self._end = (xid, then)
 
     def go_on(self) -> None:
@@ -440,6 +441,7 @@ class Relay(Generic[R]):
                 count += len(rows)
                 await self._wait_for_receiver()
         self._arrive(until)
+        await self._perhaps_end(reader, until)
         return count
 
     async def _piece(self, reader: Database, stream: AsyncIterator[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -476,12 +478,20 @@ class Relay(Generic[R]):
         if self._problem:
             self._problem = self._obstacle = ""
             log.info("relay reads again", relay=self._name)
-        if self._end is not None:
-            xid, then = self._end
-            if until.xmin >= xid:
-                self._is_over = True
-                then(until)
-                raise _Over
+
+    async def _perhaps_end(self, reader: Database, until: Snapshot) -> None:
+        end = self._end
+        if end is None or until.xmin < end[0]:
+            return
+        # On the connection that has read: if that is there afterwards, the database did not crash meanwhile.
+        lsn = await self._scalar(reader, "select pg_current_wal_insert_lsn()::text")
+        while not await self._scalar(reader, "select pg_current_wal_flush_lsn() >= %s::pg_lsn", lsn):
+            await asyncio.sleep(SHORTEST_PAUSE_S)
+        # It may have been taken back.
+        if self._end is end:
+            self._is_over = True
+            end[1](until, lsn)
+            raise _Over
 
     def _hand_on(self, row: R, behind: Place) -> None:
         self._handed_on.add(row.seq)

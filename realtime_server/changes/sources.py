@@ -2,7 +2,8 @@
 
 **From triggers to the log nothing is lost and nothing told twice.** The log is begun first and what comes from it is held back: from now on
 whatever commits is in it. A transaction id drawn then parts the past from it. The triggers' outbox is read until everything before that id
-has ended; what its last snapshot sees was told, and what it does not see committed after the log had begun. So the log goes on with that.
+has ended; what its last snapshot sees was told, and what it does not see committed after the log had begun. So the log goes on with that,
+also where it breaks off meanwhile.
 
 From the log to triggers there is a gap, and it is told: who cannot read the log does not know what was in it.
 """
@@ -218,8 +219,10 @@ class Sources:
         gate.has_log = True
         ((xid,),) = await self._pool.fetch("select pg_current_xact_id()::text::bigint")
 
-        def go_on(seen: Snapshot) -> None:
+        def go_on(seen: Snapshot, lsn: str) -> None:
+            # What the gate holds; and what comes then.
             self._subscriptions.have_seen(seen)
+            wal.leave_out(seen, lsn)
             self.current = self._wal = wal
             self.situation = "wal"
             log.info("the log takes over from triggers")

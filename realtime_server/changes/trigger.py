@@ -56,9 +56,9 @@ class TriggerSource:
         """Hand on changes until cancelled, or until the end that was asked for, through any loss of the database."""
         await self._relay.run(_Pieces(receiver))
 
-    def end_behind(self, xid: int, then: Callable[[Snapshot], None]) -> None:
+    def end_behind(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
         """Let `run` end once all transactions before this one were handed on; `then` is told what had been handed on by then, which is
-        all that the snapshot sees and nothing else."""
+        all that the snapshot sees and nothing else, and a place in the log that all of it is before, on disk."""
         self._relay.end_behind(xid, then)
 
     def go_on(self) -> None:

@@ -35,6 +35,7 @@ from realtime_server.changes import pgoutput
 from realtime_server.changes.assembly import NOTHING_TAKEN, Assembly, Piece
 from realtime_server.changes.change import Receiver
 from realtime_server.changes.pgoutput import Keepalive, MalformedReplication, WalData
+from realtime_server.cursor import Snapshot
 from realtime_server.database import Database, Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 
@@ -108,6 +109,8 @@ class WalSource:
         # Which history of which cluster the places are of.
         self._life: tuple[str, int] | None = None
         self._taken = NOTHING_TAKEN
+        # What was told from elsewhere, and the place that all of it is before.
+        self._told: tuple[Snapshot, int] | None = None
         # Who of ours may hold the slot.
         self._holder: _Backend | None = None
         # What the receiver is to be told once there is a slot again.
@@ -115,6 +118,11 @@ class WalSource:
         # The place where decoding failed, and how often.
         self._failed_at, self._failures = NOTHING_TAKEN.place, 0
         self.is_ready = False
+
+    def leave_out(self, told: Snapshot, lsn: str) -> None:
+        """Do not hand on what this sees. All of it must be on disk, before this place: after a crash other transactions have the ids of
+        those that are not."""
+        self._told = (told, pgoutput.parse_lsn(lsn))
 
     async def obstacle(self) -> str | None:
         """Why changes can't be read from the log here, as a sentence, or None. Raises: DatabaseUnavailable, QueryCanceled."""
@@ -271,7 +279,7 @@ class WalSource:
         life = (system, timeline)
         if self._life is not None and (life != self._life or end_lsn < self._taken.commit_lsn):
             log.warning("the database was restored or promoted: changes may come again")
-            self._taken = NOTHING_TAKEN
+            self._taken, self._told = NOTHING_TAKEN, None
             if system != self._life[0]:
                 self._gap = "the database is another one now"
         self._life = life
@@ -302,8 +310,13 @@ class WalSource:
         if piece.changes:
             near = await self._wait_until_visible(db, piece.xids)
             # Who subscribed long ago compares with ids of then, so the lower half of this one would not do.
-            await receiver.take([change._replace(xid=full_xid(change.xid, near)) for change in piece.changes])
+            changes = [change._replace(xid=full_xid(change.xid, near)) for change in piece.changes]
+            if self._told is not None:
+                changes = [change for change in changes if not self._told[0].sees(change.xid)]
+            await receiver.take(changes)
         self._taken = piece.taken
+        if self._told is not None and self._taken.confirmed_lsn >= self._told[1]:
+            self._told = None
 
     async def _wait_until_visible(self, db: Database, xids: list[int]) -> int:
         """As long as it takes: what is not visible cannot be judged, and while a synchronous standby is away all writers wait, too.

@@ -485,7 +485,7 @@ async def test_reading_ends_behind_a_transaction_id_and_tells_what_was_handed_on
             await asyncio.sleep(0.005)
         with held(database, "things"):
             ((fence,),) = database.execute("select pg_current_xact_id()::text::bigint")
-            source.end_behind(fence, story.append)
+            source.end_behind(fence, lambda seen, _: story.append(seen))
             run(database, "insert into things values (1)")
             await until_told(1)
         await reading

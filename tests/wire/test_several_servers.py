@@ -36,7 +36,7 @@ async def start(shared: TestDatabase) -> AsyncIterator[Start]:
     servers: list[Server] = []
 
     async def start(changes: str) -> Server:
-        servers.append(Server(shared, prelude=IMPATIENT, changes=changes))
+        servers.append(Server(shared, prelude=IMPATIENT, changes=changes, policy_timeout_s="30"))
         return await servers[-1].start()
 
     yield start
@@ -137,6 +137,36 @@ async def test_log_is_read_as_soon_as_it_may_be(start: Start, wire: WireFactory,
         await check_takeover(server, wire, permit)
     # It was looked again and again, and said once.
     assert server.log.count("may not replicate") == 1
+
+
+async def test_what_triggers_told_is_not_told_again_when_the_log_breaks_off_just_then(
+    start: Start, wire: WireFactory, shared: TestDatabase
+) -> None:
+    many = 5_000
+    with psycopg.connect(shared.administrator_url, autocommit=True) as administrator:
+        administrator.execute(f"alter role {OWNER} noreplication")
+        server = await start("auto")
+        with tables_on(server) as tables:
+            tables.create("todos", "id bigint primary key, title text", "alter table todos enable row level security")
+            tables.execute("create policy slow on todos using (id <> 1 or pg_advisory_xact_lock_shared(7) is not null)")
+            socket = await wire(server.websocket_url, server.anon_key)
+            await subscribe(socket, "rows", tables.binding(select=["id"]))
+            administrator.execute("select pg_advisory_lock(7)")
+            tables.execute("insert into todos values (1)")
+            administrator.execute(f"alter role {OWNER} replication")
+            await until(lambda: "row changes come from the log" in server.log)
+            # More than the line holds by itself.
+            tables.execute("insert into todos select n, repeat('x', 4000) from generate_series(2, %s) as n", many)
+            waiting = "select from pg_stat_activity where wait_event = 'WalSenderWriteData'"
+            await until(lambda: bool(administrator.execute(waiting).fetchall()))
+            administrator.execute(
+                "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where active"
+            )
+            administrator.execute("select pg_advisory_unlock(7)")
+            assert await hear_until(socket, many) == list(range(1, many + 1))
+            await until(lambda: server.log.count("row changes come from the log") == 2)
+            tables.execute("insert into todos values (0)")
+            assert await hear_until(socket, 0) == [0]
 
 
 async def test_lost_trigger_is_told_to_the_subscribers_of_every_server(start: Start, wire: WireFactory) -> None:
