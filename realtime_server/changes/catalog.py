@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +97,8 @@ class Catalog:
         # Seen, but not yet followed by a look.
         self._new_marks: dict[int, str] = {}
         self._rows: dict[int, tuple[Any, ...]] | None = None
+        # Of two answers the later one must not be the older one.
+        self._refreshing = asyncio.Lock()
         self.tables: Mapping[int, Table] = {}
         self.version = 0
 
@@ -113,6 +116,10 @@ class Catalog:
 
     async def refresh(self) -> bool:
         """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
+        async with self._refreshing:
+            return await self._refresh()
+
+    async def _refresh(self) -> bool:
         marks, self._new_marks = self._new_marks, {}
         with database.changing():
             rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
