@@ -148,7 +148,8 @@ class Courier:
         for _ in range(2):
             table = self._catalog.tables.get(relation)
             if table is None:
-                # It has left the publication; who subscribed to it is being told.
+                # It has left the publication. That is told to who subscribed to it, but perhaps it is back by then.
+                self._subscriptions.miss(relation, "gap: changes of a table came when it was not published any more")
                 return []
             round = Round(
                 self._judge,

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+import msgspec
+
 from realtime_server.changes.catalog import Access, Catalog, Column, Table
+from realtime_server.changes.change import Action, Change
+from realtime_server.changes.delivering import Courier
 from realtime_server.changes.entering import Entrance
 from realtime_server.changes.judge import Judge
 from realtime_server.changes.quarantine import Quarantine
@@ -14,6 +18,7 @@ from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subs
 from realtime_server.changes.watch import Watch
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
+from realtime_server.metrics import Metrics
 from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.frames import Encoding, Frame
 from realtime_server.protocol.messages import Format
@@ -64,15 +69,10 @@ class Stage:
         self.gate = asyncio.Event()
         self.is_asked = asyncio.Event()
         self.subscriptions = Subscriptions()
-        self.entrance = Entrance(
-            cast(Pool, self),
-            cast(Catalog, self),
-            cast(Judge, self),
-            self.subscriptions,
-            Quarantine(),
-            cast(Sources, self),
-            cast(Watch, self),
-        )
+        catalog = cast(Catalog, self)
+        parts = (cast(Judge, self), self.subscriptions, Quarantine(), cast(Sources, self), cast(Watch, self))
+        self.entrance = Entrance(cast(Pool, self), catalog, *parts)
+        self.courier = Courier(catalog, *parts, strict_deletes=False, metrics=Metrics("test"))
 
     async def is_current(self, relations: object) -> bool:
         return True
@@ -102,3 +102,17 @@ async def test_who_is_entered_while_the_source_is_lost_stands_when_there_is_anot
     await entering
     assert listener.heard == [SUBSCRIBED]
     assert not registration.is_past(950)
+
+
+async def test_changes_that_come_while_their_table_is_not_published_are_told_to_be_missing() -> None:
+    """It may be back before the subscription is entered again, which then is as it was."""
+    stage, listener = Stage(), Listener()
+    registration = Registration(listener, CLAIMS, [(1, BINDING)])
+    stage.subscriptions.registrations[registration] = None
+    stage.gate.set()
+    await stage.entrance.enter(registration)
+    stage.tables = {}
+    await stage.courier.take([Change(1, Action.INSERT, 0.0, {"id": msgspec.Raw(b'"1"')}, None, False, 1, 2000)])
+    stage.tables = {1: TABLE}
+    await stage.entrance.enter(registration)
+    assert listener.heard == [SUBSCRIBED, "gap: changes of a table came when it was not published any more"]
