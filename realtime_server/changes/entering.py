@@ -84,7 +84,8 @@ class Entrance:
                     continue
             except InvalidBinding as error:
                 if isinstance(error.__cause__, TookTooLong) and (checks := checks + 1) < MOST_CHECKS:
-                    registration.say(TIMEOUTS, ok=False)
+                    if not registration.entries:
+                        registration.say(TIMEOUTS, ok=False)
                     await asyncio.sleep(CHECK_RETRY_S)
                     continue
                 entries, text, since = [], str(error), None

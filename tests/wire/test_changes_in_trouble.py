@@ -23,6 +23,11 @@ IMPATIENT = """
 from realtime_server.changes import entering, judge
 judge.LIMIT_FILTERS_S, entering.CHECK_RETRY_S, entering.RETRY_S = 0.3, 0.1, 0.1
 """
+# Since when somebody waits at a gate.
+WAITING = (
+    "select query_start from pg_stat_activity join pg_locks using (pid)"
+    " where locktype = 'advisory' and objid = %s and not granted"
+)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +156,25 @@ async def test_who_is_told_changes_is_not_told_that_another_look_failed(
     assert (await socket.hear())[1:] == word("all")
     tables.execute("insert into more values (1)")
     assert (await hear_row(socket, "all"))[1]["id"] == 1
+
+
+async def test_who_is_told_changes_is_not_told_that_its_filter_takes_long_to_be_checked_again(
+    tables: Tables, server: Server, wire: WireFactory
+) -> None:
+    tables.execute("create domain slow as int check (passes(5))")
+    tables.create("things", "id int primary key, slow slow")
+    socket = await wire(server.websocket_url, server.anon_key)
+    await subscribe(socket, "slow", tables.binding("things", filter="slow=eq.1"))
+    with closed_gate(tables, 5):
+        tables.execute("alter table things add column more int")
+        await somebody_waits(tables, 5)
+        ((first,),) = tables.execute(WAITING, 5)
+        async with asyncio.timeout(LIMIT_S):
+            # It was given up, and is tried again.
+            while tables.execute(WAITING, 5) in ([], [(first,)]):
+                await asyncio.sleep(0.01)
+    tables.execute("insert into things values (1, 1)")
+    assert (await socket.hear())[3] == "postgres_changes"
 
 
 async def test_deletes_of_rows_that_nobody_knows_are_told_to_nobody_whom_policies_bind(
