@@ -34,7 +34,7 @@ class Hold:
     """Keeps what comes for one client, of all its rooms in the order it came, until `release`, or `drop` when it is gone.
 
     While it is sent older messages, or until policies have been asked again. `begin` is the cursor from which nothing is missed: where the
-    relay was when the hold began. Make it before subscribing, or when live.
+    relay was when the hold began, or behind what has been read since. Make it before subscribing, or when live.
     """
 
     def __init__(self, *followers: Follower) -> None:
@@ -74,7 +74,7 @@ class Hold:
         `ready` is awaited before each message; it returns False when the client is gone. Raises: Gap, MalformedCursor,
         DatabaseUnavailable, QueryCanceled: then what is held is still held.
         """
-        cursors = dict.fromkeys(self._followers, cursor)
+        cursors, begin = dict.fromkeys(self._followers, cursor), self.begin
         while True:
             for follower in self._followers:
                 is_last = False
@@ -85,8 +85,13 @@ class Hold:
                             return None
                         follower.send_stored(stored, self._place)
             if not self.is_overfull:
-                # The first room's is the earliest; what it sees was in the other rooms' pages too.
-                return cursors[self._followers[0]]
+                # The first room's is the earliest; what it sees was in the other rooms' pages too. What overflows from now on is read from
+                # here: to begin again where the hold began, a slow client would never arrive.
+                behind = cursors[self._followers[0]]
+                if self.begin == begin:
+                    # No gap has moved it meanwhile.
+                    self.begin = behind
+                return behind
             # More came than can be held: it is in the database, so hold anew and read on, in all rooms.
             self.drop()
             self.is_overfull = False

@@ -101,6 +101,29 @@ async def test_more_than_can_be_held_is_read_again_in_every_room() -> None:
     assert reads == [("a", "x"), ("b", "x"), ("a", "behind ()"), ("b", "behind ()")]
 
 
+async def test_what_overflows_behind_the_read_is_read_on_from_there() -> None:
+    stage = Stage("a")
+    written = [2]
+
+    async def read(room: Room, cursor: str) -> Page:
+        # The last part of a place, or a page's own.
+        seen = int(cursor.rpartition("-")[2])
+        return page("a", *(number for number in written if number > seen))._replace(cursor=str(written[-1]))
+
+    await stage.hold.catch_up("1", read, always)
+    for round in (1, 2):
+        # The client is slow to take it.
+        for number in range(round * 10_000, round * 10_000 + MOST_HELD + 1):
+            written.append(number)
+            stage.live("a", number)
+        assert stage.hold.is_overfull
+        assert stage.hold.begin is not None
+        await stage.hold.catch_up(stage.hold.begin, read, always)
+        assert stage.sent == [f"a{number}" for number in written]
+    stage.hold.release()
+    assert stage.sent == [f"a{number}" for number in written]
+
+
 async def test_bytes_of_all_holds_of_a_client_are_bounded_together() -> None:
     size = len(live_message("a", 1)[1].data)
     shelf = Shelf(3 * size)
