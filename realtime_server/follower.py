@@ -147,8 +147,10 @@ class Follower:
         self._send(frame)
 
     def send_stored(self, stored: Stored, place: Place | None) -> None:
-        """Send what was read; `place` is where the relay was when `hold` was set, or before."""
+        """Send what was read, unless an earlier read had it; `place` is where the relay was when `hold` was set, or before."""
         message, xid = stored
+        if self.was_read(message):
+            return
         if (frame := message.encode(self.encoding)) is not None:
             self._send(frame)
         if message.id is not None and (place is None or not place.since.sees(xid)):

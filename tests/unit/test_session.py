@@ -16,8 +16,10 @@ import pytest
 from realtime_server.authorization import EVERYTHING, Policy
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.subscriptions import SUBSCRIBED, TIMEOUTS, Registration
+from realtime_server.cursor import Place, Snapshot
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
-from realtime_server.history import Stored
+from realtime_server.follower import MOST_HELD
+from realtime_server.history import Page, Stored
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, Frame
 from tests.fix_session import LIMITS, Talk
@@ -37,6 +39,31 @@ async def test_what_was_replayed_is_not_kept(talk: Talk) -> None:
     talk.past.stored = ()
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, Stored) and thing.message.id in ids]
+
+
+async def test_what_was_replayed_by_time_is_not_sent_again_when_more_comes_than_is_held(talk: Talk) -> None:
+    talk.session.services = replace(talk.services, place=lambda: Place("life", Snapshot.parse("5:5:"), None, 5))
+    room, both = Room("realtime:room", True), [stored(5), stored(6)]
+    is_reading, is_read = asyncio.Event(), asyncio.Event()
+
+    async def newest(*_: object) -> list[Stored]:
+        is_reading.set()
+        await is_read.wait()
+        return both[:1]
+
+    async def after(*_: object) -> Page:
+        return Page(both, "behind", True)
+
+    talk.past.__dict__.update(newest=newest, after=after)
+    joining = asyncio.create_task(talk.join("room", private=True, broadcast={"replay": {"since": 0}}))
+    await is_reading.wait()
+    for message, _ in [*both, *map(stored, range(MOST_HELD))]:
+        talk.services.publish(room, message)
+    is_read.set()
+    await joining
+    assert [(await talk.hear())[4]["payload"]["n"] for _ in range(2)] == [5, 6]
+    await asyncio.sleep(0.05)
+    assert talk.said == []
 
 
 async def test_what_was_held_for_a_channel_that_is_gone_makes_room_for_others(talk: Talk) -> None:
