@@ -83,11 +83,12 @@ log = structlog.get_logger()
 
 class _Step(NamedTuple):
     """What is to be done for a topic, once it is not busy. `size`: bytes that it holds until then. `ends_wait`: it makes no sense to wait
-    any longer for the row changes of what was joined before."""
+    any longer for the row changes of what was joined before. `is_doubt`: policies are to be asked again."""
 
     action: Action
     size: int = 0
     ends_wait: bool = False
+    is_doubt: bool = False
 
 
 class Channel(Follower):
@@ -243,7 +244,7 @@ class Session:
             channel = self._channels.get(wire_topic)
             if channel is not None and _is_meant(channel, subject) and channel.doubt():
                 continue
-            again = _Step(partial(self._revalidate, wire_topic, subject))
+            again = _Step(partial(self._revalidate, wire_topic, subject), is_doubt=True)
             if wire_topic in self._busy:
                 self._busy[wire_topic].appendleft(again)
             else:
@@ -458,11 +459,11 @@ class Session:
         after = config.replay.get("after")
         if after is not None:
             self._go_live(channel, after)
+        elif config.has_replay and any(step.is_doubt for step in self._busy[message.topic]):
+            # What was read and held since policies answered may have been written after the right was lost.
+            channel.doubt()
         elif config.has_replay:
-            for stored in channel.replayed:
-                channel.send_stored(stored, channel.place_at_join)
-            channel.replayed.clear()
-            self._go_live(channel, None)
+            self._replay(channel)
         if channel.rows is not None:
             channel.rows.release()
         elif echoes:
@@ -472,6 +473,13 @@ class Session:
         if config.presence_enabled:
             self._watch_presence(channel)
         self._watch_expiry()
+
+    def _replay(self, channel: Channel) -> None:
+        """Send what was read at the join, if anything was, and what is held."""
+        for stored in channel.replayed:
+            channel.send_stored(stored, channel.place_at_join)
+        channel.replayed.clear()
+        self._go_live(channel, None)
 
     def _try_to_subscribe(self, channel: Channel) -> None:
         """Row changes, too; the channel lives on whatever comes of it."""
@@ -672,7 +680,7 @@ class Session:
                 return
             channel.doubts_settled = doubts
         if channel.hold is not None and not channel.is_resuming:
-            self._go_live(channel, None)
+            self._replay(channel)
 
     def _watch_expiry(self) -> None:
         """One timer per socket, set to the first token that expires or is to be warned of."""

@@ -66,6 +66,56 @@ async def test_what_was_replayed_by_time_is_not_sent_again_when_more_comes_than_
     assert talk.said == []
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_right_that_is_lost_while_the_past_is_read_lets_nothing_through(talk: Talk, is_lost: bool) -> None:
+    is_reading, is_read = asyncio.Event(), asyncio.Event()
+
+    async def newest(*_: object) -> list[Stored]:
+        is_reading.set()
+        await is_read.wait()
+        return [stored(1)]
+
+    async def asked_again() -> Policy:
+        return Policy() if is_lost else EVERYTHING
+
+    talk.past.__dict__.update(newest=newest)
+    joining = asyncio.create_task(talk.join("room", private=True, broadcast={"replay": {"since": 0}}))
+    await is_reading.wait()
+    talk.policy = asked_again
+    # Somebody else is asked again, too.
+    for subject in ("somebody", None):
+        talk.session.revalidate("room", subject)
+    talk.services.publish(Room("realtime:room", True), stored(2).message)
+    is_read.set()
+    await joining
+    if is_lost:
+        assert [(await talk.hear())[3] for _ in range(2)] == ["system", "phx_close"]
+    else:
+        assert [(await talk.hear())[4]["payload"]["n"] for _ in range(2)] == [1, 2]
+        talk.services.publish(Room("realtime:room", True), stored(3).message)
+        assert (await talk.hear())[4]["payload"]["n"] == 3
+    assert talk.said == []
+
+
+async def test_word_of_somebody_else_during_a_join_holds_nothing_back(talk: Talk) -> None:
+    is_reading, is_read = asyncio.Event(), asyncio.Event()
+
+    async def newest(*_: object) -> list[Stored]:
+        is_reading.set()
+        await is_read.wait()
+        return [stored(1)]
+
+    talk.past.__dict__.update(newest=newest)
+    joining = asyncio.create_task(talk.join("room", private=True, broadcast={"replay": {"since": 0}}))
+    await is_reading.wait()
+    talk.session.revalidate("room", "somebody")
+    is_read.set()
+    await joining
+    assert (await talk.hear())[4]["payload"]["n"] == 1
+    talk.services.publish(Room("realtime:room", True), stored(2).message)
+    assert (await talk.hear())[4]["payload"]["n"] == 2
+
+
 async def test_what_was_held_for_a_channel_that_is_gone_makes_room_for_others(talk: Talk) -> None:
     await talk.join("room", private=True)
     answer: asyncio.Future[Policy] = asyncio.Future()
