@@ -104,7 +104,7 @@ class Channel(Follower):
             session.shelf,
         )
         self.session = session
-        self.watcher = Watcher(connection)
+        self.watcher = Watcher(self)
         self.rows: RowReader | None = None
         self.config = config
         self.claims = claims
@@ -150,14 +150,18 @@ class Channel(Follower):
 
 
 class Watcher:
-    """The subscriber to the changes of presence of one channel."""
+    """The subscriber to the changes of presence of one channel. `has_missed`: some were not sent, because its rights were in doubt."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.encoding = Encoding(connection.format)
-        self._connection = connection
+    def __init__(self, channel: Channel) -> None:
+        self.encoding = Encoding(channel.encoding.format)
+        self.has_missed = False
+        self._channel = channel
 
     def deliver(self, message: PresenceDiff, frame: Frame) -> None:
-        self._connection.send(frame)
+        if self._channel.is_in_doubt:
+            self.has_missed = True
+        else:
+            self._channel.session.connection.send(frame)
 
 
 class RowReader(Reader):
@@ -456,13 +460,13 @@ class Session:
         echoes = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
         cursor = {"cursor": place.cursor} if config.with_cursor and place is not None else {}
         self._reply(message, message.join_ref, {"postgres_changes": echoes, **cursor})
+        if config.private and any(step.is_doubt for step in self._busy[message.topic]):
+            # The word came after policies had answered: what was read and held since may have been written behind it.
+            channel.doubt()
         after = config.replay.get("after")
         if after is not None:
             self._go_live(channel, after)
-        elif config.has_replay and any(step.is_doubt for step in self._busy[message.topic]):
-            # What was read and held since policies answered may have been written after the right was lost.
-            channel.doubt()
-        elif config.has_replay:
+        elif config.has_replay and not channel.is_in_doubt:
             self._replay(channel)
         if channel.rows is not None:
             channel.rows.release()
@@ -681,6 +685,9 @@ class Session:
             channel.doubts_settled = doubts
         if channel.hold is not None and not channel.is_resuming:
             self._replay(channel)
+        if channel.watcher.has_missed and self._is_open(channel):
+            # The state anew is all that was missed: clients take what differs.
+            self._watch_presence(channel)
 
     def _watch_expiry(self) -> None:
         """One timer per socket, set to the first token that expires or is to be warned of."""
@@ -730,13 +737,16 @@ class Session:
     # -- presence
 
     def _watch_presence(self, channel: Channel) -> None:
-        """Send the state of the room, and from now on its changes, to who may see them."""
+        """Send the state of the room, and from now on its changes, to who may see them; where that is in doubt, as soon as it is not."""
         if not channel.policy.can_read_presence:
             return
         channel.watches = True
+        self.services.watchers.subscribe(channel.room, channel.watcher)
+        channel.watcher.has_missed = channel.is_in_doubt
+        if channel.is_in_doubt:
+            return
         state = self.services.presence.state(channel.room)
         self.connection.push(Message(channel.join_ref, None, channel.room.topic, messages.PRESENCE_STATE, state))
-        self.services.watchers.subscribe(channel.room, channel.watcher)
         self.services.rates.presence.count(time.monotonic())
 
     def _presence(self, message: Message, channel: Channel) -> None:

@@ -7,6 +7,7 @@ import gc
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -114,6 +115,52 @@ async def test_word_of_somebody_else_during_a_join_holds_nothing_back(talk: Talk
     assert (await talk.hear())[4]["payload"]["n"] == 1
     talk.services.publish(Room("realtime:room", True), stored(2).message)
     assert (await talk.hear())[4]["payload"]["n"] == 2
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+@pytest.mark.parametrize("when", ["joined", "joining"])
+async def test_who_comes_and_goes_is_not_told_to_whom_policies_have_not_answered_for(
+    talk: Talk, when: str, is_lost: bool
+) -> None:
+    room, answer = Room("realtime:room", True), asyncio.Event()
+    is_asked = asyncio.Event()
+
+    async def ask() -> Policy:
+        is_asked.set()
+        await answer.wait()
+        return EVERYTHING
+
+    async def ask_again() -> Policy:
+        await answer.wait()
+        return Policy() if is_lost else EVERYTHING
+
+    join = partial(talk.join, "room", private=True, presence={"enabled": True})
+    if when == "joined":
+        await join()
+        assert (await talk.hear())[3:] == ["presence_state", {}]
+        talk.policy = ask_again
+        talk.session.revalidate("room", None)
+    else:
+        talk.policy = ask
+        joining = asyncio.create_task(join())
+        await is_asked.wait()
+        talk.session.revalidate("room", None)
+        talk.policy = ask_again
+    talk.services.announce(room, talk.services.presence.track(room, "other", "other", {"n": 1}, "ref"))
+    await asyncio.sleep(0.01)
+    assert talk.said == []
+    answer.set()
+    if when == "joining":
+        await joining
+    heard = [await talk.hear()]
+    if is_lost:
+        heard.append(await talk.hear())
+        assert [frame[3] for frame in heard] == ["system", "phx_close"]
+    else:
+        assert heard[0][3:] == ["presence_state", {"other": {"metas": [{"n": 1, "phx_ref": "ref"}]}}]
+        talk.services.announce(room, talk.services.presence.untrack(room, "other"))
+        assert (await talk.hear())[3] == "presence_diff"
+    assert talk.said == []
 
 
 async def test_what_was_held_for_a_channel_that_is_gone_makes_room_for_others(talk: Talk) -> None:
