@@ -137,7 +137,8 @@ async def test_more_is_stored_than_a_connection_may_have_waiting(
     oracle.begin()
     for topic in oracle.topics:
         oracle.write_one(copies=100, topic=topic, filler=30_000)
-    oracle.add_every_kind()
+    # Longer than a stream is silent: who has everything waits for the others, and does not leave.
+    oracle.add_every_kind(patience_s=20)
     await oracle.connected()
     await oracle.verdict()
     assert {reader.name: reader.connections for reader in oracle.readers if reader.connections > 1} == {}

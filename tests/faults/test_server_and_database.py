@@ -467,18 +467,12 @@ async def test_database_restored_from_a_dump(
         await server.aclose()
         oracle.database = restored
         oracle.server = await fault_server(restored)
+        # What the dump contained may come or not, now or later: it is behind the gap. What is new must come.
+        oracle.may_come = frozenset(oracle.ledger())
+        restored.execute("delete from oracle_ledger")
         oracle.add_every_kind()
         await until(lambda: all(reader.gaps for reader in oracle.readers), "every reader to be told")
-        restored.execute("delete from oracle_ledger")
-        before = {reader.name: reader.count for reader in oracle.readers}
         await oracle.write()
-        # What the dump contained may come or not: it is behind the gap. What is new must come.
-        known = set(oracle.ledger())
-        for reader in oracle.readers:
-            for topic in reader.topics:
-                numbers = reader.received[topic]
-                numbers[:] = [number for number in numbers if number in known]
-        print("came from the dump:", before)
         await oracle.verdict(gaps=True)
         assert all("another life" in gap for reader in oracle.readers for gap in reader.gaps)
     finally:
