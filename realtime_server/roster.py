@@ -85,8 +85,8 @@ class Roster:
             if await self._send(added, gone):
                 await self._send(set(self._entries), set())
         except BaseException:
-            # Once more next time; what is gone by then is not added.
-            self._added |= added & self._entries.keys()
+            # All that there is: the answer that was lost may have been that the database has forgotten it, and is not given again.
+            self._added = set(self._entries)
             self._gone |= gone
             if len(self._gone) > MOST_GONE:
                 # Under another name this server is new to the database, and writes everything; the old name dies with its entries.

@@ -22,9 +22,10 @@ LIMIT_S = 20.0
 
 
 class Link(Pool):
-    """A pool that can be cut off; `gone` is how many entries it was last asked to take away."""
+    """A pool that can be cut off, or that loses one answer; `gone` is how many entries it was last asked to take away."""
 
     is_cut = False
+    loses_answer = False
     gone = 0
     asked = 0
 
@@ -35,7 +36,11 @@ class Link(Pool):
         self.gone = len(arguments[2])
         if self.is_cut:
             raise DatabaseUnavailable
-        return await super().fetch(query, arguments, limit_s=limit_s)
+        answer = await super().fetch(query, arguments, limit_s=limit_s)
+        if self.loses_answer:
+            self.loses_answer = False
+            raise DatabaseUnavailable
+        return answer
 
 
 @pytest.fixture
@@ -90,6 +95,31 @@ async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
     await until([*names[25:], "new"])
     # The entries of the old name are gone from the table as well.
     assert database.execute("select count(*), count(distinct node) from realtime.presence_entries") == [(6, 1)]
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+async def test_word_that_the_database_has_forgotten_all_may_get_lost(
+    database: TestDatabase, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FLUSH_S", 0.01)
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    roster = Roster(link)
+
+    async def until(expected: list[str]) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while [key for (key,) in database.execute("select key from realtime.presence order by key")] != expected:
+                await asyncio.sleep(0.02)
+
+    running = asyncio.create_task(roster.run())
+    come(roster, "first")
+    await until(["first"])
+    # As a crash does.
+    database.execute("truncate realtime.nodes cascade")
+    link.loses_answer = True
+    come(roster, "second")
+    await until(["first", "second"])
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
