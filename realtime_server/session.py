@@ -432,6 +432,10 @@ class Session:
             channel.replayed = await self._read_by_time(channel)
         if config.wait_ms is not None and config.bindings:
             await self._await_changes(channel, config.wait_ms)
+        if channel.claims.expires_at <= time.time():
+            # While policies, the past or row changes were waited for.
+            self._forget(channel)
+            raise TokenExpired(int(time.time() - channel.claims.expires_at))
         if channel.policy.can_read_broadcast:
             self.services.broadcasts.subscribe(channel.room, channel)
 
@@ -506,7 +510,7 @@ class Session:
     async def _await_changes(self, channel: Channel, wait_ms: int) -> None:
         """Hold the reply until the subscription to row changes stands, or the client leaves or joins anew.
 
-        Source: Supabase Realtime, `postgres_changes_options`. Raises: InvalidBinding, ChangesTimeout, TokenExpired.
+        Source: Supabase Realtime, `postgres_changes_options`. Raises: InvalidBinding, ChangesTimeout.
         """
         topic, rows = channel.room.topic, RowReader(self, channel, is_held=True)
         try:
@@ -516,8 +520,6 @@ class Session:
                 rows.stop_waiting()
             async with asyncio.timeout(wait_ms / 1000):
                 await rows.first_word
-            if channel.claims.expires_at <= time.time():
-                raise TokenExpired(int(time.time() - channel.claims.expires_at))
         except BaseException as error:
             # The client may be gone by now, and its session knows nothing of this channel yet.
             self._forget(channel)

@@ -350,6 +350,34 @@ async def test_token_that_ends_while_the_reply_waits_refuses_the_join(talk: Talk
     assert talk.said == []
 
 
+@pytest.mark.parametrize("what", ["policies", "past"])
+async def test_token_that_ends_during_the_join_refuses_it(talk: Talk, what: str) -> None:
+    async def ask() -> Policy:
+        await asyncio.sleep(0.05)
+        return EVERYTHING
+
+    async def newest(*_: object) -> list[Stored]:
+        talk.services.publish(room, stored(1).message)
+        await asyncio.sleep(0.05)
+        return [stored(2)]
+
+    room, replay = Room("realtime:room", True), {}
+    if what == "policies":
+        talk.policy = ask
+    else:
+        talk.past.__dict__.update(newest=newest)
+        replay = {"replay": {"since": 0}}
+    talk.expires_at = time.time() + 0.02
+    config = {"private": True, "presence": {"enabled": True}, "broadcast": replay}
+    talk.say("room", "phx_join", {"config": config, "access_token": "good"}, ref="1")
+    reply = await talk.hear()
+    assert reply[4]["status"] == "error"
+    assert reply[4]["response"]["reason"].startswith("InvalidJWTToken: Token has expired")
+    assert talk.said == []
+    assert room not in talk.services.broadcasts
+    assert talk.session.shelf.used_bytes == 0
+
+
 @pytest.mark.parametrize("is_held", [True, False])
 async def test_who_leaves_before_the_reply_does_not_have_to_wait(talk: Talk, is_held: bool) -> None:
     # Or it has not even begun to wait.
