@@ -143,8 +143,9 @@ class Channel(Follower):
         return was_in_doubt
 
     def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
-        if self.session.services.rates.events.is_over(time.monotonic()):
-            self.session.shut_down(self, TOO_MANY_MESSAGES)
+        # What is held is looked at when it is released, and the first of it may end the channel.
+        if self.hold is None and self.session.services.rates.events.is_over(time.monotonic()):
+            self.session.shut_down_if_open(self, TOO_MANY_MESSAGES)
         else:
             super().deliver(message, frame)
 
@@ -277,6 +278,11 @@ class Session:
         log.info("channel shut down", code="ChannelShutdown", topic=topic, reason=reason)
         self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
         self.connection.push(messages.closed(topic, channel.literal_join_ref))
+
+    def shut_down_if_open(self, channel: Channel, reason: str) -> None:
+        # While the database was asked, a timer or a limit may have closed it.
+        if self._is_open(channel):
+            self.shut_down(channel, reason)
 
     def _do(self, topic: str, step: _Step) -> None:
         """Do it now, or after what the topic waits for."""
@@ -472,6 +478,9 @@ class Session:
             self._go_live(channel, after)
         elif config.has_replay and not channel.is_in_doubt:
             self._replay(channel)
+        if not self._is_open(channel):
+            # What was held has ended it.
+            return
         if channel.rows is not None:
             channel.rows.release()
         elif echoes:
@@ -622,7 +631,7 @@ class Session:
         try:
             claims = await self.services.verify(token)
         except AuthError as error:
-            self._shut_down_if_open(channel, str(error))
+            self.shut_down_if_open(channel, str(error))
             return
         if channel.room.private and not await self._authorize_again(channel, claims):
             return
@@ -645,10 +654,10 @@ class Session:
         lost_broadcast = old.can_read_broadcast and not new.can_read_broadcast
         lost_presence = channel.watches and old.can_read_presence and not new.can_read_presence
         if not new.can_read_broadcast and not (channel.watches and new.can_read_presence):
-            self._shut_down_if_open(channel, str(Unauthorized(topic)))
+            self.shut_down_if_open(channel, str(Unauthorized(topic)))
             return False
         if lost_broadcast or lost_presence:
-            self._shut_down_if_open(channel, f"You no longer have permission to read from this Channel topic: {topic}")
+            self.shut_down_if_open(channel, f"You no longer have permission to read from this Channel topic: {topic}")
             return False
         if not self._is_open(channel):
             return False
@@ -658,11 +667,6 @@ class Session:
         if channel.config.presence_enabled and not channel.watches:
             self._watch_presence(channel)
         return True
-
-    def _shut_down_if_open(self, channel: Channel, reason: str) -> None:
-        # While the database was asked, a timer or a limit may have closed it.
-        if self._is_open(channel):
-            self.shut_down(channel, reason)
 
     def _break_off(self, channel: Channel, error: RealtimeError) -> None:
         """End a channel for what may be over soon: clients join again by themselves."""

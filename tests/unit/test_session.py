@@ -22,6 +22,7 @@ from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeE
 from realtime_server.follower import MOST_HELD
 from realtime_server.history import Page, Stored
 from realtime_server.hub import Room
+from realtime_server.limits import BUCKET_S, Rate
 from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, Frame
 from tests.fix_session import LIMITS, Talk
 
@@ -348,6 +349,45 @@ async def test_token_that_ends_while_the_reply_waits_refuses_the_join(talk: Talk
     assert reply[4]["response"]["reason"].startswith("InvalidJWTToken: Token has expired")
     assert feed.registration is None
     assert talk.said == []
+
+
+@pytest.mark.parametrize("when", ["joined", "joining"])
+async def test_channel_that_is_shut_down_by_what_was_held_is_told_once(talk: Talk, when: str) -> None:
+    room, answer, is_reading = Room("realtime:room", True), asyncio.Event(), asyncio.Event()
+    events = Rate(1)
+    talk.session.services = replace(talk.services, rates=replace(talk.services.rates, events=events))
+
+    async def newest(*_: object) -> list[Stored]:
+        is_reading.set()
+        await answer.wait()
+        return []
+
+    async def ask() -> Policy:
+        await answer.wait()
+        return EVERYTHING
+
+    talk.past.__dict__.update(newest=newest)
+    replay = {"replay": {"since": 0}} if when == "joining" else {}
+    joining = asyncio.create_task(talk.join("room", private=True, presence={"enabled": True}, broadcast=replay))
+    if when == "joined":
+        await joining
+        assert (await talk.hear())[3] == "presence_state"
+        talk.policy = ask
+        talk.session.revalidate(None, None)
+    else:
+        await is_reading.wait()
+    events.count(time.monotonic() - BUCKET_S, 1000)
+    talk.services.announce(room, talk.services.presence.track(room, "other", "other", {}, "ref"))
+    for number in range(3):
+        talk.services.publish(room, stored(number).message)
+    assert talk.said == []
+    answer.set()
+    await joining
+    assert [(await talk.hear())[3] for _ in range(2)] == ["system", "phx_close"]
+    await asyncio.sleep(0.01)
+    assert talk.said == []
+    assert room not in talk.services.broadcasts
+    assert room not in talk.services.watchers
 
 
 @pytest.mark.parametrize("what", ["policies", "past"])
