@@ -115,4 +115,4 @@ async def test_changes_that_come_while_their_table_is_not_published_are_told_to_
     await stage.courier.take([Change(1, Action.INSERT, 0.0, {"id": msgspec.Raw(b'"1"')}, None, False, 1, 2000)])
     stage.tables = {1: TABLE}
     await stage.entrance.enter(registration)
-    assert listener.heard == [SUBSCRIBED, "gap: changes of a table came when it was not published any more"]
+    assert listener.heard == [SUBSCRIBED, "gap: changes of a table came when it was not published"]
