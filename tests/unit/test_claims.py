@@ -432,7 +432,7 @@ def test_any_signed_content_is_accepted_or_raises_an_auth_error(
     header: dict[str, Any], algorithm: Any, payload: Any
 ) -> None:
     try:
-        found = verify(forge({**header, "alg": algorithm}, payload), EVERY_KEY, RULES, NOW)
+        found = verify(forge({**header, "alg": algorithm}, b64_json(payload)), EVERY_KEY, RULES, NOW)
     except AuthError as error:
         error.reason.encode()
     else:
