@@ -79,20 +79,17 @@ class Entrance:
                 else:
                     # It may be that a server starts, or that its database does.
                     await asyncio.sleep(LOOK_S)
-                    if not registration.entries and time.monotonic() - waiting_since > PATIENCE_S:
-                        registration.say(UNAVAILABLE, ok=False)
+                    if time.monotonic() - waiting_since > PATIENCE_S:
+                        registration.say_waiting(UNAVAILABLE)
                     continue
             except InvalidBinding as error:
                 if isinstance(error.__cause__, TookTooLong) and (checks := checks + 1) < MOST_CHECKS:
-                    if not registration.entries:
-                        registration.say(TIMEOUTS, ok=False)
+                    registration.say_waiting(TIMEOUTS)
                     await asyncio.sleep(CHECK_RETRY_S)
                     continue
                 entries, text, since = [], str(error), None
             except (DatabaseUnavailable, QueryCanceled):
-                # What stands goes on standing, and loses nothing.
-                if not registration.entries:
-                    registration.say(TIMEOUTS, ok=False)
+                registration.say_waiting(TIMEOUTS)
                 await asyncio.sleep(RETRY_S)
                 continue
             if (version, losses) != (self._catalog.version, self._subscriptions.losses):

@@ -66,6 +66,11 @@ class Registration:
             self.said = text
             self.subscriber.tell_changes(text, ok=ok)
 
+    def say_waiting(self, text: str) -> None:
+        """Tell the subscriber why it is not told changes yet. What stands goes on standing, and loses nothing."""
+        if not self.entries:
+            self.say(text, ok=False)
+
 
 class Entry:
     """One binding on one table. `exact`: a column and the texts of which it must have one; `rest`: conditions that are left for the

@@ -46,6 +46,12 @@ def tables(tables: Tables) -> Tables:
     return tables
 
 
+def create_gated_notes(tables: Tables, gate: int) -> None:
+    """Notes that only their owner may read, once the gate is open."""
+    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security")
+    tables.execute(f"create policy own on notes using (owner = auth.uid() and passes({gate}))")
+
+
 @contextmanager
 def closed_gate(tables: Tables, number: int) -> Iterator[None]:
     tables.execute("select pg_advisory_lock(%s)", number)
@@ -63,8 +69,7 @@ async def somebody_waits(tables: Tables, number: int) -> None:
 async def test_change_is_told_by_the_claims_it_was_judged_by_before_new_ones_are_confirmed(
     tables: Tables, server: Server, wire: WireFactory
 ) -> None:
-    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security")
-    tables.execute("create policy own on notes using (owner = auth.uid() and passes(1))")
+    create_gated_notes(tables, 1)
     tables.create()
     socket = await wire(server.websocket_url, make_token(sub=ANN))
     await subscribe(socket, "mine", tables.binding("notes"))
@@ -109,8 +114,7 @@ async def test_filter_that_takes_too_long_is_checked_again_and_refused_in_the_en
 async def test_who_takes_a_new_table_up_loses_nothing_that_waits_since_the_reader_came_back(
     tables: Tables, server: Server, wire: WireFactory
 ) -> None:
-    tables.create("notes", "id int primary key, owner uuid", "alter table {table} enable row level security")
-    tables.execute("create policy own on notes using (owner = auth.uid() and passes(4))")
+    create_gated_notes(tables, 4)
     tables.create()
     ann, service = [await wire(server.websocket_url, key) for key in (make_token(sub=ANN), server.service_key)]
     await subscribe(ann, "mine", tables.binding("notes"))

@@ -157,10 +157,13 @@ async def test_what_triggers_told_is_not_told_again_when_the_log_breaks_off_just
             await until(lambda: "row changes come from the log" in server.log)
             # More than the line holds by itself.
             tables.execute("insert into todos select n, repeat('x', 4000) from generate_series(2, %s) as n", many)
-            waiting = "select from pg_stat_activity where wait_event = 'WalSenderWriteData'"
+            waiting = (
+                "select from pg_stat_activity where wait_event = 'WalSenderWriteData' and datname = current_database()"
+            )
             await until(lambda: bool(administrator.execute(waiting).fetchall()))
             administrator.execute(
-                "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where active"
+                "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots"
+                " where database = current_database() and active"
             )
             administrator.execute("select pg_advisory_unlock(7)")
             assert await hear_until(socket, many) == list(range(1, many + 1))
