@@ -5,7 +5,7 @@ PY ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do c
 V := .venv
 BIN := $(V)/bin
 
-.PHONY: help run test test-faults install format lint types unit upgrade revision schema-diff freeze lock bench docs build clean
+.PHONY: help run test test-faults install format lint types unit upgrade revision schema-diff squash freeze lock bench docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,11 @@ revision: $(V)/.run ## new migration: make revision branch=core name=add_somethi
 
 schema-diff: $(V)/.test ## difference between sql/ and the migrations: nothing when they agree
 	$(BIN)/python -m pytest -q tests/database/test_schema.py -k equals
+
+squash: ## until the first release: make the first revision of each branch from sql/ again
+	@test ! -e alembic/frozen.sha256 || { echo "The first revision is released: write a new one"; exit 1; }
+	cat sql/structure/*.sql sql/code/*.sql > alembic/versions/core/core_0001_first.sql
+	cat sql/samples/chat/structure.sql sql/samples/chat/code.sql > alembic/versions/chat/chat_0001_first.sql
 
 freeze: ## record the digests of released migrations
 	@cd alembic && touch frozen.sha256 && find versions -name '*.py' -o -name '*.sql' | sort | while read -r file; do \

@@ -40,7 +40,7 @@ def test_a_line_a_finding_and_an_exit_code(database: TestDatabase) -> None:
     assert (well.returncode, well.stderr) == (0, "")
     *lines, blank, count = well.stdout.splitlines()
     assert {line[:9].rstrip() for line in lines} == {"ok", "note"}
-    assert "ok       the database is at chat_0001, core_0003" in lines
+    assert "ok       the database is at chat_0001, core_0001" in lines
     assert "ok       NOTIFY wakes the server" in lines
     assert "note     no server runs on this database -> realtime-server run" in lines
     assert (blank, count) == ("", f"problems: 0, notes: {sum(line.startswith('note') for line in lines)}")
@@ -141,6 +141,6 @@ def test_database_without_the_schema(cluster: Cluster) -> None:
         assert ended.returncode == 1
         (finding,) = json.loads(ended.stdout)["findings"]
         assert (finding["check"], finding["level"]) == ("schema", "problem")
-        assert finding["finding"].startswith("the database has no realtime schema, this server needs core_0003")
+        assert finding["finding"].startswith("the database has no realtime schema, this server needs core_0001")
     finally:
         cluster.drop(database)

@@ -139,9 +139,9 @@ def test_database_without_the_schema_is_told_plainly(cluster: Cluster, folder: P
         settings = {"REALTIME_DATABASE_URL": database.url, "REALTIME_JWT_SECRET": SECRET, "REALTIME_PORT": "0"}
         ended = run_command("run", cwd=folder, **settings)
         assert ended.returncode == 1
-        assert 'has no realtime schema, this server needs core_0003: run "realtime-server migrate"' in ended.stderr
+        assert 'has no realtime schema, this server needs core_0001: run "realtime-server migrate"' in ended.stderr
         assert run_command("migrate", cwd=folder, **settings).returncode == 0
-        assert "database is at core_0003" in run_command("migrate", cwd=folder, **settings).stderr
+        assert "database is at core_0001" in run_command("migrate", cwd=folder, **settings).stderr
     finally:
         cluster.drop(database)
 

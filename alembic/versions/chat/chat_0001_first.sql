@@ -47,7 +47,6 @@ alter table public.chat_messages enable row level security;
 grant select on public.chat_threads to authenticated;
 grant select, insert on public.chat_messages to authenticated;
 grant select, insert, update, delete on public.chat_threads, public.chat_messages to service_role;
-
 -- Chat between two users: who sees what, and how a row becomes a message.
 
 drop policy if exists chat_threads_of_members on public.chat_threads;

@@ -1,4 +1,4 @@
-"""Schema, roles, messages, authorization and the doorbell."""
+"""The whole core: `sql/structure` and then `sql/code`, as `make squash` joins them until the first release."""
 
 from alembic import op
 from realtime_server.schema import run_sql_file
@@ -14,10 +14,11 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # Messages are kept for days only, so dropping them is a downgrade and not a loss. Roles and auth may be in use elsewhere. The
-    # schema stays, because the version table lives in it.
+    # Messages are kept for days only, so dropping them is a downgrade and not a loss. Roles, auth and the publication may be in use
+    # elsewhere. The schema stays, because the version table lives in it.
     op.execute(
         """
+        select realtime.sync_capture(false);
         do $$
         declare
             v_name text;

@@ -38,7 +38,6 @@ end
 $$;
 
 grant usage on schema realtime to anon, authenticated, service_role;
-
 -- The outbox: every message for clients is a row here, written in the transaction of the data it tells of.
 
 create sequence realtime.messages_seq as bigint;
@@ -98,7 +97,6 @@ grant select on realtime.messages to anon, authenticated, service_role;
 grant insert (topic, extension, payload, event, private, updated_at, inserted_at, id, binary_payload)
     on realtime.messages to anon, authenticated, service_role;
 grant usage on sequence realtime.messages_seq to anon, authenticated, service_role;
-
 -- Places in the stream of messages: what clients and workers hand back in order to go on where they stopped.
 
 -- Strict, because it is clients' text: version, life of the database, a snapshot, maybe a later one, and a sequence number.
@@ -115,6 +113,8 @@ create table realtime.stream (
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
     dropped_in_life text not null default '',
+    dropped_change_xid xid8 not null default '0',
+    dropped_change_in_life text not null default '',
     constraint stream_only_row check (only_row)
 );
 comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
@@ -122,9 +122,10 @@ comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
 comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
 comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+comment on column realtime.stream.dropped_change_xid is 'The same for captured row changes.';
+comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;
-
 -- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
 
 create unlogged table realtime.nodes (
@@ -159,7 +160,45 @@ comment on column realtime.presence_entries.since is 'When it was written here.'
 -- No policies: for their owner only.
 alter table realtime.nodes enable row level security;
 alter table realtime.presence_entries enable row level security;
+-- Row changes: which tables tell theirs, and the outbox of the triggers that capture them.
 
+-- A table emits changes if and only if it is in this publication; where it exists already, it belongs to whoever made it.
+do $$
+begin
+    if not exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
+        create publication supabase_realtime;
+        comment on publication supabase_realtime is 'Tables whose row changes clients may subscribe to.';
+    end if;
+end
+$$;
+
+create sequence realtime.changes_seq as bigint;
+comment on sequence realtime.changes_seq is 'Order of writing. Cache must stay 1, or order between sessions is lost.';
+
+create table realtime.changes (
+    seq bigint not null default nextval('realtime.changes_seq'),
+    xid xid8 not null default pg_current_xact_id(),
+    relation oid not null,
+    action text not null,
+    changed_at timestamptz not null default clock_timestamp(),
+    record jsonb,
+    old_record jsonb,
+    columns text[]
+);
+alter sequence realtime.changes_seq owned by realtime.changes.seq;
+
+comment on table realtime.changes is 'Captured row changes, for the servers only. A server deletes what is older than an hour, every five minutes, and all of it when no table is captured and no server reads here.';
+comment on column realtime.changes.seq is 'Order of writing.';
+comment on column realtime.changes.xid is 'Transaction that wrote the row: the servers read by it.';
+comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
+comment on column realtime.changes.action is 'INSERT, UPDATE or DELETE.';
+comment on column realtime.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
+comment on column realtime.changes.record is 'The new row as a string, the text of its values in brackets; null for DELETE. Both are null where they are too large.';
+comment on column realtime.changes.old_record is 'The old row; null for INSERT.';
+comment on column realtime.changes.columns is 'Names of the columns, in the order of the values in the rows.';
+
+create index changes_xid_idx on realtime.changes (xid);
+alter table realtime.changes enable row level security;  -- no policies: for its owner only
 -- What policies ask: who is calling, and about which topic.
 
 create or replace function realtime.topic()
@@ -220,7 +259,6 @@ begin
     end if;
 end
 $$;
-
 -- Writing messages: called by applications, by their triggers and in psql, with the caller's rights.
 -- No SET clause on these: the caller's policies and triggers run inside, and would see it. So every name is qualified.
 
@@ -391,7 +429,6 @@ create policy service_role_may_do_everything on realtime.messages
     to service_role
     using (true)
     with check (true);
-
 -- Who may join a private topic and send to it: asked of PostgreSQL itself, under the client's role and claims.
 -- Called by the server only. SECURITY INVOKER, because a definer may not change its role.
 
@@ -509,6 +546,10 @@ begin
             v_is_done := true;
             raise exception using errcode = 'RT000';
         exception when others then
+            -- A standby, or maintenance: no policy was asked, so there is no answer.
+            if sqlstate = '25006' and pg_catalog.current_setting('transaction_read_only')::boolean then
+                raise;
+            end if;
             -- A policy that raises, a role that does not exist: this question alone is answered "no".
             if not v_is_done then
                 can_read := false;
@@ -536,7 +577,6 @@ $$;
 comment on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) is
     'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
 revoke all on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;
-
 -- What the relay reads, and how it is woken. Called by the server only.
 
 create or replace function realtime.doorbell_key()
@@ -576,7 +616,7 @@ create or replace trigger ring_doorbell
     execute function realtime.ring_doorbell();
 comment on trigger ring_doorbell on realtime.messages is 'Wakes the relay at commit if it sleeps.';
 
-create or replace function realtime.doorbell_is_held(backend integer)
+create or replace function realtime.doorbell_is_held(backend integer, key bigint)
 returns boolean
 language sql
 volatile
@@ -586,16 +626,16 @@ as $$
         from pg_catalog.pg_locks
         where locktype = 'advisory'
             and database = (select oid from pg_catalog.pg_database where datname = current_database())
-            and classid::bigint = realtime.doorbell_key() >> 32
-            and objid::bigint = realtime.doorbell_key() & 4294967295
+            and classid::bigint = key >> 32
+            and objid::bigint = key & 4294967295
             and objsubid = 1
             and mode = 'ExclusiveLock'
             and pid = backend
     )
 $$;
-comment on function realtime.doorbell_is_held(integer) is
-    'Whether this backend holds the doorbell lock or stands in the queue for it; in both cases writers ring.';
-revoke all on function realtime.doorbell_is_held(integer) from public;
+comment on function realtime.doorbell_is_held(integer, bigint) is
+    'Whether this backend holds the lock of a doorbell or stands in the queue for it; in both cases writers ring.';
+revoke all on function realtime.doorbell_is_held(integer, bigint) from public;
 
 -- Exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is compared.
 -- Two branches, so that each uses the index on xid. The bound at the top hides transaction ids of another cluster's counter (a restored
@@ -686,7 +726,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_before timestamp := (now() at time zone 'utc') - retention;
-    v_day date;
     v_partition record;
     v_dropped xid8;
 begin
@@ -699,7 +738,7 @@ begin
         order by child.relname
     loop
         continue when v_partition.day + 1 > v_before;
-        execute format('select max(xid::text::numeric)::text::xid8 from realtime.%I', v_partition.relname) into v_dropped;
+        execute format('select xid from realtime.%I order by xid desc limit 1', v_partition.relname) into v_dropped;
         -- First the word, then the deed: both commit together.
         perform realtime.note_dropped(v_dropped);
         execute format('drop table realtime.%I', v_partition.relname);
@@ -768,7 +807,6 @@ begin
     perform realtime.create_partitions();
 end
 $$;
-
 -- Reading from a place on: paged, exact, and with a plain word where something is missing.
 --
 -- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row whose transaction got its id later has a sequence number
@@ -826,7 +864,8 @@ $$;
 comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
 revoke all on function realtime.note_dropped(xid8) from public;
 
--- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees: messages come twice, none is lost.
+-- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
+-- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
 create or replace function realtime.snapshot_text("snapshot" pg_snapshot)
 returns text
 language sql
@@ -869,6 +908,18 @@ as $$
 $$;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
+create or replace function realtime.xid_after(xid bigint)
+returns bigint
+language sql
+immutable
+strict
+as $$
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end
+$$;
+comment on function realtime.xid_after(bigint) is
+    'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
+revoke all on function realtime.xid_after(bigint) from public;
+
 -- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
 -- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
 create or replace function realtime.durable("snapshot" pg_snapshot)
@@ -891,7 +942,7 @@ as $$
     from (
         select least(
             pg_snapshot_xmax("snapshot")::text::bigint,
-            1 + greatest(
+            realtime.xid_after(greatest(
                 2,
                 realtime.dropped_xid()::text::bigint,
                 (
@@ -901,7 +952,7 @@ as $$
                     order by m.xid desc
                     limit 1
                 )
-            )
+            ))
         ) as xmax
     ) as bound
 $$;
@@ -935,7 +986,10 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select realtime.format_cursor(
-        realtime.life(), format('%1$s:%1$s:', greatest(realtime.dropped_xid()::text::numeric, 2) + 1)::pg_snapshot, null, 0
+        realtime.life(),
+        format('%1$s:%1$s:', realtime.xid_after(greatest(realtime.dropped_xid()::text::bigint, 2)))::pg_snapshot,
+        null,
+        0
     )
 $$;
 comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
@@ -948,8 +1002,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_parts text[] := string_to_array(place, '-');
+    v_dropped xid8 := realtime.dropped_xid();
     v_problem text;
 begin
+    -- Its life has no name of its own, so that every cursor would seem to be of another one.
+    if pg_is_in_recovery() then
+        raise exception using
+            errcode = 'read_only_sql_transaction', message = 'this is a standby', hint = 'Messages are read from the primary.';
+    end if;
     begin
         since := realtime.snapshot_from_text(v_parts[3]);
         if cardinality(v_parts) = 5 then
@@ -968,7 +1028,14 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmin(since) <= realtime.dropped_xid() then
+    elsif pg_snapshot_xmax(since) <= v_dropped
+        or exists (
+            -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+            select
+            from pg_snapshot_xip(since) as xip
+            where xip <= v_dropped and pg_visible_in_snapshot(xip, pg_current_snapshot())
+        )
+    then
         v_problem := 'the cursor is older than what is kept';
     end if;
     if v_problem is not null then
@@ -981,7 +1048,7 @@ begin
 end
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
-    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed.';
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
 
 -- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
 -- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.
@@ -1117,6 +1184,8 @@ begin
         v_since := v_until;
         v_until := null;
     end loop;
+    -- What was dropped since the cursor was looked at may not have been read: the read waits while a partition is dropped.
+    perform realtime.read_cursor(after);
 end
 $$;
 comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
@@ -1174,7 +1243,6 @@ comment on function realtime.revalidate(text, text) is
     'Asks the policies again for joined private channels of a topic, of a user (claim "sub"), of both, or of all; who lost the right loses the channel within a second of the commit. Call it in a trigger on the table that policies read.';
 revoke all on function realtime.revalidate(text, text) from public;
 grant execute on function realtime.revalidate(text, text) to service_role;
-
 -- Presence for people who ask in SQL.
 
 create or replace view realtime.presence as
@@ -1214,3 +1282,2331 @@ $$;
 comment on function realtime.write_presence(uuid, jsonb, text[]) is
     'Called by each server every few seconds and when presence changed. True when the server was not known: then it must write everything.';
 revoke all on function realtime.write_presence(uuid, jsonb, text[]) from public;
+-- Row changes: which tables tell theirs, what of them is wanted, and who may see it. Called by the servers only.
+--
+-- An image is a row as a JSON object, column by column: strings of the text that PostgreSQL writes for the values, null for null. So what is
+-- read from it is what was written: bounds of arrays, and null in json, which is not null. A column that is not known is absent.
+
+create or replace function realtime.table_name(relation oid)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%I.%I', n.nspname, c.relname)
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = table_name.relation
+$$;
+comment on function realtime.table_name(oid) is 'A table with its schema, whatever the path: what users'' functions leave in a session must not be found instead.';
+revoke all on function realtime.table_name(oid) from public;
+
+create or replace function realtime.base_type(type oid)
+returns oid
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive base as (
+        select t.oid, t.typtype, t.typbasetype from pg_type as t where t.oid = base_type.type
+        union all
+        select t.oid, t.typtype, t.typbasetype from pg_type as t join base on t.oid = base.typbasetype and base.typtype = 'd'
+    )
+    select base.oid from base where base.typtype <> 'd'
+$$;
+comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
+
+create or replace function realtime.declared_type(relation oid, attnum smallint)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+    select case when realtime.base_type(a.atttypid) in (114, 3802) then 'text' else pg_catalog.format_type(a.atttypid, a.atttypmod) end
+        || coalesce((
+            select pg_catalog.format(' collate %I.%I', n.nspname, c.collname)
+            from pg_catalog.pg_collation as c
+            join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
+            where c.oid = a.attcollation and c.oid <> t.typcollation
+        ), '')
+    from pg_catalog.pg_attribute as a
+    join pg_catalog.pg_type as t on t.oid = a.atttypid
+    where a.attrelid = declared_type.relation and a.attnum = declared_type.attnum
+$$;
+comment on function realtime.declared_type(oid, smallint) is
+    'The type of a column, as in a list of column definitions for an image; text instead of json and jsonb, for which a string would be one of JSON.';
+revoke all on function realtime.declared_type(oid, smallint) from public;
+
+-- A row of which only some columns are known is none of its table, where a domain among the others does not allow null.
+create or replace function realtime.populated(relation oid, image text)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+    select pg_catalog.format(
+        '(select %s from pg_catalog.jsonb_to_record(%s) as image (%s)) as row',
+        pg_catalog.string_agg(pg_catalog.format('image.%1$I::%2$s as %1$I', a.attname, known.type), ', ' order by a.attnum),
+        populated.image,
+        pg_catalog.string_agg(
+            pg_catalog.format(
+                '%I %s',
+                a.attname,
+                case when t.typtype = 'd' and known.base not in (114, 3802) then known.type else realtime.declared_type(a.attrelid, a.attnum) end
+            ),
+            ', ' order by a.attnum
+        )
+    )
+    from pg_catalog.pg_attribute as a
+    join pg_catalog.pg_type as t on t.oid = a.atttypid
+    cross join lateral (
+        select base, pg_catalog.format_type(base, -1) as type from realtime.base_type(t.oid) as base
+    ) as known
+    where a.attrelid = populated.relation and a.attnum > 0 and not a.attisdropped
+$$;
+comment on function realtime.populated(oid, text) is 'A lateral item for FROM: "row", of a table''s columns, from an expression that is an image. Columns that are absent become null.';
+revoke all on function realtime.populated(oid, text) from public;
+
+-- Only by its text does a whole row become one of its table's type, which policies may ask for, with each value read as it was written.
+create or replace function realtime.row_texts(relation oid, images jsonb)
+returns jsonb
+language plpgsql  -- which keeps its plan
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return (
+        select jsonb_agg(written.row order by i.n)
+        from jsonb_array_elements(images) with ordinality as i (image, n)
+        cross join lateral (
+            select '(' || string_agg(
+                coalesce('"' || replace(replace(i.image ->> a.attname, '\', '\\'), '"', '""') || '"', ''), ',' order by a.attnum
+            ) || ')' as row
+            from pg_attribute as a
+            where a.attrelid = row_texts.relation and a.attnum > 0 and not a.attisdropped
+        ) as written
+    );
+end
+$$;
+comment on function realtime.row_texts(oid, jsonb) is 'Images as the texts of rows of a table''s type, in order. Columns that are absent become null.';
+revoke all on function realtime.row_texts(oid, jsonb) from public;
+
+create or replace function realtime.written(value anyelement)
+returns text
+language sql
+stable
+strict
+as $$
+    select pg_catalog.format('%s', value)
+$$;
+comment on function realtime.written(anyelement) is 'The text that the type of a value writes for it, which a cast to text is not always.';
+revoke all on function realtime.written(anyelement) from public;
+
+create or replace function realtime.published_tables(roles text[])
+returns table (
+    relation oid,
+    schema text,
+    name text,
+    has_row_security boolean,
+    has_whole_old boolean,
+    row_filter text,
+    is_captured boolean,
+    events text[],
+    columns jsonb,
+    access jsonb
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with published as (
+        select
+            c.oid,
+            n.nspname,
+            n.oid as namespace,
+            c.relname,
+            c.relowner,
+            c.relrowsecurity,
+            c.relforcerowsecurity,
+            -- What is written to the log is up to each partition, whatever the root says.
+            case when c.relreplident <> 'f' or not exists (
+                with recursive part as (
+                    select i.inhrelid as oid from pg_inherits as i where i.inhparent = c.oid and c.relkind = 'p'
+                    union all
+                    select i.inhrelid from pg_inherits as i join part on i.inhparent = part.oid
+                )
+                select from part join pg_class as p on p.oid = part.oid where p.relkind = 'r' and p.relreplident <> 'f'
+            ) then c.relreplident else 'd' end as relreplident,
+            -- Row filters and column lists came with PostgreSQL 15.
+            to_jsonb(p) ->> 'rowfilter' as rowfilter,
+            to_jsonb(p) -> 'attnames' as attnames
+        from pg_publication_tables as p
+        join pg_namespace as n on n.nspname = p.schemaname
+        join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+        -- In a publication for all tables there are ours, too.
+        where p.pubname = 'supabase_realtime' and n.nspname <> 'realtime'
+    ),
+    attribute as (
+        select
+            a.attrelid,
+            a.attname,
+            a.attnum,
+            a.attgenerated <> '' as is_generated,
+            a.atttypid,
+            t.typname,
+            realtime.base_type(a.atttypid) as base,
+            -- Without the columns that an index only includes.
+            coalesce(a.attnum = any ((primary_key.indkey::int2[])[0:primary_key.indnkeyatts - 1]), false) as is_key,
+            -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+            published.attnames is null
+                or published.attnames ? a.attname
+                or (a.attgenerated <> '' and not exists (
+                    select
+                    from pg_attribute as plain
+                    where plain.attrelid = published.oid
+                        and plain.attnum > 0
+                        and not plain.attisdropped
+                        and plain.attgenerated = ''
+                        and not published.attnames ? plain.attname
+                )) as is_published
+        from published
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum > 0 and not a.attisdropped
+        join pg_type as t on t.oid = a.atttypid
+        left join pg_index as primary_key on primary_key.indrelid = published.oid and primary_key.indisprimary
+    ),
+    identity as (
+        select published.oid, array_agg(a.attname::text) as columns
+        from published
+        join pg_index as i on i.indrelid = published.oid
+            and case published.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
+        join pg_attribute as a on a.attrelid = published.oid and a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+        group by published.oid
+    )
+    select
+        published.oid,
+        published.nspname::text,
+        published.relname::text,
+        published.relrowsecurity,
+        published.relreplident = 'f',
+        published.rowfilter,
+        exists (
+            select
+            from pg_trigger as t
+            where t.tgrelid = published.oid
+                and t.tgfoid = to_regprocedure('realtime.capture_change()')
+                and not t.tgisinternal
+                -- What the clone of a root's trigger writes is told of the root.
+                and t.tgparentid = 0
+                and t.tgenabled <> 'D'
+        ),
+        array_remove(array[
+            case when publication.pubinsert then 'INSERT' end,
+            case when publication.pubupdate then 'UPDATE' end,
+            case when publication.pubdelete then 'DELETE' end
+        ], null),
+        (
+            select coalesce(
+                jsonb_agg(
+                    jsonb_build_object(
+                        'name', a.attname,
+                        'type', a.typname,
+                        -- These two for servers of before.
+                        'type_oid', a.atttypid::bigint,
+                        'is_json', a.base in (114, 3802),
+                        'is_bytea', a.base = 17,
+                        'is_bool', a.base = 16,
+                        'is_key', a.is_key,
+                        'is_identity', published.relreplident = 'f' or coalesce(a.attname = any (identity.columns), false),
+                        'is_generated', a.is_generated,
+                        'is_published', a.is_published
+                    )
+                    order by a.attnum
+                ),
+                '[]'
+            )
+            from attribute as a
+            where a.attrelid = published.oid
+        ),
+        (
+            select coalesce(
+                jsonb_object_agg(
+                    r.rolname,
+                    jsonb_build_object(
+                        'columns', (
+                            select coalesce(jsonb_agg(a.attname order by a.attnum), '[]')
+                            from attribute as a
+                            where a.attrelid = published.oid
+                                and a.is_published
+                                and has_schema_privilege(r.oid, published.namespace, 'usage')
+                                and has_column_privilege(r.oid, published.oid, a.attnum, 'select')
+                        ),
+                        'is_bound', published.relrowsecurity
+                            and not (r.rolsuper or r.rolbypassrls)
+                            and (published.relforcerowsecurity or not pg_has_role(r.oid, published.relowner, 'usage'))
+                    )
+                ),
+                '{}'
+            )
+            from pg_roles as r
+            where r.rolname = any (roles)
+        )
+    from published
+    cross join pg_publication as publication
+    left join identity on identity.oid = published.oid
+    where publication.pubname = 'supabase_realtime'
+    order by published.oid
+$$;
+comment on function realtime.published_tables(text[]) is
+    'The tables of the publication: columns in order, and for each role which of the published ones it may read and whether row-level security binds it.';
+revoke all on function realtime.published_tables(text[]) from public;
+
+-- Rights and row-level security are looked at before each piece of changes. To read all of them each time would cost more than the changes:
+-- this tells that one of the rows they are kept in was written.
+create or replace function realtime.table_marks(relations oid[])
+returns table (relation oid, mark text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        c.oid,
+        concat_ws(
+            '/',
+            c.xmin,
+            n.xmin,
+            (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
+            (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m),
+            p.xmin,
+            -- What is put into the publication, or anew with another row filter, has the highest oid.
+            (
+                select concat_ws(',', count(*), max(d.objid))
+                from pg_depend as d
+                where d.refclassid = 'pg_publication'::regclass and d.refobjid = p.oid
+            )
+        )
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    left join pg_publication as p on p.pubname = 'supabase_realtime'
+    where c.oid = any (table_marks.relations)
+$$;
+comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security, rights on it or what is in the publication have changed.';
+revoke all on function realtime.table_marks(oid[]) from public;
+
+-- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
+create or replace function realtime.take_identity(role text, claims jsonb)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+    -- To set_config this means "as the session's own role", which row-level security does not bind.
+    if coalesce(role, 'none') = 'none' then
+        raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
+    end if;
+    perform
+        pg_catalog.set_config('request.jwt.claims', claims::text, true),
+        pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
+        pg_catalog.set_config('request.jwt.claim.role', role, true),
+        pg_catalog.set_config('role', role, true);
+end
+$$;
+comment on function realtime.take_identity(text, jsonb) is 'Go on as a client with this role and these claims, to the end of the transaction.';
+revoke all on function realtime.take_identity(text, jsonb) from public;
+
+-- -- filters
+
+-- The comparison of one operator, between a column and "v", the value of the filter, which is of the column's type already.
+create or replace function realtime.comparison(operator text, is_negated boolean, value text)
+returns text
+language plpgsql
+immutable
+as $$
+declare
+    v_text text;
+begin
+    if operator = 'is' then
+        return 'x is ' || case when is_negated then 'not ' else '' end || value;
+    end if;
+    v_text := '{
+        "eq": "x = v",
+        "neq": "x <> v",
+        "lt": "x < v",
+        "lte": "x <= v",
+        "gt": "x > v",
+        "gte": "x >= v",
+        "in": "x = any (v)",
+        "like": "x like v",
+        "ilike": "x ilike v",
+        "match": "x ~ v",
+        "imatch": "x ~* v",
+        "isdistinct": "x is distinct from v"
+    }'::jsonb ->> operator;
+    return case when is_negated then 'not (' || v_text || ')' else v_text end;
+end
+$$;
+comment on function realtime.comparison(text, boolean, text) is 'An operator of filters as SQL on x, the column, and v, the value; for "is" the value itself.';
+
+-- As its role, because operators and types may be users' own. Each comparison is made once, of the column's type and collation and not with
+-- null, because some can be written down but not made: those of arrays of points, patterns under nondeterministic collations.
+create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
+returns table (n integer, is_exact boolean, vals text[])
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_condition jsonb;
+    v_column text;
+    v_operator text;
+    v_value text;
+    v_type text;
+    v_base oid;
+    v_collation text;
+    v_is_plain boolean;
+    v_is_enum boolean;
+    v_count integer;
+begin
+    perform realtime.take_identity(check_filters.role, '{}');
+    foreach v_column in array check_filters.columns loop
+        if not exists (
+            select
+            from pg_catalog.pg_attribute as a
+            where a.attrelid = check_filters.relation
+                and a.attname = v_column
+                and a.attnum > 0
+                and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select')
+        ) then
+            raise exception 'invalid column for select %', v_column;
+        end if;
+    end loop;
+    for v_condition, n in
+        select c.condition, c.number::integer - 1 from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+    loop
+        v_column := v_condition ->> 'column';
+        v_operator := v_condition ->> 'operator';
+        v_value := v_condition ->> 'value';
+        v_type := null;
+        select
+            pg_catalog.format_type(a.atttypid, -1),
+            realtime.base_type(a.atttypid),
+            t.typtype = 'e',
+            coalesce(c.collisdeterministic, true),
+            case when c.oid is null then '' else pg_catalog.format(' collate %I.%I', n.nspname, c.collname) end
+        into v_type, v_base, v_is_enum, v_is_plain, v_collation
+        from pg_catalog.pg_attribute as a
+        join pg_catalog.pg_type as t on t.oid = a.atttypid
+        left join pg_catalog.pg_collation as c on c.oid = a.attcollation
+        left join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
+        where a.attrelid = check_filters.relation
+            and a.attname = v_column
+            and a.attnum > 0
+            and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select');
+        if v_type is null then
+            raise exception 'invalid column for filter %', v_column;
+        end if;
+        -- Types of which two values are equal exactly if their texts are.
+        is_exact := not (v_condition ->> 'is_negated')::boolean
+            and v_operator in ('eq', 'in')
+            and v_is_plain
+            and (v_base in (16, 19, 20, 21, 23, 25, 26, 1043, 2950) or v_is_enum);
+        vals := null;
+        if v_operator = 'is' then
+            if v_value not in ('null', 'true', 'false', 'unknown') then
+                raise exception 'invalid value for is filter: must be null, true, false, or unknown';
+            elsif v_value <> 'null' and v_base <> 16 then
+                raise exception 'is % filter requires a boolean column, got %', v_value, v_type;
+            end if;
+        elsif v_operator = 'in' then
+            execute pg_catalog.format(
+                'select coalesce(array_agg(pg_catalog.format(''%%s'', item)) filter (where item is not null), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as item', v_type
+            ) into vals, v_count using v_value;
+            if v_count > 100 then
+                raise exception 'too many values for `in` filter. Maximum 100';
+            end if;
+            execute pg_catalog.format(
+                'select %s from (select $2::%s%s as x, $1::%s[] as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_collation,
+                v_type
+            ) using v_value, vals[1];
+        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
+            if v_operator in ('like', 'ilike') and (pg_catalog.length(v_value) - pg_catalog.length(pg_catalog.rtrim(v_value, '\'))) % 2 = 1 then
+                -- PostgreSQL finds this out when it gets so far, which depends on the row.
+                raise exception using
+                    errcode = 'invalid_escape_sequence',
+                    message = 'LIKE pattern must not end with escape character';
+            end if;
+            begin
+                -- Of a domain only the value that was given is known to be one.
+                execute pg_catalog.format(
+                    'select %s from (select $2::%s%s as x, $1::%s as v) as pair',
+                    realtime.comparison(v_operator, false, null),
+                    pg_catalog.format_type(v_base, -1),
+                    v_collation,
+                    v_type
+                ) using v_value, '';
+            exception
+                when undefined_function or ambiguous_function then
+                    raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
+                when invalid_regular_expression then
+                    raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
+            end;
+        else
+            execute pg_catalog.format(
+                'select array[pg_catalog.format(''%%s'', v)], %s from (select $1::%s%s as x, $1::%s as v) as pair',
+                realtime.comparison(v_operator, false, null),
+                v_type,
+                v_collation,
+                v_type
+            ) into vals using v_value;
+        end if;
+        return next;
+    end loop;
+end
+$$;
+comment on function realtime.check_filters(oid, text, jsonb, text[]) is
+    'Whether a role may filter by these conditions and select these columns; raises what is wrong. For each condition that compares for equality of text (is_exact) the texts that fit.';
+revoke all on function realtime.check_filters(oid, text, jsonb, text[]) from public;
+
+-- All conditions of one column and operator are one statement, however many values there are.
+create or replace function realtime.match_changes(relation oid, role text, images jsonb, conditions jsonb)
+returns table (image integer, condition integer)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    v_group record;
+    v_type text;
+    v_declared jsonb;
+begin
+    select pg_catalog.jsonb_object_agg(a.attname, realtime.declared_type(a.attrelid, a.attnum)) into v_declared
+    from pg_catalog.pg_attribute as a
+    where a.attrelid = match_changes.relation and a.attnum > 0 and not a.attisdropped;
+    perform realtime.take_identity(match_changes.role, '{}');
+    for v_group in
+        select
+            c.condition ->> 'column' as column_name,
+            c.condition ->> 'operator' as operator,
+            (c.condition ->> 'is_negated')::boolean as is_negated,
+            case when c.condition ->> 'operator' = 'is' then c.condition ->> 'value' end as keyword,
+            pg_catalog.array_agg(c.condition ->> 'value') as vals,
+            pg_catalog.array_agg(c.number::integer - 1) as numbers
+        from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+        group by 1, 2, 3, 4
+    loop
+        select pg_catalog.format_type(a.atttypid, -1) into v_type
+        from pg_catalog.pg_attribute as a
+        where a.attrelid = match_changes.relation and a.attname = v_group.column_name and not a.attisdropped;
+        continue when not found;
+        return query execute pg_catalog.format(
+            $q$
+                with wanted as materialized (
+                    select w.number, w.value::%1$s%2$s as v
+                    from rows from (pg_catalog.unnest($2), pg_catalog.unnest($3)) as w (value, number)
+                ),
+                found as materialized (
+                    select i.n::integer - 1 as n, row.x::%6$s as x
+                    from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+                    cross join lateral pg_catalog.jsonb_to_record(pg_catalog.jsonb_build_object('x', i.image -> %3$L)) as row (x %4$s)
+                    where i.image ? %3$L
+                )
+                select found.n, wanted.number from found cross join wanted where %5$s
+            $q$,
+            case when v_group.operator = 'is' then 'text' else v_type end,
+            case when v_group.operator = 'in' then '[]' else '' end,
+            v_group.column_name,
+            v_declared ->> v_group.column_name,
+            realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword),
+            v_type
+        ) using images, v_group.vals, v_group.numbers;
+    end loop;
+end
+$$;
+comment on function realtime.match_changes(oid, text, jsonb, jsonb) is
+    'Which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A column that is absent satisfies none.';
+revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from public;
+
+-- -- row-level security
+
+-- The condition that PostgreSQL itself puts behind a SELECT of this role: no restrictive policy may say otherwise, and one permissive policy
+-- must say yes. In that order, so that what would raise for a row is not asked where PostgreSQL would not ask.
+create or replace function realtime.policy_condition(relation oid, role text)
+returns text
+language sql
+stable
+as $$
+    select case
+        when pg_catalog.count(*) filter (where quals.polpermissive) = 0 then 'false'
+        else pg_catalog.concat(
+            pg_catalog.string_agg('(' || quals.qual || ') is true and ', '' order by quals.polname) filter (where not quals.polpermissive),
+            '(',
+            pg_catalog.string_agg('(' || quals.qual || ')', ' or ' order by quals.polname desc) filter (where quals.polpermissive),
+            ')'
+        )
+    end
+    from (
+        select p.polname, p.polpermissive, pg_catalog.pg_get_expr(p.polqual, p.polrelid) as qual
+        from pg_catalog.pg_policy as p
+        where p.polrelid = policy_condition.relation
+            and p.polcmd in ('r', '*')
+            and p.polqual is not null
+            and exists (
+                select
+                from pg_catalog.unnest(p.polroles) as member (oid)
+                where member.oid = 0 or pg_catalog.pg_has_role(policy_condition.role, member.oid, 'usage')
+            )
+    ) as quals
+$$;
+comment on function realtime.policy_condition(oid, text) is
+    'The policies for SELECT of a table, as they apply to a role, as one condition. Names are written out as far as the search path asks for it.';
+revoke all on function realtime.policy_condition(oid, text) from public;
+
+-- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given. And no row can be made
+-- without a value that its domain insists on.
+create or replace function realtime.policy_columns(relation oid)
+returns text[]
+language plpgsql  -- which keeps its plan
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_columns text[];
+    v_column text;
+    v_type text;
+begin
+    v_columns := array(
+        select a.attname::text
+        from pg_attribute as a
+        where a.attrelid = policy_columns.relation
+            and a.attnum > 0
+            and not a.attisdropped
+            and exists (
+                select
+                from pg_policy as p
+                where p.polrelid = a.attrelid
+                    and p.polcmd in ('r', '*')
+                    and (
+                        strpos(p.polqual::text, ' :varattno 0 ') > 0
+                        or exists (
+                            select
+                            from pg_depend as d
+                            where d.classid = 'pg_policy'::regclass
+                                and d.objid = p.oid
+                                and d.refclassid = 'pg_class'::regclass
+                                and d.refobjid = a.attrelid
+                                and d.refobjsubid = a.attnum
+                        )
+                    )
+            )
+    );
+    for v_column, v_type in
+        select a.attname, format_type(a.atttypid, -1)
+        from pg_attribute as a
+        join pg_type as t on t.oid = a.atttypid
+        where a.attrelid = policy_columns.relation and a.attnum > 0 and t.typtype = 'd' and a.attname <> all (v_columns)
+    loop
+        begin
+            execute format('select null::%s', v_type);
+        exception when others then
+            v_columns := v_columns || v_column;
+        end;
+    end loop;
+    return v_columns;
+end
+$$;
+comment on function realtime.policy_columns(oid) is
+    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
+revoke all on function realtime.policy_columns(oid) from public;
+
+-- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog, because
+-- the path is empty where they are written. Where these would be taken for something else on the caller's path, or where the role may not
+-- use a schema that the policy reaches into (as is advised for definer functions), the condition becomes the body of a function, which is
+-- read here and now, by us. It never outlives the transaction, so it keeps nobody from dropping what it mentions.
+create or replace function realtime.policy_query(relation oid, role text, path text, is_function boolean)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+    v_query text;
+    v_is_ambiguous boolean;
+begin
+    perform pg_catalog.set_config('search_path', policy_query.path, true);
+    v_is_ambiguous := pg_catalog.strpos(realtime.policy_condition(policy_query.relation, policy_query.role), 'pg_catalog.') > 0;
+    perform pg_catalog.set_config('search_path', '', true);
+    select pg_catalog.format(
+        $q$
+            select coalesce(pg_catalog.array_agg(asked.n), '{}')
+            from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as asked (row, n)
+            where (select %s from cast(asked.row as %s) as %I)
+        $q$,
+        realtime.policy_condition(policy_query.relation, policy_query.role),
+        realtime.table_name(policy_query.relation),
+        c.relname
+    )
+    into v_query
+    from pg_catalog.pg_class as c
+    where c.oid = policy_query.relation;
+    if not (policy_query.is_function or v_is_ambiguous) then
+        return v_query;
+    end if;
+    execute pg_catalog.format(
+        'create or replace function pg_temp.realtime_visible(text[], integer[]) returns integer[] begin atomic %s; end', v_query
+    );
+    grant execute on function pg_temp.realtime_visible(text[], integer[]) to public;
+    return 'select pg_temp.realtime_visible($1, $2)';
+end
+$$;
+comment on function realtime.policy_query(oid, text, text, boolean) is
+    'Statement that tells which of the rows $1, as texts, whose numbers are $2, a role may see by the policies for SELECT. May make the function pg_temp.realtime_visible, which is to be dropped in the same transaction.';
+revoke all on function realtime.policy_query(oid, text, text, boolean) from public;
+
+-- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
+-- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
+-- of claims stands alone: a policy that raises for one hides nothing from the others.
+create or replace function realtime.visible_changes(relation oid, images jsonb, roles text[], claims jsonb[], wanted jsonb)
+returns table (question integer, visible integer[], problem text, unknown integer[])
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+declare
+    c_path constant text := pg_catalog.current_setting('search_path');
+    c_mark constant text := (select mark from realtime.table_marks(array[visible_changes.relation]));
+    c_rows constant jsonb := realtime.row_texts(visible_changes.relation, visible_changes.images);
+    c_columns constant text[] := realtime.policy_columns(visible_changes.relation);
+    c_unknown constant integer[] := array(
+        select i.n - 1
+        from pg_catalog.jsonb_array_elements(visible_changes.images) with ordinality as i (image, n)
+        where not i.image ?& c_columns
+    );
+    v_asked record;
+    v_role text;
+    v_query text;
+    v_is_function boolean;
+    v_is_done boolean;
+begin
+    for v_asked in
+        select
+            c.role,
+            c.claims,
+            c.number::integer - 1 as number,
+            w.numbers,
+            w.rows,
+            w.unknown
+        from rows from (
+            pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
+        ) with ordinality as c (role, claims, wanted, number)
+        -- Not all rows: EXECUTE copies its arguments.
+        cross join lateral (
+            select
+                pg_catalog.array_agg(n::integer) filter (where is_known) as numbers,
+                pg_catalog.array_agg(c_rows ->> n::integer) filter (where is_known) as rows,
+                coalesce(pg_catalog.array_agg(n::integer) filter (where not is_known), '{}') as unknown
+            from pg_catalog.jsonb_array_elements_text(c.wanted) as n
+            cross join lateral (select n::integer <> all (c_unknown) as is_known) as known
+        ) as w
+        order by c.role
+    loop
+        question := v_asked.number;
+        unknown := v_asked.unknown;
+        if v_role is distinct from v_asked.role then
+            v_role := v_asked.role;
+            v_query := null;
+            v_is_function := false;
+        end if;
+        -- Twice for the first one of a role, where it turns out that it has to be a function.
+        for attempt in 1 .. 2 loop
+            visible := '{}';
+            problem := null;
+            v_is_done := false;
+            begin
+                if v_query is null then
+                    v_query := realtime.policy_query(visible_changes.relation, v_role, c_path, v_is_function);
+                end if;
+                v_is_done := true;
+            exception when others then
+                problem := sqlstate || ': ' || sqlerrm;
+            end;
+            exit when not v_is_done;
+            v_is_done := false;
+            begin
+                perform realtime.take_identity(v_role, v_asked.claims);
+                execute v_query into visible using v_asked.rows, v_asked.numbers;
+                -- Takes role and settings back.
+                v_is_done := true;
+                raise exception using errcode = 'RT000';
+            exception when others then
+                if not v_is_done then
+                    -- Was it the policy, or do the rows not go with a table that was altered meanwhile?
+                    if c_mark is distinct from (select mark from realtime.table_marks(array[visible_changes.relation])) then
+                        raise;
+                    end if;
+                    visible := '{}';
+                    problem := sqlstate || ': ' || sqlerrm;
+                end if;
+            end;
+            exit when v_is_function or problem is null or problem not like '42501: %';
+            v_is_function := true;
+            v_query := null;
+        end loop;
+        return next;
+    end loop;
+    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(text[], integer[])') is not null then
+        drop function pg_temp.realtime_visible(text[], integer[]);
+    end if;
+end
+$$;
+comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
+    'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible. unknown: images that lack a column that policies read.';
+revoke all on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) from public;
+
+create or replace function realtime.render_changes(relation oid, images jsonb)
+returns setof text
+language plpgsql
+volatile
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+begin
+    return query execute pg_catalog.format(
+        $q$
+            select pg_catalog.to_jsonb(row.*)::text
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            cross join lateral %s
+            order by i.n
+        $q$,
+        realtime.populated(render_changes.relation, 'i.image')
+    ) using images;
+end
+$$;
+comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
+revoke all on function realtime.render_changes(oid, jsonb) from public;
+
+-- The log has no generated columns before PostgreSQL 18, no columns that are not published, and no large values that an UPDATE left as they
+-- were. Those the table may still have: the row as it is now tells them if it is, in what is known, what it was at the change. Then clients
+-- are told nothing that they could not select.
+create or replace function realtime.complete_changes(relation oid, images jsonb)
+returns jsonb
+language plpgsql
+volatile
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+declare
+    v_generated text;
+    v_stored text;
+    v_key text;
+    v_is_read boolean;
+    v_complete jsonb;
+begin
+    select
+        pg_catalog.string_agg(
+            pg_catalog.format(
+                'case when known.image ?& %L::text[] then pg_catalog.jsonb_build_object(%L, realtime.written(%s)) else ''{}'' end',
+                array(
+                    select source.attname
+                    from pg_catalog.pg_attribute as source
+                    where source.attrelid = a.attrelid
+                        and pg_catalog.strpos(d.adbin::text, pg_catalog.concat(' :varattno ', source.attnum, ' ')) > 0
+                ),
+                a.attname,
+                pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+            ),
+            ' || ' order by a.attnum
+        ) filter (where a.attgenerated <> ''),
+        pg_catalog.string_agg(
+            pg_catalog.format('array[%1$L, realtime.written(stored.%1$I)]', a.attname), ', ' order by a.attnum
+        ),
+        pg_catalog.string_agg(
+            pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and '
+        ) filter (where a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
+        -- The table itself, which somebody may have locked, is read only for what cannot be computed.
+        pg_catalog.bool_or(a.attgenerated = '' and exists (
+            select from pg_catalog.jsonb_array_elements(images) as wanted (image) where not wanted.image ? a.attname
+        ))
+    into v_generated, v_stored, v_key, v_is_read
+    from pg_catalog.pg_attribute as a
+    left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
+    left join pg_catalog.pg_index as i on i.indrelid = a.attrelid and i.indisprimary
+    where a.attrelid = complete_changes.relation and a.attnum > 0 and not a.attisdropped;
+    execute pg_catalog.format(
+        $q$
+            select pg_catalog.jsonb_agg(known.image || coalesce(generated.image, '{}') order by i.n)
+            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
+            left join lateral (%1$s) as stored on stored.image @> i.image
+            cross join lateral (select coalesce(stored.image, '{}') || i.image as image) as known
+            left join lateral (select %2$s as image from %3$s) as generated on true
+        $q$,
+        case
+            when v_key is null or not v_is_read then 'select null::jsonb as image'
+            else pg_catalog.format(
+                'select pg_catalog.jsonb_object(array[%s]) as image from %s as stored cross join lateral %s'
+                ' where %s',
+                v_stored,
+                realtime.table_name(complete_changes.relation),
+                realtime.populated(complete_changes.relation, 'i.image'),
+                v_key
+            )
+        end,
+        coalesce(v_generated, 'null::jsonb'),
+        realtime.populated(complete_changes.relation, 'known.image')
+    ) into v_complete using images;
+    return v_complete;
+end
+$$;
+comment on function realtime.complete_changes(oid, jsonb) is
+    'Images with their generated columns computed, and with columns that are not known from the row as it is stored now, if it is still the same otherwise.';
+revoke all on function realtime.complete_changes(oid, jsonb) from public;
+
+create or replace function realtime.filter_changes(relation oid, images jsonb)
+returns setof integer
+language plpgsql
+volatile
+as $$
+declare
+    v_filter text;
+    v_name text;
+begin
+    select pg_catalog.to_jsonb(p) ->> 'rowfilter', p.tablename into v_filter, v_name
+    from pg_catalog.pg_publication_tables as p
+    join pg_catalog.pg_namespace as n on n.nspname = p.schemaname
+    join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+    where p.pubname = 'supabase_realtime' and c.oid = filter_changes.relation;
+    return query execute pg_catalog.format(
+        $q$
+            select i.n::integer - 1
+            from pg_catalog.jsonb_array_elements_text($1) with ordinality as i (row, n)
+            where (select %3$s from cast(i.row as %1$s) as %2$I)
+        $q$,
+        realtime.table_name(filter_changes.relation),
+        v_name,
+        coalesce(v_filter, 'true')
+    ) using realtime.row_texts(filter_changes.relation, images);
+end
+$$;
+comment on function realtime.filter_changes(oid, jsonb) is 'Which images, counted from 0, pass the row filter of the publication.';
+revoke all on function realtime.filter_changes(oid, jsonb) from public;
+
+-- -- capture by triggers
+
+-- Whose row it is depends on nothing of the writer's: definer rights, and settings that make equal values equal texts.
+create or replace function realtime.capture_change()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+declare
+    v_record jsonb;
+    v_old_record jsonb;
+    v_columns text[];
+begin
+    begin
+        v_record := case when tg_op <> 'DELETE' then to_jsonb(format('%s', new)) end;
+        v_old_record := case when tg_op <> 'INSERT' then to_jsonb(format('%s', old)) end;
+        -- The table may be altered before it is read.
+        if current_setting('transaction_isolation') = 'read committed' then
+            v_columns := array(
+                select a.attname::text
+                from pg_attribute as a
+                where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped
+                order by a.attnum
+            );
+        else
+            -- It may have been altered since the snapshot that tables are read by, those of the catalog too; types are known as they are.
+            execute format('select array(select json_object_keys(row_to_json(row))) from (select (null::%s).*) as row', tg_relid::regclass)
+            into v_columns;
+        end if;
+    exception when others then
+        -- The writer is not to suffer for it: values may take up 256 MB.
+        v_record := null;
+        v_old_record := null;
+    end;
+    insert into realtime.changes (relation, action, record, old_record, columns)
+    values (tg_argv[0]::oid, tg_op, v_record, v_old_record, v_columns);
+    return null;
+end
+$$;
+comment on function realtime.capture_change() is
+    'Writes the row change to realtime.changes; without its rows, where these are too large. On tables of the publication; the argument is the oid of the table as the publication names it.';
+revoke all on function realtime.capture_change() from public;
+
+create or replace function realtime.change_doorbell_key()
+returns bigint
+language sql
+immutable
+as $$
+    select realtime.doorbell_key() + 2
+$$;
+comment on function realtime.change_doorbell_key() is 'Advisory lock that a reader of realtime.changes holds while it sleeps.';
+revoke all on function realtime.change_doorbell_key() from public;
+
+create or replace function realtime.ring_change_doorbell()
+returns trigger
+language plpgsql
+volatile
+as $$
+begin
+    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+        return null;
+    elsif pg_catalog.pg_try_advisory_lock_shared(realtime.change_doorbell_key()) then
+        perform pg_catalog.pg_advisory_unlock_shared(realtime.change_doorbell_key());
+    else
+        perform pg_catalog.pg_notify('realtime_changes', '');
+    end if;
+    return null;
+end
+$$;
+comment on function realtime.ring_change_doorbell() is 'Wakes the readers of realtime.changes at commit if one sleeps.';
+revoke all on function realtime.ring_change_doorbell() from public;
+
+create or replace trigger ring_doorbell
+    after insert on realtime.changes
+    for each statement
+    execute function realtime.ring_change_doorbell();
+comment on trigger ring_doorbell on realtime.changes is 'Wakes the readers at commit if one sleeps.';
+
+-- Exactly the rows that were not visible in "position" and are visible now, as realtime.messages_since reads messages.
+create or replace function realtime.captured_since("position" pg_snapshot)
+returns table (
+    seq bigint,
+    relation oid,
+    action text,
+    changed_at double precision,
+    columns text[],
+    record text,
+    old_record text,
+    xid bigint,
+    snapshot text
+)
+language sql
+stable
+as $$
+    with current as materialized (
+        select pg_catalog.pg_current_snapshot() as snapshot
+    ),
+    committed as materialized (
+        select c.*
+        from realtime.changes as c
+        where c.xid >= pg_catalog.pg_snapshot_xmax("position")
+            and c.xid < (select pg_catalog.pg_snapshot_xmax(current.snapshot) from current)
+        union all
+        select c.*
+        from realtime.changes as c
+        where c.xid = any (array(select pg_catalog.pg_snapshot_xip("position")))
+    )
+    select null, null, null, null, null, null, null, null, current.snapshot::text
+    from current
+    union all
+    select
+        c.seq,
+        c.relation,
+        c.action,
+        extract(epoch from c.changed_at)::double precision,
+        c.columns,
+        -- Without columns it was written in another form, by a trigger of before.
+        case when c.columns is not null then c.record #>> '{}' end,
+        case when c.columns is not null then c.old_record #>> '{}' end,
+        c.xid::text::bigint,
+        null
+    from committed as c
+    order by 1 asc nulls first
+$$;
+comment on function realtime.captured_since(pg_snapshot) is
+    'Captured changes committed since a snapshot, in the order written, their rows as texts; the first row carries the snapshot to go on from.';
+revoke all on function realtime.captured_since(pg_snapshot) from public;
+
+-- For servers of before, to which it tells only that there were changes that they cannot read.
+create or replace function realtime.changes_since("position" pg_snapshot)
+returns table (
+    seq bigint,
+    relation oid,
+    action text,
+    changed_at double precision,
+    record text,
+    old_record text,
+    xid bigint,
+    snapshot text
+)
+language sql
+stable
+as $$
+    select c.seq, c.relation, c.action, c.changed_at, null, null, c.xid, c.snapshot
+    from realtime.captured_since("position") as c
+    order by c.seq asc nulls first
+$$;
+comment on function realtime.changes_since(pg_snapshot) is 'Captured changes committed since a snapshot, without their rows.';
+revoke all on function realtime.changes_since(pg_snapshot) from public;
+
+create or replace function realtime.dropped_change_xid()
+returns xid8
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when stream.dropped_change_in_life = realtime.life() then stream.dropped_change_xid else '0' end
+    from realtime.stream
+$$;
+comment on function realtime.dropped_change_xid() is 'Highest transaction id among captured changes that were dropped in this life of the database.';
+revoke all on function realtime.dropped_change_xid() from public;
+
+create or replace function realtime.note_dropped_change(xid xid8)
+returns void
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    update realtime.stream
+    set
+        dropped_change_xid = note_dropped_change.xid,
+        dropped_change_in_life = realtime.life()
+    where note_dropped_change.xid > realtime.dropped_change_xid()
+$$;
+comment on function realtime.note_dropped_change(xid8) is 'Remembers that captured changes of transactions up to this one were dropped.';
+revoke all on function realtime.note_dropped_change(xid8) from public;
+
+-- Block by block: an index on the time would cost every writer, and without one a table that has grown large is too much for one statement.
+create or replace function realtime.drop_old_changes(retention interval default '1 hour', from_block bigint default 0, blocks bigint default 4294967295)
+returns table (dropped bigint, next_block bigint)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_end bigint := least(drop_old_changes.from_block + drop_old_changes.blocks, 4294967295);
+    v_xid xid8;
+begin
+    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
+        return;
+    end if;
+    with gone as (
+        delete from realtime.changes as c
+        where c.ctid >= format('(%s,0)', drop_old_changes.from_block)::tid
+            and c.ctid < format('(%s,0)', v_end)::tid
+            and c.changed_at < now() - drop_old_changes.retention
+        returning c.xid
+    )
+    select count(*), max(gone.xid::text::numeric)::text::xid8 into dropped, v_xid from gone;
+    perform realtime.note_dropped_change(v_xid);
+    next_block := v_end;
+    if v_end * current_setting('block_size')::bigint >= pg_relation_size('realtime.changes') then
+        next_block := null;
+    end if;
+    return next;
+end
+$$;
+comment on function realtime.drop_old_changes(interval, bigint, bigint) is
+    'Deletes captured changes older than the retention from so many blocks of the table; how many, and the block to go on from, null at the end. No row: another server is at it. A server that has not read them by then reports a gap.';
+revoke all on function realtime.drop_old_changes(interval, bigint, bigint) from public;
+
+create or replace function realtime.has_change_reader()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select exists (
+        select from pg_stat_activity where application_name = 'realtime-server changes' and datname = current_database()
+    )
+$$;
+comment on function realtime.has_change_reader() is 'Whether a server reads captured changes now.';
+revoke all on function realtime.has_change_reader() from public;
+
+-- The oid in it keeps it apart from what users name, and from the clone that a partition gets of the trigger of its root. Triggers fire in
+-- the order of their names: what others write because of a change is to come behind it.
+create or replace function realtime.capture_trigger(relation oid)
+returns text
+language sql
+immutable
+as $$
+    select '!realtime_capture_' || relation::text
+$$;
+comment on function realtime.capture_trigger(oid) is 'Name of the capture trigger on this table.';
+revoke all on function realtime.capture_trigger(oid) from public;
+
+create or replace function realtime.capture_triggers()
+returns table (relation oid, name text, events text[], is_sound boolean)
+language sql
+stable
+as $$
+    select
+        t.tgrelid,
+        t.tgname::text,
+        -- Bits of pg_trigger.tgtype.
+        pg_catalog.array_remove(array[
+            case when t.tgtype & 4 > 0 then 'INSERT' end,
+            case when t.tgtype & 16 > 0 then 'UPDATE' end,
+            case when t.tgtype & 8 > 0 then 'DELETE' end
+        ], null),
+        -- Its clones on partitions have its name.
+        t.tgname <> all (array(
+            select disabled.tgname
+            from pg_catalog.pg_trigger as disabled
+            where disabled.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and disabled.tgenabled = 'D'
+        ))
+            and t.tgname = realtime.capture_trigger(t.tgrelid)
+            and t.tgargs = pg_catalog.convert_to(t.tgrelid::text, 'UTF8') || '\x00'::bytea
+    from pg_catalog.pg_trigger as t
+    where t.tgfoid = 'realtime.capture_change()'::pg_catalog.regprocedure and not t.tgisinternal and t.tgparentid = 0
+$$;
+comment on function realtime.capture_triggers() is
+    'The capture triggers, without the clones on partitions. Not sound: disabled, be it on one partition, or made for another table, as in a restored dump.';
+revoke all on function realtime.capture_triggers() from public;
+
+create or replace function realtime.capture_marks()
+returns table (relation oid, mark text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select t.tgrelid, concat_ws('/', t.oid, t.xmin)
+    from pg_trigger as t
+    where t.tgfoid = to_regprocedure('realtime.capture_change()') and not t.tgisinternal and t.tgparentid = 0 and t.tgenabled <> 'D'
+$$;
+comment on function realtime.capture_marks() is
+    'For each table that is captured a text that is another one if it was not for a moment: its trigger was dropped or disabled, and is there again.';
+revoke all on function realtime.capture_marks() from public;
+
+create or replace function realtime.capture_plan(is_wanted boolean default true)
+returns table (relation oid, name text, events text[])
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with wanted as materialized (
+        select
+            c.oid,
+            array_remove(array[
+                case when p.pubinsert then 'INSERT' end,
+                case when p.pubupdate then 'UPDATE' end,
+                case when p.pubdelete then 'DELETE' end
+            ], null) as events
+        from pg_publication as p
+        join pg_publication_tables as pt on pt.pubname = p.pubname
+        join pg_namespace as n on n.nspname = pt.schemaname
+        join pg_class as c on c.relnamespace = n.oid and c.relname = pt.tablename
+        where p.pubname = 'supabase_realtime'
+            and n.nspname <> 'realtime'
+            and is_wanted
+            and (p.pubinsert or p.pubupdate or p.pubdelete)
+    ),
+    present as materialized (
+        select
+            t.relation as oid,
+            min(t.events) as events,
+            count(*) = 1 and bool_and(t.is_sound) as is_sound
+        from realtime.capture_triggers() as t
+        group by t.relation
+    )
+    select coalesce(wanted.oid, present.oid), realtime.table_name(coalesce(wanted.oid, present.oid)), coalesce(wanted.events, '{}')
+    from wanted
+    full join present on present.oid = wanted.oid
+    where present.is_sound is not true or wanted.events is distinct from present.events
+    order by wanted.oid is not null, 1
+$$;
+comment on function realtime.capture_plan(boolean) is
+    'Tables whose capture trigger is to be taken away (no events), made or made anew, in this order. capture_plan(false): all are to be taken away.';
+revoke all on function realtime.capture_plan(boolean) from public;
+
+-- While a lock is waited for, whoever comes later waits behind. So it is not waited for long, and with other tables' locks best not at all.
+create or replace function realtime.capture_table(relation oid, events text[], patience interval default '0.1 s')
+returns table (action text, problem text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
+as $$
+#variable_conflict use_column
+declare
+    v_table text := realtime.table_name(capture_table.relation);
+    v_trigger text := realtime.capture_trigger(capture_table.relation);
+    v_present text;
+begin
+    if v_table is null then
+        -- It was dropped.
+        return;
+    end if;
+    begin
+        -- Servers that look at the same time do it once. Oids of users' tables begin far above what is added for other locks.
+        perform pg_advisory_xact_lock(realtime.doorbell_key() + capture_table.relation::bigint);
+        perform set_config('lock_timeout', greatest(1, extract(epoch from patience) * 1000)::integer::text, true);
+        for v_present in
+            select t.name
+            from realtime.capture_triggers() as t
+            where t.relation = capture_table.relation and not (t.is_sound and t.events = capture_table.events)
+        loop
+            execute format('drop trigger %I on %s', v_present, v_table);
+            action := 'released';
+        end loop;
+        if cardinality(capture_table.events) > 0
+            and not exists (select from realtime.capture_triggers() as t where t.relation = capture_table.relation)
+        then
+            execute format(
+                'create trigger %I after %s on %s for each row execute function realtime.capture_change(%L)',
+                v_trigger,
+                concat_ws(
+                    ' or ',
+                    case when 'INSERT' = any (capture_table.events) then 'insert' end,
+                    case when 'UPDATE' = any (capture_table.events) then 'update' end,
+                    case when 'DELETE' = any (capture_table.events) then 'delete' end
+                ),
+                v_table,
+                capture_table.relation
+            );
+            -- As the log would: also what arrives by replication. Only its owner may say so.
+            if pg_has_role((select c.relowner from pg_class as c where c.oid = capture_table.relation), 'usage') then
+                execute format('alter table %s enable always trigger %I', v_table, v_trigger);
+            end if;
+            action := 'captured';
+        end if;
+    exception
+        when lock_not_available then
+            action := 'waiting';
+            problem := 'the table is in use';
+        -- Whatever it is (rights, an event trigger, a table that is gone by now), it is this table's alone.
+        when others then
+            action := 'refused';
+            problem := sqlerrm;
+    end;
+    if action is not null then
+        return next;
+    end if;
+end
+$$;
+comment on function realtime.capture_table(oid, text[], interval) is
+    'Gives a table the capture trigger for these events, or takes it away if there are none; what was done (captured, released), or why nothing was (waiting, refused). No row: nothing was to do. Locks are waited for up to patience each.';
+revoke all on function realtime.capture_table(oid, text[], interval) from public;
+
+create or replace function realtime.empty_changes()
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '0.1s'
+as $$
+declare
+    v_xid xid8;
+begin
+    if pg_relation_size('realtime.changes') = 0
+        or realtime.has_change_reader()
+        or exists (select from realtime.capture_triggers())
+    then
+        return false;
+    end if;
+    -- Whoever begins to write or to read meanwhile is seen behind the lock.
+    lock table realtime.changes in access exclusive mode;
+    perform pg_stat_clear_snapshot();
+    if realtime.has_change_reader() or exists (select from realtime.capture_triggers()) then
+        return false;
+    end if;
+    select c.xid into v_xid from realtime.changes as c order by c.xid desc limit 1;
+    perform realtime.note_dropped_change(v_xid);
+    truncate realtime.changes;
+    return true;
+exception when lock_not_available then
+    return false;
+end
+$$;
+comment on function realtime.empty_changes() is
+    'Drops all captured changes and gives their space back, if no table is captured and no server reads; whether that was so.';
+revoke all on function realtime.empty_changes() from public;
+
+create or replace function realtime.sync_capture(is_wanted boolean default true)
+returns table (relation oid, name text, action text, problem text)
+language sql
+volatile
+as $$
+    select plan.relation, plan.name, done.action, done.problem
+    from realtime.capture_plan(is_wanted) as plan
+    cross join lateral realtime.capture_table(plan.relation, plan.events, '0.01 s') as done
+$$;
+comment on function realtime.sync_capture(boolean) is
+    'Puts capture triggers on the tables of the publication and takes them from all others; what was done, and why something was not. sync_capture(false) takes them all away. By hand: servers take one table at a time, so that no lock is kept while another one is waited for.';
+revoke all on function realtime.sync_capture(boolean) from public;
+
+create or replace function realtime.release_capture()
+returns table (relation oid, name text, action text, problem text)
+language plpgsql
+volatile
+as $$
+begin
+    if not realtime.has_change_reader() then
+        return query select released.* from realtime.sync_capture(false) as released;
+    end if;
+end
+$$;
+comment on function realtime.release_capture() is 'Takes the capture triggers away, unless a server reads what they write.';
+revoke all on function realtime.release_capture() from public;
+-- Row changes from PostgreSQL's log: the server's replication slot, and what a DBA asks about it.
+
+create or replace function realtime.slot_name()
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select 'realtime_changes_' || oid from pg_database where datname = current_database()
+$$;
+comment on function realtime.slot_name() is
+    'Name of the replication slot that the server reads row changes of this database from. Slots are of the whole cluster, so it names the database.';
+revoke all on function realtime.slot_name() from public;
+
+create or replace function realtime.commits_wait_for_readers()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select current_setting('synchronous_standby_names') ~ '(^|[\s,(])\*([\s,)]|$)'
+$$;
+comment on function realtime.commits_wait_for_readers() is
+    'Whether synchronous_standby_names has a *: then a commit waits for whoever reads the log, who in turn waits for the commit.';
+revoke all on function realtime.commits_wait_for_readers() from public;
+
+-- Called before each connection of the reader; what only shows in the attempt (pg_hba.conf, max_wal_senders) is left to it.
+create or replace function realtime.wal_obstacle(publication text, slot text)
+returns text
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        case
+            when pg_is_in_recovery() then 'PostgreSQL is a standby here, and its changes are read from the primary'
+            -- Since 19 the first logical slot raises the level.
+            when current_setting('wal_level') <> 'logical'
+                and not (
+                    current_setting('wal_level') = 'replica'
+                    and current_setting('server_version_num')::integer >= 190000
+                )
+                then format(
+                    'wal_level is %s: set it to logical and restart PostgreSQL', current_setting('wal_level')
+                )
+            when realtime.commits_wait_for_readers()
+                then 'synchronous_standby_names is *, which would make commits wait for this server, too: name the standbys'
+            when not exists (
+                select
+                from pg_roles as allowed
+                where pg_has_role(current_user, allowed.oid, 'usage')
+                    -- REPLICATION is of the role itself; rds_replication is handed on.
+                    and (
+                        allowed.rolname = current_user and (allowed.rolreplication or allowed.rolsuper)
+                        or allowed.rolname = 'rds_replication'
+                    )
+            )
+                then format(
+                    'role %I may not replicate: an administrator runs "alter role %I replication"',
+                    current_user, current_user
+                )
+            when not exists (select from pg_publication where pubname = wal_obstacle.publication)
+                then format('there is no publication %I', wal_obstacle.publication)
+            when taken.slot_name is null
+                and (select count(*) from pg_replication_slots) >= current_setting('max_replication_slots')::integer
+                then format('all of max_replication_slots (%s) are taken', current_setting('max_replication_slots'))
+            when taken.slot_name is not null
+                and (taken.plugin is distinct from 'pgoutput' or taken.database <> current_database())
+                then format('replication slot %I is of another kind or database', wal_obstacle.slot)
+            when taken.active then format('replication slot %I is in use by another server', wal_obstacle.slot)
+        end
+    from (values (1)) as one
+    left join pg_replication_slots as taken on taken.slot_name = wal_obstacle.slot
+$$;
+comment on function realtime.wal_obstacle(text, text) is
+    'Why row changes cannot be read from the log of this database through this publication and slot; null when nothing is known to stand in the way.';
+revoke all on function realtime.wal_obstacle(text, text) from public;
+
+-- The log, and all that streams it, has 32 bits of a transaction id.
+create or replace function realtime.full_xid(xid bigint, near bigint)
+returns bigint
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select full_xid.near + (((full_xid.xid - full_xid.near) & 4294967295) # 2147483648) - 2147483648
+$$;
+comment on function realtime.full_xid(bigint, bigint) is
+    'The transaction id of 64 bits with these lower 32 bits, at most 2^31 away from near.';
+revoke all on function realtime.full_xid(bigint, bigint) from public;
+
+-- A commit is in the log before other sessions see it, and much before where a synchronous standby is slow. Each statement here has a
+-- snapshot of its own. All ids are asked about: transactions do not become visible in the order of their commits.
+create or replace function realtime.wait_until_visible(xids bigint[], timeout interval)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_end timestamptz := clock_timestamp() + wait_until_visible.timeout;
+    v_snapshot pg_snapshot;
+begin
+    loop
+        v_snapshot := pg_current_snapshot();
+        if not exists (
+            select
+            from unnest(wait_until_visible.xids) as waited (xid)
+            where not pg_visible_in_snapshot(
+                realtime.full_xid(waited.xid, pg_snapshot_xmax(v_snapshot)::text::bigint)::text::xid8, v_snapshot
+            )
+        ) then
+            return true;
+        end if;
+        if clock_timestamp() >= v_end then
+            return false;
+        end if;
+        perform pg_sleep(0.001);
+    end loop;
+end
+$$;
+comment on function realtime.wait_until_visible(bigint[], interval) is
+    'Waits until transactions that are known to have committed are visible to other sessions, too; false when that took longer than the timeout. The ids may be of 32 bits.';
+revoke all on function realtime.wait_until_visible(bigint[], interval) from public;
+
+create or replace function realtime.backend_started(backend integer)
+returns numeric
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select extract(epoch from backend_start) from pg_stat_activity where pid = backend_started.backend
+$$;
+comment on function realtime.backend_started(integer) is
+    'When the process with this id began, in seconds since 1970; null when there is none. It tells it from another one of the same id.';
+revoke all on function realtime.backend_started(integer) from public;
+
+-- Told to end, a process first says so to its client, and where that one does not read, it stays at it until it is told again.
+create or replace function realtime.end_walsender(backend integer, started numeric)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set client_min_messages = 'error'
+as $$
+begin
+    for attempt in 1 .. 10 loop
+        -- What is seen of other processes stays the same in a transaction, otherwise.
+        perform pg_stat_clear_snapshot();
+        if realtime.backend_started(backend) is distinct from started or pg_terminate_backend(backend, 300) then
+            return true;
+        end if;
+    end loop;
+    return false;
+end
+$$;
+comment on function realtime.end_walsender(integer, numeric) is
+    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
+revoke all on function realtime.end_walsender(integer, numeric) from public;
+
+create or replace function realtime.slot_status()
+returns table (
+    slot text,
+    active boolean,
+    retained_bytes bigint,
+    unconfirmed_bytes bigint,
+    wal_status text,
+    safe_wal_size bigint,
+    problem text
+)
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with here as materialized (
+        select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end as lsn
+    )
+    select
+        s.slot_name::text,
+        s.active,
+        pg_wal_lsn_diff(here.lsn, s.restart_lsn)::bigint,
+        pg_wal_lsn_diff(here.lsn, s.confirmed_flush_lsn)::bigint,
+        s.wal_status,
+        s.safe_wal_size,
+        case
+            when s.wal_status = 'lost' and s.active is not true
+                then 'changes are lost, because nobody read them in time: a server that reads the log makes a new slot, else call realtime.drop_slot()'
+            when s.active is not true
+                then 'nobody reads, and PostgreSQL keeps its log until somebody does: start a server, or call realtime.drop_slot()'
+            when s.wal_status = 'unreserved'
+                then 'the reader is so late that PostgreSQL may remove the log before it is read: raise max_slot_wal_keep_size'
+            when current_setting('max_slot_wal_keep_size') = '-1'
+                then 'max_slot_wal_keep_size is not set: when nobody reads, the log grows until the disk is full'
+        end
+    from pg_replication_slots as s
+    cross join here
+    where s.slot_name = realtime.slot_name()
+$$;
+comment on function realtime.slot_status() is
+    'The slot that the server reads row changes from, no row when there is none: whether somebody reads, bytes of log that are kept for it and that are not confirmed yet, wal_status and safe_wal_size as in pg_replication_slots, and what is wrong.';
+revoke all on function realtime.slot_status() from public;
+
+create or replace function realtime.drop_slot()
+returns boolean
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select count(pg_drop_replication_slot(slot_name)) > 0
+    from pg_replication_slots
+    where slot_name = realtime.slot_name()
+$$;
+comment on function realtime.drop_slot() is
+    'Gives up the slot that the server reads row changes from, so that PostgreSQL keeps no log for it; whether there was one. Fails while a server reads.';
+revoke all on function realtime.drop_slot() from public;
+-- What is in the way of messages and row changes, or may be one day, and what to do about it. Called by people in psql and by the command
+-- "realtime-server doctor", which adds what only a client of the database sees. Each function looks at one theme; none changes anything.
+--
+-- level: ok; note, which is worth knowing and may be meant so; problem, of which somebody gets less than expected.
+
+create or replace function realtime.doctor_servers()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        'servers',
+        case when count(*) > 0 then 'ok' else 'note' end,
+        case
+            when count(*) = 0 then 'no server runs on this database'
+            else format('servers on this database in the last half minute: %s', count(*))
+        end,
+        case when count(*) = 0 then 'realtime-server run' end
+    from realtime.nodes
+    where last_seen_at > now() - interval '30 seconds'
+$$;
+comment on function realtime.doctor_servers() is 'For realtime.doctor: how many servers there are.';
+revoke all on function realtime.doctor_servers() from public;
+
+create or replace function realtime.doctor_roles(roles text[])
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with asked as materialized (
+        select
+            w.name,
+            w.number,
+            r.oid is not null as is_there,
+            case
+                when r.oid is null then false
+                when current_setting('server_version_num')::integer >= 160000 then pg_has_role(r.oid, 'set')
+                else pg_has_role(r.oid, 'member')
+            end as is_ours,
+            r.rolsuper or r.rolbypassrls as is_free
+        from unnest(roles) with ordinality as w (name, number)
+        left join pg_roles as r on r.rolname = w.name
+    )
+    select 'roles', 'ok', format('the server may act as %s', string_agg(name, ', ' order by number)), null
+    from asked
+    where is_ours
+    having count(*) > 0
+    union all
+    select
+        'roles',
+        'problem',
+        case when is_there then format('role %I may not take on role %I', current_user, name) else format('there is no role %I', name) end,
+        format(
+            'an administrator runs "%sgrant %I to %I%s"',
+            case when not is_there then format('create role %I nologin noinherit; ', name) end,
+            name,
+            current_user,
+            case when current_setting('server_version_num')::integer >= 160000 then ' with inherit false, set true' end
+        )
+    from asked
+    where not is_ours
+    union all
+    select
+        'bypassrls',
+        'problem',
+        format('row-level security does not bind role %I: its clients see every row and join every channel', name),
+        format('an administrator runs "alter role %I nosuperuser nobypassrls"', name)
+    from asked
+    where name in ('anon', 'authenticated') and is_free
+    union all
+    select
+        'bypassrls',
+        case when is_free then 'ok' else 'note' end,
+        case
+            when is_free then 'row-level security does not bind service_role'
+            else 'row-level security binds service_role: who comes with the service key is told a row change only where a policy of the table says so'
+        end,
+        case when not is_free then 'an administrator runs "alter role service_role bypassrls", or write policies for service_role' end
+    from asked
+    where name = 'service_role' and is_there
+$$;
+comment on function realtime.doctor_roles(text[]) is
+    'For realtime.doctor: whether the roles that tokens name are there, may be taken on and are bound by row-level security.';
+revoke all on function realtime.doctor_roles(text[]) from public;
+
+create or replace function realtime.doctor_partitions()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with present as materialized (
+        select to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
+        from pg_inherits
+        join pg_class as child on child.oid = inhrelid
+        where inhparent = 'realtime.messages'::regclass and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
+    ),
+    lacking as materialized (
+        select
+            wanted.day,
+            exists (
+                select from realtime.messages_default as m where m.inserted_at >= wanted.day and m.inserted_at < wanted.day + 1
+            ) as is_begun
+        from (values ((now() at time zone 'utc')::date), ((now() at time zone 'utc')::date + 1)) as wanted (day)
+        where wanted.day not in (select present.day from present)
+    )
+    select 'partitions', 'ok', format('realtime.messages has partitions until %s', max(present.day)), null
+    from present
+    where not exists (select from lacking)
+    union all
+    select
+        'partitions',
+        case when is_begun then 'note' else 'problem' end,
+        case
+            when is_begun then format('messages of %s are in realtime.messages_default, because they came before their partition', day)
+            else format('realtime.messages has no partition for %s', day)
+        end,
+        case
+            when is_begun then 'nothing is lost, and the next day has a partition again; see that a server runs, or call realtime.maintain() every day'
+            else 'select * from realtime.maintain(), which a running server does every hour'
+        end
+    from lacking
+$$;
+comment on function realtime.doctor_partitions() is 'For realtime.doctor: whether messages of today and tomorrow have a partition.';
+revoke all on function realtime.doctor_partitions() from public;
+
+-- As the server chooses. To another server a slot that is read is an obstacle; here it is a sign of health.
+create or replace function realtime.doctor_obstacle(obstacle text)
+returns text
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(
+        nullif(
+            realtime.wal_obstacle('supabase_realtime', realtime.slot_name()),
+            format('replication slot %I is in use by another server', realtime.slot_name())
+        ),
+        doctor_obstacle.obstacle
+    )
+$$;
+comment on function realtime.doctor_obstacle(text) is
+    'For realtime.doctor: why no server can read the log of this database; the argument is what else stands in the way.';
+revoke all on function realtime.doctor_obstacle(text) from public;
+
+create or replace function realtime.doctor_changes(changes text, obstacle text)
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        'changes',
+        case when changes = 'trigger' or obstacle is null then 'ok' when changes = 'auto' then 'note' else 'problem' end,
+        case
+            when changes = 'trigger' then 'row changes come from capture triggers, as the settings ask for it'
+            when obstacle is null then 'row changes come from the log'
+            when changes = 'auto' then format('row changes come from capture triggers: %s', obstacle)
+            else format('there are no row changes, the log cannot be read: %s', obstacle)
+        end,
+        case
+            when changes = 'trigger' or obstacle is null then null
+            when changes = 'auto' then 'nothing, if writers can afford one more row for each; else make the log readable, and the server goes over to it within some minutes'
+            else 'make the log readable, or set REALTIME_CHANGES to auto'
+        end
+    union all
+    select
+        'wal_level',
+        case when is_enough then 'ok' when changes = 'auto' then 'note' else 'problem' end,
+        case
+            when is_enough then format('wal_level is %s', wal_level)
+            else format('wal_level is %s: the log does not say which rows have changed', wal_level)
+        end,
+        case when not is_enough then 'an administrator runs "alter system set wal_level = logical" and restarts PostgreSQL' end
+    from (
+        select
+            current_setting('wal_level') as wal_level,
+            -- Since 19 the first logical slot raises the level.
+            current_setting('wal_level') = 'logical'
+                or current_setting('wal_level') = 'replica' and current_setting('server_version_num')::integer >= 190000 as is_enough
+    ) as log
+    where changes <> 'trigger'
+    union all
+    select
+        'replication',
+        case when may_replicate then 'ok' when changes = 'auto' then 'note' else 'problem' end,
+        format(case when may_replicate then 'role %I may replicate' else 'role %I may not replicate' end, current_user),
+        case when not may_replicate then format('an administrator runs "alter role %I replication"', current_user) end
+    from (
+        select exists (
+            select
+            from pg_roles as r
+            where pg_has_role(current_user, r.oid, 'usage')
+                and (r.rolname = current_user and (r.rolreplication or r.rolsuper) or r.rolname = 'rds_replication')
+        ) as may_replicate
+    ) as login
+    where changes <> 'trigger'
+$$;
+comment on function realtime.doctor_changes(text, text) is
+    'For realtime.doctor: where row changes come from, and why. changes: as REALTIME_CHANGES; obstacle: why the log cannot be read.';
+revoke all on function realtime.doctor_changes(text, text) from public;
+
+create or replace function realtime.doctor_slots()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with ours as materialized (
+        select * from realtime.slot_status()
+    )
+    select
+        'slot',
+        case
+            when wal_status = 'lost' or wal_status = 'unreserved' and active then 'problem'
+            when active then 'ok'
+            else 'note'
+        end,
+        format(
+            'replication slot %I: %s; PostgreSQL keeps %s of log for it, of which %s are to be read',
+            slot,
+            case when active then 'a server reads' else 'nobody reads' end,
+            pg_size_pretty(coalesce(retained_bytes, 0)),
+            pg_size_pretty(coalesce(unconfirmed_bytes, 0))
+        ),
+        case when not active or wal_status in ('lost', 'unreserved') then problem end
+    from ours
+    union all
+    select
+        'max_slot_wal_keep_size',
+        case when active then 'note' else 'problem' end,
+        'max_slot_wal_keep_size is not set: while nobody reads the slot, the log grows until the disk is full',
+        'an administrator runs "alter system set max_slot_wal_keep_size = ''10GB''" (what the disk can spare) and "select pg_reload_conf()"'
+    from ours
+    where current_setting('max_slot_wal_keep_size') = '-1'
+    union all
+    select
+        'other_slots',
+        'note',
+        format(
+            'replication slot %I, which is not ours%s, keeps %s of log',
+            s.slot_name,
+            case when not s.active then ' and which nobody reads' end,
+            pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn))
+        ),
+        format('if nobody comes for it any more: select pg_drop_replication_slot(%L)', s.slot_name)
+    from pg_replication_slots as s
+    where s.slot_name <> realtime.slot_name()
+        and not s.temporary
+        and s.restart_lsn is not null
+        and (not s.active or pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn) > 1073741824)
+$$;
+comment on function realtime.doctor_slots() is 'For realtime.doctor: who keeps how much of the log.';
+revoke all on function realtime.doctor_slots() from public;
+
+create or replace function realtime.doctor_publication()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with publication as materialized (
+        select * from pg_publication where pubname = 'supabase_realtime'
+    ),
+    published as materialized (
+        select format('%I.%I', schemaname, tablename) as title, row_number() over (order by schemaname, tablename) as number
+        from pg_publication_tables
+        where pubname = 'supabase_realtime' and schemaname <> 'realtime'
+    )
+    select
+        'publication',
+        'problem',
+        'there is no publication supabase_realtime: no table tells its changes',
+        'create publication supabase_realtime'
+    where not exists (select from publication)
+    union all
+    select
+        'publication',
+        case when count(title) > 0 then 'ok' else 'note' end,
+        case count(title)
+            when 0 then 'the publication supabase_realtime has no tables: none tells its changes'
+            else format(
+                'tables of the publication supabase_realtime: %s%s',
+                string_agg(title, ', ' order by number) filter (where number <= 10),
+                case when count(title) > 10 then format(', ... (%s in all)', count(title)) end
+            )
+        end,
+        case when count(title) = 0 then 'alter publication supabase_realtime add table ...' end
+    from publication
+    left join published on true
+    having count(publication.oid) > 0
+    union all
+    select
+        'publication',
+        'note',
+        'the publication has the server''s own tables in it: clients are told nothing of them, but their changes pass through the log in vain',
+        'publish the tables of the application only'
+    where exists (select from pg_publication_tables where pubname = 'supabase_realtime' and schemaname = 'realtime')
+    union all
+    select
+        'publication',
+        'note',
+        format(
+            'the publication tells nothing of %s',
+            concat_ws(
+                ', ',
+                case when not pubinsert then 'INSERT' end,
+                case when not pubupdate then 'UPDATE' end,
+                case when not pubdelete then 'DELETE' end
+            )
+        ),
+        'alter publication supabase_realtime set (publish = ''insert, update, delete'')'
+    from publication
+    where not (pubinsert and pubupdate and pubdelete)
+    union all
+    select
+        'partitioned',
+        'note',
+        format('changes of %s are told under the names of its partitions', realtime.table_name(c.oid)),
+        'to have them under its own name: alter publication supabase_realtime set (publish_via_partition_root = true)'
+    from publication
+    join pg_publication_rel as member on member.prpubid = publication.oid
+    join pg_class as c on c.oid = member.prrelid and c.relkind = 'p'
+    where not publication.pubviaroot
+$$;
+comment on function realtime.doctor_publication() is 'For realtime.doctor: which tables tell their changes.';
+revoke all on function realtime.doctor_publication() from public;
+
+-- PostgreSQL refuses UPDATE and DELETE of a published table where it could not write to the log what was there before, whatever wal_level is.
+create or replace function realtime.doctor_writes()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with tables as materialized (
+        select
+            t.relation,
+            format('%I.%I', t.schema, t.name) as title,
+            t.has_whole_old,
+            c.relkind,
+            c.relreplident,
+            array(
+                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_published')::boolean
+            ) as columns
+        from realtime.published_tables('{}') as t
+        join pg_class as c on c.oid = t.relation
+        where t.events && '{UPDATE,DELETE}'
+    ),
+    members as materialized (
+        select
+            t.*,
+            -- Row filters and column lists came with PostgreSQL 15.
+            to_jsonb(member) ->> 'prattrs' is not null as has_list,
+            to_jsonb(member) ->> 'prqual' is not null as has_filter,
+            array(
+                select d.refobjsubid::int2
+                from pg_depend as d
+                where d.classid = 'pg_publication_rel'::regclass
+                    and d.objid = member.oid
+                    and d.refclassid = 'pg_class'::regclass
+                    and d.refobjid = t.relation
+                    and d.refobjsubid > 0
+            ) as columns_used,
+            identity.columns as identity,
+            identity.names as identity_names
+        from tables as t
+        join pg_publication as p on p.pubname = 'supabase_realtime'
+        join pg_publication_rel as member on member.prpubid = p.oid and member.prrelid = t.relation
+        cross join lateral (
+            select coalesce(array_agg(a.attnum), '{}') as columns, coalesce(array_agg(a.attname::text), '{}') as names
+            from pg_index as i
+            join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+            where i.indrelid = t.relation
+                and case t.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
+        ) as identity
+        -- Of partitions PostgreSQL goes by their own columns and identities.
+        where t.relkind = 'r'
+    )
+    select
+        'replica_identity',
+        'problem',
+        format('UPDATE and DELETE of %s fail for the application: it is published and has no replica identity', realtime.table_name(leaf.oid)),
+        format('add a primary key, or: alter table %s replica identity full', realtime.table_name(leaf.oid))
+    from tables as t
+    cross join lateral (
+        select t.relation where t.relkind = 'r'
+        union
+        select p.relid from pg_partition_tree(t.relation) as p where p.isleaf
+    ) as p (relid)
+    join pg_class as leaf on leaf.oid = p.relid
+    where leaf.relreplident <> 'f'
+        and not exists (
+            select
+            from pg_index as i
+            where i.indrelid = leaf.oid
+                and i.indisvalid
+                and i.indimmediate
+                and case leaf.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
+        )
+    union all
+    select
+        'replica_identity',
+        'problem',
+        format('UPDATE and DELETE of %s fail for the application: the column list of the publication does not cover the replica identity', title),
+        case
+            when has_whole_old then format('publish it without a column list, or: alter table %s replica identity default', title)
+            else format('put these columns into the list, too: %s', array_to_string(identity_names, ', '))
+        end
+    from members
+    where has_list and (has_whole_old or not identity_names <@ columns)
+    union all
+    select
+        'replica_identity',
+        'problem',
+        format('UPDATE and DELETE of %s fail for the application: the row filter of the publication reads columns outside the replica identity', title),
+        format('alter table %s replica identity full', title)
+    from members
+    -- With a list it is not known which columns the filter reads.
+    where has_filter and not has_list and not has_whole_old and not columns_used <@ identity
+$$;
+comment on function realtime.doctor_writes() is 'For realtime.doctor: published tables that applications cannot update.';
+revoke all on function realtime.doctor_writes() from public;
+
+create or replace function realtime.doctor_tables(source text, roles text[], strict_deletes boolean)
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with tables as materialized (
+        select
+            t.*,
+            format('%I.%I', t.schema, t.name) as title,
+            array(
+                select c.item ->> 'name'
+                from jsonb_array_elements(t.columns) as c (item)
+                where (c.item ->> 'is_key')::boolean and (c.item ->> 'is_published')::boolean
+            ) as key,
+            array(
+                select c.item ->> 'name' from jsonb_array_elements(t.columns) as c (item) where (c.item ->> 'is_published')::boolean
+            ) as names,
+            has_schema_privilege(c.relnamespace, 'usage') as may_use,
+            has_table_privilege(c.oid, 'select') as may_read
+        from realtime.published_tables(roles) as t
+        join pg_class as c on c.oid = t.relation
+    ),
+    access as materialized (
+        select
+            t.relation,
+            t.title,
+            t.key,
+            a.role,
+            (a.rights ->> 'is_bound')::boolean as is_bound,
+            array(select jsonb_array_elements_text(a.rights -> 'columns')) as columns
+        from tables as t
+        cross join jsonb_each(t.access) as a (role, rights)
+    )
+    -- what clients are not told
+    select
+        'primary_key',
+        'problem',
+        format(
+            '%s has no primary key%s: clients get "Error 400: Bad Request, no primary key" instead of rows',
+            t.title,
+            case
+                when exists (select from pg_index as i where i.indrelid = t.relation and i.indisprimary)
+                    then ' in the column list of the publication'
+            end
+        ),
+        'add it'
+    from tables as t
+    where cardinality(t.key) = 0
+    union all
+    select
+        'privileges',
+        'problem',
+        format('none of the roles may select from %s: whoever subscribes gets "Error 401: Unauthorized" instead of rows', a.title),
+        format('grant usage on its schema and select on %s to authenticated, for instance', a.title)
+    from access as a
+    group by a.relation, a.title
+    having bool_and(cardinality(a.columns) = 0)
+    union all
+    select
+        'privileges',
+        'problem',
+        format(
+            'role %I may select columns of %s, but not of its primary key (%s): its clients get "Error 401: Unauthorized" instead of rows',
+            a.role,
+            a.title,
+            array_to_string(a.key, ', ')
+        ),
+        format('grant select (%s) on %s to %I', (select string_agg(quote_ident(k), ', ') from unnest(a.key) as k), a.title, a.role)
+    from access as a
+    where cardinality(a.columns) > 0 and not a.key <@ a.columns
+    union all
+    select
+        'policies',
+        'note',
+        format(
+            'row-level security of %s has no policy for SELECT: clients of %s are told nothing',
+            a.title,
+            string_agg(a.role, ', ' order by a.role)
+        ),
+        format('create policy ... on %s for select using (...)', a.title)
+    from access as a
+    where a.is_bound
+        and cardinality(a.columns) > 0
+        and not exists (select from pg_policy as p where p.polrelid = a.relation and p.polpermissive and p.polcmd in ('r', '*'))
+    group by a.relation, a.title
+    union all
+    select
+        'unlogged',
+        'problem',
+        format('%s is unlogged: the log has none of its changes', realtime.table_name(leaf.oid)),
+        format('alter table %s set logged', realtime.table_name(leaf.oid))
+    from tables as t
+    cross join lateral (
+        select t.relation
+        union
+        select p.relid from pg_partition_tree(t.relation) as p
+    ) as p (relid)
+    join pg_class as leaf on leaf.oid = p.relid and leaf.relkind = 'r'
+    where source = 'wal' and leaf.relpersistence = 'u'
+    union all
+    select 'row_filter', 'note', format('of %s only rows are told that fulfil %s', t.title, t.row_filter), null
+    from tables as t
+    where t.row_filter is not null
+    union all
+    select 'column_list', 'note', format('of %s only these columns are told: %s', t.title, array_to_string(t.names, ', ')), null
+    from tables as t
+    join pg_publication as p on p.pubname = 'supabase_realtime'
+    join pg_publication_rel as member on member.prpubid = p.oid and member.prrelid = t.relation
+    where to_jsonb(member) ->> 'prattrs' is not null
+    -- what clients are told, perhaps more than was meant
+    union all
+    select
+        'row_security',
+        'note',
+        format('row-level security of %s is off and anon may select from it: whoever has the public key is told every change', a.title),
+        format('if that is not meant: alter table %s enable row level security, and write policies', a.title)
+    from access as a
+    join tables as t on t.relation = a.relation
+    where a.role = 'anon' and cardinality(a.columns) > 0 and not t.has_row_security
+    union all
+    select
+        'deletes',
+        'note',
+        format(
+            case
+                when strict_deletes
+                    then 'a DELETE in %s is told to nobody whom policies bind, because the log has no more than the key of the row'
+                else 'a DELETE in %s tells the key to everybody who subscribed, because the log has no more of the row that policies could judge'
+            end,
+            t.title
+        ),
+        concat(
+            format('alter table %s replica identity full lets the server judge it', t.title),
+            case when exists (select from pg_partitioned_table as p where p.partrelid = t.relation) then ', done for each partition, too' end,
+            case when not strict_deletes then '; REALTIME_STRICT_DELETES=true tells it to nobody whom policies bind' end
+        )
+    from tables as t
+    where source = 'wal'
+        and t.has_row_security
+        and not t.has_whole_old
+        and 'DELETE' = any (t.events)
+        and cardinality(t.key) > 0
+    -- what the server may not do
+    union all
+    select
+        'rights',
+        'problem',
+        format('role %I may not use schema %I, so changes of %s cannot be told', current_user, t.schema, t.title),
+        format('grant usage on schema %I to %I', t.schema, current_user)
+    from tables as t
+    where not t.may_use
+    union all
+    select
+        'rights',
+        'problem',
+        format('role %I may not select from %s: where the log does not have a whole row, its change is not told', current_user, t.title),
+        format('grant select on %s to %I', t.title, current_user)
+    from tables as t
+    where source = 'wal' and t.may_use and not t.may_read
+$$;
+comment on function realtime.doctor_tables(text, text[], boolean) is
+    'For realtime.doctor: what clients are told of the tables of the publication. source: wal or trigger; roles: of clients; strict_deletes: as REALTIME_STRICT_DELETES.';
+revoke all on function realtime.doctor_tables(text, text[], boolean) from public;
+
+create or replace function realtime.doctor_capture(source text)
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with present as materialized (
+        select t.tgrelid as oid, t.tgenabled <> 'D' as is_enabled, realtime.table_name(t.tgrelid) as title
+        from pg_trigger as t
+        where t.tgfoid = 'realtime.capture_change()'::regprocedure and not t.tgisinternal and t.tgparentid = 0
+    ),
+    tables as materialized (
+        select
+            t.relation,
+            format('%I.%I', t.schema, t.name) as title,
+            present.is_enabled,
+            pg_has_role(c.relowner, 'usage') as is_ours,
+            has_schema_privilege(c.relnamespace, 'usage') and has_table_privilege(c.oid, 'trigger') as may_capture
+        from realtime.published_tables('{}') as t
+        join pg_class as c on c.oid = t.relation
+        left join present on present.oid = t.relation
+    ),
+    world as materialized (
+        select
+            exists (select from realtime.nodes where last_seen_at > now() - interval '30 seconds') as has_server,
+            realtime.has_change_reader() as has_reader
+    )
+    select
+        'capture',
+        case when not t.may_capture or world.has_server or t.is_enabled is not null then 'problem' else 'note' end,
+        format(
+            case when t.is_enabled is null then '%s has no capture trigger: its changes are not told' else 'the capture trigger of %s is disabled: its changes are not told' end,
+            t.title
+        ),
+        case
+            when not t.may_capture and t.is_enabled is null
+                then format('role %I may not put one on it: "grant trigger on %s to %1$I", or let the log be read', current_user, t.title)
+            when t.is_enabled is not null and not t.is_ours
+                then format('its owner runs "alter table %s enable always trigger %I"', t.title, realtime.capture_trigger(t.relation))
+            else 'a server that reads triggers puts it right within a second, where the table is in use or it was refused within ten; at once: select * from realtime.sync_capture()'
+        end
+    from tables as t
+    cross join world
+    where source = 'trigger' and t.is_enabled is not true
+    union all
+    select
+        'capture',
+        'note',
+        format('%s is not owned by role %I: what arrives there by replication is not captured, and only its owner can drop the capture trigger', t.title, current_user),
+        format('its owner runs "alter table %s enable always trigger %I"', t.title, realtime.capture_trigger(t.relation))
+    from tables as t
+    where source = 'trigger' and t.is_enabled and not t.is_ours
+    union all
+    select
+        'outbox',
+        'note',
+        format(
+            'capture triggers write to realtime.changes (%s), and no server runs that reads and empties it',
+            pg_size_pretty(pg_total_relation_size('realtime.changes'))
+        ),
+        'start a server; if none is to come: select * from realtime.sync_capture(false)'
+    from world
+    where source = 'trigger' and not world.has_server and exists (select from present)
+    union all
+    select
+        'capture_left',
+        case when world.has_reader then 'note' else 'problem' end,
+        format(
+            case
+                when source = 'trigger' then '%s has a capture trigger and is not in the publication'
+                when world.has_reader then '%s has a capture trigger for a server, while another one reads the log'
+                else '%s has a capture trigger, and nobody reads what it writes at each change'
+            end,
+            present.title
+        ),
+        case
+            when source = 'trigger' then 'select * from realtime.sync_capture()'
+            when world.has_reader then 'let all servers read from one source: see REALTIME_CHANGES'
+            else 'select * from realtime.release_capture()'
+        end
+    from present
+    cross join world
+    where source is distinct from 'trigger' or present.oid not in (select t.relation from tables as t)
+$$;
+comment on function realtime.doctor_capture(text) is
+    'For realtime.doctor: capture triggers that are missing, and those that nobody needs. source: wal or trigger.';
+revoke all on function realtime.doctor_capture(text) from public;
+
+create or replace function realtime.doctor(
+    login name default null,
+    changes text default 'auto',
+    obstacle text default null,
+    roles text[] default '{anon,authenticated,service_role}',
+    strict_deletes boolean default false
+)
+returns table ("check" text, level text, finding text, advice text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_role text := current_setting('role');
+    v_login name := doctor.login;
+    v_obstacle text;
+    v_source text;
+begin
+    if pg_is_in_recovery() then
+        return query values (
+            'primary',
+            'problem',
+            'this is a standby: servers need the primary',
+            'connect to the primary, or promote this one'
+        );
+        return;
+    end if;
+    if v_login is null then
+        -- An administrator who asks means the server.
+        select case when me.rolsuper then owner.rolname else me.rolname end into v_login
+        from pg_roles as me
+        cross join pg_namespace as n
+        join pg_roles as owner on owner.oid = n.nspowner
+        where me.rolname = current_user and n.nspname = 'realtime';
+    end if;
+    if v_login <> current_user then
+        perform set_config('role', v_login, true);
+    end if;
+    return query select * from realtime.doctor_servers();
+    return query select * from realtime.doctor_roles(doctor.roles);
+    return query select * from realtime.doctor_partitions();
+    if doctor.changes <> 'trigger' then
+        v_obstacle := realtime.doctor_obstacle(doctor.obstacle);
+    end if;
+    v_source := case
+        when doctor.changes <> 'trigger' and v_obstacle is null then 'wal'
+        when doctor.changes <> 'wal' then 'trigger'
+    end;
+    return query select * from realtime.doctor_changes(doctor.changes, v_obstacle);
+    return query select * from realtime.doctor_slots();
+    return query select * from realtime.doctor_publication();
+    return query select * from realtime.doctor_writes();
+    return query select * from realtime.doctor_tables(v_source, doctor.roles, doctor.strict_deletes);
+    return query select * from realtime.doctor_capture(v_source);
+    perform set_config('role', v_role, true);
+end
+$$;
+comment on function realtime.doctor(name, text, text, text[], boolean) is
+    'What is in the way of messages and row changes, or may be one day: level (ok, note, problem), what was found and what to do. login: role of the server, by default who asks, for a superuser the owner of schema realtime; changes, roles, strict_deletes: as REALTIME_CHANGES and so on; obstacle: what else keeps the server from reading the log. Changes nothing.';
+revoke all on function realtime.doctor(name, text, text, text[], boolean) from public;
