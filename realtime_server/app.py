@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -126,6 +126,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         history=History(history_pool, page_bytes=settings.max_buffered_bytes // 2),
         roster=roster,
         place=lambda: relay.place,
+        first_place=relay.first_place,
     )
 
     @contextlib.asynccontextmanager
@@ -219,6 +220,7 @@ def _services(
     history: History,
     roster: Roster,
     place: Callable[[], Place | None],
+    first_place: Callable[[], Awaitable[Place]],
 ) -> Services:
     return Services(
         broadcasts=Hub(),
@@ -248,6 +250,7 @@ def _services(
         history=history,
         roster=roster,
         place=place,
+        first_place=first_place,
         changes=changes,
     )
 

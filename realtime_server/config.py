@@ -113,7 +113,9 @@ class Settings(BaseSettings):
         5.0, gt=0, description="longest evaluation of row-level security, for joins or for row changes"
     )
     database_timeout_s: float = Field(
-        5.0, gt=0, description="longest wait for a database connection; twice as long for an answer to the relay"
+        5.0,
+        gt=0,
+        description="longest wait for a database connection, also of joins during the start; twice as long for the relay's answers",
     )
 
     @property

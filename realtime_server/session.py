@@ -27,7 +27,6 @@ from realtime_server.cursor import Place
 from realtime_server.errors import (
     AuthError,
     ChangesTimeout,
-    DatabaseUnavailable,
     Gap,
     InvalidBinding,
     InvalidBroadcast,
@@ -430,8 +429,8 @@ class Session:
         config, replay = channel.config, channel.config.replay
         if config.has_replay and not channel.policy.can_read_broadcast:
             raise Unauthorized(topic)
-        if (config.with_cursor or "after" in replay) and self.services.place() is None:
-            raise DatabaseUnavailable
+        if config.with_cursor or "after" in replay:
+            await self.services.first_place()
         if config.has_replay:
             Hold(channel)
         if config.has_replay and "after" not in replay:
