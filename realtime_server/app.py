@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from realtime_server import __version__, database
-from realtime_server.authorization import Authorization
+from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, Authorization
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
@@ -76,11 +76,11 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     pool = Pool(
         target,
         name="authorization",
-        size=POOL_SIZE,
+        size=POOL_SIZE + ALONE_AT_ONCE,
         timeout_s=settings.database_timeout_s,
-        statement_timeout_s=settings.policy_timeout_s,
+        statement_timeout_s=BATCH_LIMIT_S,
     )
-    authorization = Authorization(pool)
+    authorization = Authorization(pool, settings.policy_timeout_s)
     history_pool = Pool(
         target,
         name="history",
