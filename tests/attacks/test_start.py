@@ -44,25 +44,32 @@ async def test_requests_that_arrive_before_the_relay_has_a_place_wait_for_it(
             await server.start(wait=False)
             socket = await wire(server.websocket_url, server.service_key)
             await socket.say("realtime:early", "phx_join", {"config": CURSOR}, ref="1", join_ref="1")
+            plain = await wire(server.websocket_url, server.anon_key)
+            await plain.say("realtime:plain", "phx_join", {"config": {}}, ref="1", join_ref="1")
             stream = asyncio.ensure_future(
                 events(server.url, server.service_key, topic="early", private="true", ready=False)
             )
             url = f"{server.url}/realtime/v1/messages?topic=early&private=true"
             page = asyncio.create_task(http.get(url, headers={"apikey": server.service_key}, timeout=LIMIT_S))
             async with asyncio.timeout(LIMIT_S):
-                while (await gauges(http, server))["realtime_connections"] < 2:
+                while (await gauges(http, server))["realtime_connections"] < 3:
                     await asyncio.sleep(0.02)
             assert (await http.get(f"{server.url}/readyz")).status_code == 503
-            assert await socket.is_alive(), "the join was answered before there is a place"
+            for one in (socket, plain):
+                assert await one.is_alive(), "the join was answered before there is a place"
             lock.commit()
         reply = await socket.hear()
         assert (reply[1], reply[4]["status"]) == ("1", "ok")
         assert reply[4]["response"]["cursor"]
         assert (await stream).status == 200
         assert (await page).json()["cursor"]
+        assert (await plain.hear())[4]["status"] == "ok"
         # From the reply on nothing is missed.
-        database.execute("select realtime.send_binary('last', 'e', 'early')")
+        database.execute(
+            "select realtime.send_binary('last', 'e', 'early'), realtime.send_binary('last', 'e', 'plain', false)"
+        )
         assert (await socket.hear_bytes()).endswith(b"last")
+        assert (await plain.hear_bytes()).endswith(b"last")
 
 
 @pytest.fixture
