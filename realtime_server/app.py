@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from realtime_server import __version__, database
-from realtime_server.authorization import Authorization
+from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, Authorization
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
@@ -76,11 +76,11 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     pool = Pool(
         target,
         name="authorization",
-        size=POOL_SIZE,
+        size=POOL_SIZE + ALONE_AT_ONCE,
         timeout_s=settings.database_timeout_s,
-        statement_timeout_s=settings.policy_timeout_s,
+        statement_timeout_s=BATCH_LIMIT_S,
     )
-    authorization = Authorization(pool)
+    authorization = Authorization(pool, settings.policy_timeout_s)
     history_pool = Pool(
         target,
         name="history",
@@ -126,6 +126,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         history=History(history_pool, page_bytes=settings.max_buffered_bytes // 2),
         roster=roster,
         place=lambda: relay.place,
+        first_place=relay.first_place,
     )
 
     @contextlib.asynccontextmanager
@@ -219,6 +220,7 @@ def _services(
     history: History,
     roster: Roster,
     place: Callable[[], Place | None],
+    first_place: Callable[[], Awaitable[Place]],
 ) -> Services:
     return Services(
         broadcasts=Hub(),
@@ -248,6 +250,7 @@ def _services(
         history=history,
         roster=roster,
         place=place,
+        first_place=first_place,
         changes=changes,
     )
 

@@ -110,10 +110,14 @@ class Settings(BaseSettings):
     idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")
     drain_timeout_s: float = Field(5.0, gt=0, description="time for sockets to close when the server stops")
     policy_timeout_s: float = Field(
-        5.0, gt=0, description="longest evaluation of row-level security, for joins or for row changes"
+        5.0,
+        gt=0,
+        description="longest evaluation of row-level security: for one topic of one client, or for row changes",
     )
     database_timeout_s: float = Field(
-        5.0, gt=0, description="longest wait for a database connection; twice as long for an answer to the relay"
+        5.0,
+        gt=0,
+        description="longest wait for a database connection, also of joins during the start; twice as long for the relay's answers",
     )
 
     @property

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, LiteralString, cast
 
 import psycopg
@@ -29,6 +29,8 @@ Database = AsyncConnection[tuple[Any, ...]]
 # Who stops does not wait for connections that are being made.
 CLOSING_S: Final = 1.0
 
+# How soon a backend notices, in the middle of a statement, that its client's connection is closed.
+CLIENT_CHECK_INTERVAL: Final = "2s"
 # Of a stream: a quarter slower than all at once, where one by one takes twice as long.
 ROWS_AT_ONCE: Final = 10
 
@@ -41,10 +43,11 @@ CURSOR_FORMAT: Final = "cursor_format"
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where the database is. `is_pooled`: behind a transaction pooler, where no session is ours: nothing may be set for one, prepared in
-    one or listened to in one."""
+    one or listened to in one. `can_check_clients`: PostgreSQL runs on a system where backends can find out whether their client is gone."""
 
     url: str
     is_pooled: bool = False
+    can_check_clients: bool = True
 
     def parameters(self, *, name: str, timeout_s: float, statement_timeout_s: float | None = None) -> str:
         """The URL with the settings of our connections. `name` shows in pg_stat_activity behind `realtime-server`."""
@@ -64,6 +67,9 @@ class Target:
             options = f"{own} -c search_path=public,extensions,pg_temp -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
             # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
             options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
+            if self.can_check_clients:
+                # Otherwise a statement runs on when its connection was given up, and so does one of a server that was killed.
+                options += f" -c client_connection_check_interval={CLIENT_CHECK_INTERVAL}"
             settings["options"] = options.strip()
         return conninfo.make_conninfo(self.url, **settings)
 
@@ -73,21 +79,26 @@ class Target:
 
 
 def target_of(url: str, *, timeout_s: float) -> Target:
-    """Find out whether a pooler stands before the database. Raises: DatabaseUnavailable."""
-    direct = Target(url)
+    """Find out whether a pooler stands before the database, and what its system can do. Raises: DatabaseUnavailable."""
+    return _examine(Target(url), timeout_s)
+
+
+def _examine(direct: Target, timeout_s: float) -> Target:
     try:
         with psycopg.connect(direct.parameters(name="look", timeout_s=timeout_s), autocommit=True) as db:
             db.execute("listen realtime")
             db.execute("select pg_notify('realtime', '')")
             # A pooler that lets our settings through gives LISTEN and NOTIFY to different sessions, or forgets the first.
             hears = any(True for _ in db.notifies(timeout=1.0, stop_after=1))
-        return Target(url, is_pooled=not hears)
+        return replace(direct, is_pooled=not hears)
     except psycopg.errors.ReadOnlySqlTransaction:
         # A standby, where nobody may listen. The relay waits for it to be promoted.
         return direct
     except psycopg.OperationalError as error:
         if "unsupported startup parameter" in str(error):
-            return Target(url, is_pooled=True)
+            return replace(direct, is_pooled=True)
+        if direct.can_check_clients and "client_connection_check_interval" in str(error):
+            return _examine(replace(direct, can_check_clients=False), timeout_s)
         raise DatabaseUnavailable from error
 
 
@@ -153,12 +164,23 @@ class Pool:
                     cursor = await db.execute(query, arguments)
                     return await cursor.fetchall()
 
-    async def stream(self, query: LiteralString, arguments: Sequence[object] = ()) -> AsyncGenerator[tuple[Any, ...]]:
-        """The same rows, of which only `ROWS_AT_ONCE` are in memory; who closes the iterator gets no more of them."""
-        longest_s = self._statement_timeout_s + self._timeout_s
+    async def stream(
+        self,
+        query: LiteralString,
+        arguments: Sequence[object] = (),
+        *,
+        limit_s: float | None = None,
+        rows_at_once: int = ROWS_AT_ONCE,
+    ) -> AsyncGenerator[tuple[Any, ...]]:
+        """The same rows, of which only `rows_at_once` are in memory; who closes the iterator gets no more of them.
+
+        A statement that fails has returned the rows from before, in whole portions of `rows_at_once`.
+        """
+        longest_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
         async with (
             self._connection() as db,
-            streaming(db, query, arguments, closing_s=longest_s) as rows,
+            contextlib.nullcontext() if limit_s is None else _limited(db, limit_s),
+            streaming(db, query, arguments, closing_s=longest_s, rows_at_once=rows_at_once) as rows,
         ):
             while True:
                 with hanging_up(db, longest_s):
@@ -228,11 +250,16 @@ def hang_up(db: Database) -> None:
 
 @contextlib.asynccontextmanager
 async def streaming(
-    db: Database, query: LiteralString | sql.Composed, arguments: Sequence[object] = (), *, closing_s: float
+    db: Database,
+    query: LiteralString | sql.Composed,
+    arguments: Sequence[object] = (),
+    *,
+    closing_s: float,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> AsyncIterator[AsyncIterator[tuple[Any, ...]]]:
-    """The rows of one statement as they come, of which only `ROWS_AT_ONCE` are in memory. The rest is given up within `closing_s`."""
+    """The rows of one statement as they come, of which only `rows_at_once` are in memory. The rest is given up within `closing_s`."""
     async with db.cursor() as cursor:
-        rows = cast(AsyncGenerator[tuple[Any, ...]], cursor.stream(query, arguments, size=ROWS_AT_ONCE))
+        rows = cast(AsyncGenerator[tuple[Any, ...]], cursor.stream(query, arguments, size=rows_at_once))
         try:
             yield rows
         finally:

@@ -7,6 +7,7 @@ whether a pooler stands before it, and whether it lets a replication connection 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final, Literal
 
 import msgspec
@@ -46,7 +47,7 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
     if target.is_pooled or settings.wakeup == "poll":
         obstacle = POOLED
     elif settings.changes != "trigger":
-        obstacle = _replication_refusal(url, settings.database_timeout_s)
+        obstacle = _replication_refusal(target, settings.database_timeout_s)
     parameters = target.parameters(
         name="doctor", timeout_s=settings.database_timeout_s, statement_timeout_s=STATEMENT_TIMEOUT_S
     )
@@ -84,8 +85,8 @@ def _wakeup(wakeup: Literal["auto", "notify", "poll"], is_pooled: bool) -> Findi
     return Finding("wakeup", "ok", "NOTIFY wakes the server")
 
 
-def _replication_refusal(url: str, timeout_s: float) -> str | None:
-    walsender = Target(conninfo.make_conninfo(url, replication="database"))
+def _replication_refusal(target: Target, timeout_s: float) -> str | None:
+    walsender = replace(target, url=conninfo.make_conninfo(target.url, replication="database"))
     try:
         psycopg.connect(walsender.parameters(name="doctor", timeout_s=timeout_s), autocommit=True).close()
     except psycopg.OperationalError as error:

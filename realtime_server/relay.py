@@ -189,6 +189,8 @@ class Relay(Generic[R]):
         self._position: Snapshot | None = None
         # The place right behind what was handed on last.
         self.place: Place | None = None
+        self._has_place = asyncio.Event()
+        self._running_since: float | None = None
         # A position that a crash of the database cannot take back, and the sequence numbers handed on since.
         self._durable: Snapshot | None = None
         self._handed_on = _Numbers()
@@ -220,6 +222,25 @@ class Relay(Generic[R]):
         """Why it is not ready, in words for everybody; None when it is."""
         return None if self.is_ready else self._obstacle or "the database has not answered yet"
 
+    async def first_place(self) -> Place:
+        """The place; before there is one, wait for it as long as a connection may take.
+
+        Raises: DatabaseUnavailable when that time has passed, and at once when the relay has run for longer without finding the database.
+        """
+        if self.place is None:
+            has_failed_for_long = (
+                self._running_since is not None and time.monotonic() - self._running_since > self._timeout_s
+            )
+            if has_failed_for_long:
+                raise DatabaseUnavailable
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._has_place.wait()
+            except TimeoutError:
+                raise DatabaseUnavailable from None
+        assert self.place is not None, "the event is set together with the place"
+        return self.place
+
     def end_behind(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
         """Let `run` end as soon as all transactions before this one have ended and were handed on; `then` is told what had been by then,
         and a place in the log that all of it is before. It is on disk: no crash takes it back."""
@@ -232,6 +253,7 @@ class Relay(Generic[R]):
     async def run(self, receiver: Receiver[R]) -> None:
         """Relay until cancelled, or until the end that was asked for, through any loss of the database, and whatever it refuses."""
         self._receiver: Receiver[R] = receiver
+        self._running_since = time.monotonic()
         while True:
             try:
                 reader = await database.connect(self._target, name=self._name, timeout_s=self._timeout_s)
@@ -298,6 +320,7 @@ class Relay(Generic[R]):
         self._durable = self._position
         self._handed_on = _Numbers()
         self.place = Place(life, self._position, None, seq)
+        self._has_place.set()
         if not is_first:
             log.error(
                 "rows are missing: the database was restored or promoted, or away for longer than they are kept",

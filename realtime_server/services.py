@@ -59,7 +59,8 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`users` are the clients that are in some room; `place` tells where the relay is, None before it first had the database."""
+    """`users` are the clients that are in some room; `place` tells where the relay is, None before it first had the database; `first_place`
+    waits for the database then, for as long as a connection may take (raises: DatabaseUnavailable)."""
 
     broadcasts: Hub[Broadcast | ForwardedBroadcast]
     watchers: Hub[PresenceDiff]
@@ -73,6 +74,7 @@ class Services:
     history: History
     roster: Roster
     place: Callable[[], Place | None]
+    first_place: Callable[[], Awaitable[Place]]
     changes: Feed
 
     def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> None:

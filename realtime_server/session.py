@@ -430,8 +430,13 @@ class Session:
         config, replay = channel.config, channel.config.replay
         if config.has_replay and not channel.policy.can_read_broadcast:
             raise Unauthorized(topic)
-        if (config.with_cursor or "after" in replay) and self.services.place() is None:
-            raise DatabaseUnavailable
+        try:
+            # The reply says that from now on nothing is missed, so it does not come before the relay reads.
+            await self.services.first_place()
+        except DatabaseUnavailable:
+            # Without the database clients still send each other messages.
+            if config.with_cursor or "after" in replay:
+                raise
         if config.has_replay:
             Hold(channel)
         if config.has_replay and "after" not in replay:

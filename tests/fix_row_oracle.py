@@ -890,7 +890,7 @@ def compare(expected: Sequence[tuple[Expected, bool]], heard: Sequence[Told]) ->
 
 @pytest.fixture(
     params=[
-        pytest.param(ROWS_SHORT, id="short"),
+        pytest.param(ROWS_SHORT, id="short", marks=pytest.mark.timeout(300)),
         pytest.param(ROWS_LONG, id="long", marks=[pytest.mark.faults, pytest.mark.timeout(900)]),
     ]
 )

@@ -14,6 +14,8 @@ from realtime_server.authorization import EVERYTHING, Policy
 from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
+from realtime_server.cursor import Place
+from realtime_server.errors import DatabaseUnavailable
 from realtime_server.history import History, Stored
 from realtime_server.hub import Hub, Room
 from realtime_server.limits import Rate
@@ -87,6 +89,7 @@ class Talk:
             history=cast(History, self.past),
             roster=cast(Roster, self.past),
             place=lambda: None,
+            first_place=self._first_place,
             changes=cast(Feed, self.past),
         )
         api_key = Claims("anon", None, time.time() + 3600, "{}")
@@ -112,6 +115,9 @@ class Talk:
 
     async def _authorize(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy:
         return await self.policy()
+
+    async def _first_place(self) -> Place:
+        raise DatabaseUnavailable
 
     async def _everything(self) -> Policy:
         return EVERYTHING

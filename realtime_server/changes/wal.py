@@ -23,6 +23,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, ClassVar, Final, LiteralString, NamedTuple
 
@@ -234,9 +235,6 @@ class WalSource:
             log.error("row changes are missing, a new slot is made", problem=self._gap, slot=self._slot)
         if wal_status is not None:
             await self._ask(db, "select pg_drop_replication_slot(%s)", self._slot)
-        # A backend that waits for other transactions does not notice that its client is gone; not every system can be asked to look.
-        with contextlib.suppress(psycopg.DataError, psycopg.ProgrammingError):
-            await db.execute("set client_connection_check_interval = '2s'")
         self._failures = 0
         self._holder = await self._backend(db, db)
         with database.errors():
@@ -247,7 +245,7 @@ class WalSource:
         """Raises: psycopg.OperationalError."""
         own = conninfo.conninfo_to_dict(self._target.url).get("options") or ""
         url = conninfo.make_conninfo(self._target.url, replication="database", options=f"{own} {SESSION}".strip())
-        parameters = Target(url).parameters(name="walsender", timeout_s=self._timeout_s)
+        parameters = replace(self._target, url=url).parameters(name="walsender", timeout_s=self._timeout_s)
         return await Database.connect(parameters, autocommit=True)
 
     async def _start(self, db: Database, walsender: Database) -> _Stream:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
-from realtime_server.errors import DatabaseUnavailable, Gap, InvalidLimit, RealtimeError
+from realtime_server.errors import Gap, InvalidLimit, RealtimeError
 from realtime_server.services import Services
 
 DEFAULT_LIMIT: Final = 100
@@ -39,9 +39,7 @@ async def _page(services: Services, request: Request) -> Response:
     await check_may_receive(services, room, claims, policy_headers(request))
     after = query.get("after")
     if after is None:
-        place = services.place()
-        if place is None:
-            raise DatabaseUnavailable
+        place = await services.first_place()
         return JSONResponse({"messages": [], "cursor": place.cursor, "is_last": True})
     page = await services.history.after(room, after, limit)
     body = {

@@ -190,9 +190,7 @@ class EventStream:
         await self._authorize()
         if self._rows is not None:
             await self._subscribe_to_changes(self._rows)
-        place = self._services.place()
-        if place is None:
-            raise DatabaseUnavailable
+        place = await self._services.first_place()
         self._hold = Hold(*self._followers) if self._followers else None
         self._is_following = True
         for follower in self._followers:

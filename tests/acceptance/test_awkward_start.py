@@ -15,9 +15,7 @@ import psycopg
 import pytest
 
 from realtime_server.embedded import EmbeddedPostgres
-from tests.acceptance.test_operation import bare_environment, folder, newcomer, postgres_of, run_command
-
-__all__ = ["folder"]
+from tests.acceptance.test_operation import bare_environment, newcomer, postgres_of, run_command
 
 
 async def test_environment_of_another_postgresql_is_not_ours(folder: Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.acceptance.test_operation import folder, newcomer, run_command
+from tests.acceptance.test_operation import newcomer, run_command
 from tests.acceptance.test_pooler import pooled
 from tests.fix_changes import SOURCES, Source, changes_server
 from tests.fix_database import OWNER, Cluster, TestDatabase, all_walsenders_taken
 
-__all__ = ["folder", "pooled"]  # fixtures
+__all__ = ["pooled"]  # fixtures
 
 
 def findings(database: TestDatabase, **settings: str) -> tuple[int, list[dict[str, Any]]]:

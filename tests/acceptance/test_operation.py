@@ -7,12 +7,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import venv
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -24,6 +22,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from tests.fix_database import Cluster, TestDatabase
+from tests.fix_postgres import open_folder
 from tests.fix_server import SECRET, Server, ServerFactory, make_token
 from tests.fix_wire import WireFactory
 
@@ -47,15 +46,6 @@ def run_command(*arguments: str, cwd: Path | None = None, **settings: str) -> su
         timeout=LIMIT_S,
         check=False,
     )
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """An empty folder that PostgreSQL's unprivileged user may walk into."""
-    path = Path(tempfile.mkdtemp(prefix="realtime-test-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
 
 
 # -- stopping
@@ -343,25 +333,28 @@ async def test_keys_and_token_serve_programs(folder: Path, wire: WireFactory) ->
 
 
 @pytest.fixture(scope="session")
-def installed_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def installed_command() -> Iterator[list[str]]:
     """`realtime-server` of the built wheel, in an environment of its own that borrows only the dependencies."""
-    root = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(root), str(REPOSITORY)], check=True, timeout=LIMIT_S * 3)
-    (wheel,) = root.glob("*.whl")
-    home = Path(tempfile.mkdtemp(prefix="realtime-test-"))
-    home.chmod(0o755)
-    venv.create(home / "env", with_pip=False)
-    (site,) = (home / "env" / "lib").glob("python*/site-packages")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=LIMIT_S)
-    dependencies = Path(psycopg.__file__).parents[1]
-    (site / "dependencies.pth").write_text(f"{dependencies}\n")
-    code = "import realtime_server; print(realtime_server.__file__)"
-    python = str(home / "env" / "bin" / "python")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    where = subprocess.run([python, "-c", code], text=True, capture_output=True, check=True, cwd=home, env=environment)
-    assert str(home) in where.stdout
-    return [python, "-m", "realtime_server.cli"]
+    with open_folder() as home:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        wheels = home / "wheels"
+        subprocess.run(
+            [*pip, "wheel", "--no-deps", "-w", str(wheels), str(REPOSITORY)], check=True, timeout=LIMIT_S * 3
+        )
+        (wheel,) = wheels.glob("*.whl")
+        venv.create(home / "env", with_pip=False)
+        (site,) = (home / "env" / "lib").glob("python*/site-packages")
+        subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=LIMIT_S)
+        dependencies = Path(psycopg.__file__).parents[1]
+        (site / "dependencies.pth").write_text(f"{dependencies}\n")
+        code = "import realtime_server; print(realtime_server.__file__)"
+        python = str(home / "env" / "bin" / "python")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        where = subprocess.run(
+            [python, "-c", code], text=True, capture_output=True, check=True, cwd=home, env=environment
+        )
+        assert str(home) in where.stdout
+        yield [python, "-m", "realtime_server.cli"]
 
 
 async def test_wheel_in_an_empty_folder_serves(installed_command: list[str], folder: Path, wire: WireFactory) -> None:

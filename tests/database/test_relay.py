@@ -30,7 +30,7 @@ from tests.fix_proxy import Proxy, ProxyFactory
 WRITERS = 20
 NAPS = 4
 TRANSACTIONS_EACH = 10
-LIMIT_S = 30.0
+LIMIT_S = 90.0
 
 
 class Received:

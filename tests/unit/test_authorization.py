@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
 import pytest
 
-from realtime_server.authorization import QUESTIONS_AT_ONCE, Authorization, Policy
+from realtime_server.authorization import ALONE_AT_ONCE, QUESTIONS_AT_ONCE, Authorization, Policy
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.errors import QueryCanceled
@@ -18,22 +18,36 @@ READ_ONLY = Policy(can_read_broadcast=True)
 
 
 class Slow:
-    """A pool of one connection, which answers when `go` is called; `asked` are the topics of each batch."""
+    """A pool with one connection for batches, which answers when `go` is called; `asked` are the topics of each statement, `open` how many
+    are being answered.
 
-    size = 1
+    `slow` are topics that take longer than a batch may, `too_slow` those that take longer than a policy may.
+    """
+
+    size = 1 + ALONE_AT_ONCE
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
-        self.is_too_slow = False
+        self.open = 0
+        self.slow: set[str] = set()
+        self.too_slow: set[str] = set()
         self._turn = asyncio.Semaphore(0)
 
-    async def fetch(self, query: str, arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
+    async def stream(
+        self, query: str, arguments: Sequence[Any], *, limit_s: float | None, rows_at_once: int
+    ) -> AsyncGenerator[tuple[Any, ...]]:
         topics = arguments[0]
         self.asked.append(topics)
-        await self._turn.acquire()
-        if self.is_too_slow:
-            raise QueryCanceled
-        return [(number, "broadcast", True, False, None) for number, _ in enumerate(topics, start=1)]
+        self.open += 1
+        try:
+            await self._turn.acquire()
+            for number, topic in enumerate(topics, start=1):
+                if topic in self.too_slow or (topic in self.slow and limit_s is None):
+                    raise QueryCanceled
+                yield number, "broadcast", True, False, None
+                yield number, "presence", False, False, None
+        finally:
+            self.open -= 1
 
     def go(self) -> None:
         self._turn.release()
@@ -42,7 +56,7 @@ class Slow:
 class Stage:
     def __init__(self) -> None:
         self.pool = Slow()
-        self.authorization = Authorization(cast(Pool, self.pool))
+        self.authorization = Authorization(cast(Pool, self.pool), 5.0)
         self._everybody: dict[str, dict[str, str]] = {}
 
     def ask(self, socket: str, topic: str, *, subject: str | None = None) -> asyncio.Task[Policy]:
@@ -109,18 +123,44 @@ async def test_nothing_is_asked_for_who_is_gone(stage: Stage) -> None:
     assert last.result() == READ_ONLY
 
 
-async def test_batch_that_is_too_slow_is_asked_one_by_one_without_who_is_gone(stage: Stage) -> None:
-    stage.pool.is_too_slow = True
-    first = stage.ask("first", "first")
-    await stage.settle()
-    asked = [stage.ask(f"{number}", f"{number}") for number in range(4)]
+async def test_slow_question_delays_only_itself(stage: Stage) -> None:
+    stage.pool.slow, stage.pool.too_slow = {"slow"}, {"too slow"}
+    asked = {topic: stage.ask(topic, topic) for topic in ("a", "slow", "b", "too slow", "c", "gone")}
     await stage.settle()
     stage.pool.go()
     await stage.settle()
-    asked[1].cancel()
-    for _ in range(4):
+    assert {topic for topic, task in asked.items() if task.done()} == {"a"}
+    assert sorted(stage.pool.asked[1:]) == [["b", "too slow", "c", "gone"], ["slow"]]
+    asked["gone"].cancel()
+    for _ in range(2):
+        stage.pool.go()
+    await stage.settle()
+    assert asked["slow"].result() == asked["b"].result() == READ_ONLY
+    assert sorted(stage.pool.asked[3:]) == [["c"], ["too slow"]]
+    for _ in range(2):
+        stage.pool.go()
+    await stage.settle()
+    assert asked["c"].result() == READ_ONLY
+    assert isinstance(asked["too slow"].exception(), QueryCanceled)
+    assert len(stage.pool.asked) == 5
+
+
+async def test_question_that_is_asked_alone_is_cancelled_when_its_caller_goes(stage: Stage) -> None:
+    stage.pool.too_slow = {"too slow"}
+    asked = stage.ask("one", "too slow")
+    await stage.settle()
+    stage.pool.go()
+    await stage.settle()
+    assert stage.pool.open == 1
+    asked.cancel()
+    await stage.settle()
+    assert stage.pool.open == 0
+    # The worker goes on.
+    stage.pool.too_slow = set()
+    stage.pool.slow = {"slow"}
+    other = stage.ask("other", "slow")
+    await stage.settle()
+    for _ in range(2):
         stage.pool.go()
         await stage.settle()
-    assert stage.pool.asked == [["first"], ["0", "1", "2", "3"], ["0"], ["2"], ["3"]]
-    for task in (first, asked[0], asked[2], asked[3]):
-        assert isinstance(task.exception(), QueryCanceled)
+    assert other.result() == READ_ONLY
