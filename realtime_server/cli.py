@@ -27,6 +27,9 @@ from realtime_server.errors import RealtimeError, SettingsError
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
     from realtime_server.database import Target
+    from realtime_server.running import Record
+
+log = structlog.get_logger()
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,7 +65,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run() -> None:
     """Serve. Without REALTIME_DATABASE_URL: on an embedded PostgreSQL, everything installed."""
-    from realtime_server import server
+    from realtime_server import running, server
     from realtime_server.app import make_app
 
     # uvicorn handles these signals while it serves and then raises them again; what is open here must still be closed.
@@ -71,7 +74,7 @@ def run() -> None:
     settings = config.load()
     _configure_log(settings.log_level)
     listener = _listen(settings)
-    with contextlib.closing(listener), _database(settings) as (url, shown_url):
+    with contextlib.closing(listener), _database(settings) as (url, shown_url), contextlib.ExitStack() as stack:
         secret = _secret(settings)
         anon_key, service_key = _api_keys(settings, secret)
         if service_key is not None and settings.database_url is not None:
@@ -80,6 +83,13 @@ def run() -> None:
         port = listener.getsockname()[1]
         target = _target(settings, url)
         app = make_app(settings, target=target, secret=secret, anon_key=anon_key)
+        signed_key = None if secret is None else claims.api_key("anon", secret, settings.jwt_claims)
+        record = running.record_of(settings, port=port, anon_key=signed_key)
+        try:
+            stack.enter_context(running.recorded(settings.data_dir, record))
+        except OSError as error:
+            # Such as a read-only file system: the server does not need the record.
+            log.info("server is not recorded in its data folder, commands need its settings", error=str(error))
 
         def announce(row_changes: str) -> None:
             mode = f"row changes: {row_changes} · wake-up: {'poll' if target.is_pooled else 'notify'} · bus: in-process · workers: 1"
@@ -127,7 +137,7 @@ def doctor(
     from realtime_server.doctor import examine
     from realtime_server.embedded import EmbeddedPostgres
 
-    settings = config.load()
+    settings, _ = _running_server()
     given = settings.database_url
     url = EmbeddedPostgres(settings.data_dir).url if given is None else given.get_secret_value()
     with _plain_database_errors():
@@ -149,19 +159,15 @@ def keys(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Print URL, API keys, secret and database of this server."""
-    from realtime_server.embedded import EmbeddedPostgres
-
-    settings = config.load()
-    secret = _secret(settings)
+    settings, record = _running_server()
+    secret = _secret(settings, record)
     anon_key, service_key = _api_keys(settings, secret)
     facts = {
         "url": _url(settings.host, settings.port),
         "anon_key": anon_key,
         "service_role_key": service_key,
         "jwt_secret": secret,
-        "database_url": EmbeddedPostgres(settings.data_dir).administrator_url
-        if settings.database_url is None
-        else settings.database_url.get_secret_value(),
+        "database_url": _administrator_url(settings),
     }
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(facts)).decode())
@@ -180,8 +186,8 @@ def token(
     ] = None,
 ) -> None:
     """Print a token (JWT) that this server accepts."""
-    settings = config.load()
-    secret = _secret(settings)
+    settings, record = _running_server()
+    secret = _secret(settings, record)
     now = int(time.time())
     payload: dict[str, object] = {**settings.jwt_claims, "role": role, "iat": now, "exp": now + expires_in}
     if sub is not None:
@@ -266,9 +272,9 @@ def send(
 def _client(url: str | None, key: str | None, token: str | None) -> Client:
     from realtime_server.client import Client
 
-    settings = config.load()
+    settings, record = _running_server()
     if key is None:
-        _, key = _api_keys(settings, _secret(settings))
+        _, key = _api_keys(settings, _secret(settings, record))
     if key is None:
         raise SettingsError("give --key, or set REALTIME_SERVICE_KEY: without a secret none can be made")
     try:
@@ -335,6 +341,23 @@ def _store(file: Path, cursor: str) -> None:
         # Otherwise the name may reach the disk before the contents: an empty file after a power cut.
         os.fsync(stream.fileno())
     new.replace(file)
+
+
+def _running_server() -> tuple[Settings, Record | None]:
+    """The settings given here, completed by those of the server that runs with this data folder; and its record."""
+    from realtime_server import running
+
+    settings = config.load()
+    with _plain_database_errors():
+        return running.adopt(settings)
+
+
+def _administrator_url(settings: Settings) -> str:
+    from realtime_server.embedded import EmbeddedPostgres
+
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return EmbeddedPostgres(settings.data_dir).administrator_url
 
 
 def _url(host: str, port: int) -> str:
@@ -429,8 +452,25 @@ def _migrate(url: str, targets: list[str]) -> None:
     _progress(f"database is at {', '.join(schema.revisions(url))}")
 
 
-def _secret(settings: Settings) -> str | None:
-    """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder."""
+def _secret(settings: Settings, record: Record | None = None) -> str | None:
+    """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder.
+
+    Raises: SettingsError when there is none, or when the running server of the record has another one.
+    """
+    secret = _given_secret(settings)
+    if (
+        secret is not None
+        and record is not None
+        and record.anon_key not in (None, claims.api_key("anon", secret, settings.jwt_claims))
+    ):
+        raise SettingsError(
+            f"the server that runs here (pid {record.pid}) has another secret: "
+            "set REALTIME_JWT_SECRET and REALTIME_JWT_CLAIMS as they are set there"
+        )
+    return secret
+
+
+def _given_secret(settings: Settings) -> str | None:
     if settings.jwt_secret is not None:
         return settings.jwt_secret.get_secret_value()
     if settings.database_url is not None:

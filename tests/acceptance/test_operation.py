@@ -339,6 +339,57 @@ async def test_keys_and_token_serve_programs(folder: Path, wire: WireFactory) ->
         assert (await socket.join("q", {"private": True}))["status"] == "error"
 
 
+# -- commands find the running server
+
+
+async def test_commands_find_the_running_server_by_its_data_folder(folder: Path) -> None:
+    record = folder / ".realtime" / "server.json"
+    async with newcomer(folder, REALTIME_JWT_CLAIMS='{"iss": "here"}') as server:
+        assert record.stat().st_mode & 0o777 == 0o600
+        keys = json.loads((await asyncio.to_thread(run_command, "keys", "--json", cwd=folder)).stdout)
+        assert keys["url"] == server.fact("client URL")
+        # The settings that were given to the server count too, here the claim in both keys.
+        assert keys["anon_key"] == server.fact("anon key")
+        for name in ("service_role_key", "jwt_secret"):
+            assert keys[name] not in record.read_text()
+        assert "password" not in record.read_text()
+        sent = await asyncio.to_thread(run_command, "send", "--public", "t", "e", "{}", cwd=folder)
+        assert (sent.returncode, sent.stderr) == (0, "")
+        # What is set here comes first.
+        given = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, REALTIME_PORT="1")
+        assert json.loads(given.stdout)["url"] == "http://127.0.0.1:1"
+        other = await asyncio.to_thread(run_command, "token", cwd=folder, REALTIME_JWT_SECRET=SECRET)
+        assert other.returncode == 1
+        assert f"the server that runs here (pid {server.process.pid}) has another secret" in other.stderr
+        left = record.read_text()
+    assert not record.exists()
+
+    record.write_text(left)
+    stale = json.loads(run_command("keys", "--json", cwd=folder).stdout)
+    assert stale["url"] == "http://127.0.0.1:4000"
+
+
+async def test_commands_find_the_server_of_another_database(database: TestDatabase, folder: Path) -> None:
+    facts = psycopg.conninfo.conninfo_to_dict(database.url)
+    password = str(facts["password"])
+    settings = {"REALTIME_DATABASE_URL": database.url, "REALTIME_JWT_SECRET": SECRET, "REALTIME_CHANGES": "trigger"}
+    async with newcomer(folder, COMMAND, **settings) as server:
+        record = (folder / ".realtime" / "server.json").read_text()
+        assert password not in record
+        assert SECRET not in record
+        doctor = await asyncio.to_thread(run_command, "doctor", cwd=folder, PGPASSWORD=password)
+        assert (doctor.returncode, doctor.stderr) == (0, "")
+        assert "row changes come from capture triggers, as the settings ask for it" in doctor.stdout
+        keys = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, REALTIME_JWT_SECRET=SECRET)
+        assert json.loads(keys.stdout)["url"] == server.fact("client URL")
+        # The secret of the embedded database is not this server's.
+        assert "set REALTIME_JWT_SECRET" in (await asyncio.to_thread(run_command, "keys", cwd=folder)).stderr
+        # To another database this server is of no concern.
+        elsewhere = {"REALTIME_DATABASE_URL": f"{database.url}_else", "REALTIME_JWT_SECRET": SECRET}
+        keys = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, **elsewhere)
+        assert json.loads(keys.stdout)["url"] == "http://127.0.0.1:4000"
+
+
 # -- the wheel
 
 
