@@ -66,13 +66,7 @@ log = structlog.get_logger()
 def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key: str | None) -> Starlette:
     """The server as an ASGI application, for any ASGI server. Raises: SettingsError."""
     sockets = Sockets(settings.max_sockets)
-    tokens = Tokens(
-        secret=secret,
-        jwks_url=settings.jwks_url,
-        roles=frozenset(settings.roles),
-        required_claims=settings.jwt_claims,
-        opaque_keys=settings.opaque_keys,
-    )
+    tokens = Tokens.of(settings, secret)
     pool = Pool(
         target,
         name="authorization",

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,12 +25,13 @@ from pydantic import SecretStr
 
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
-from realtime_server.errors import EmbeddedError, RealtimeError, SettingsError
+from realtime_server.errors import AuthError, EmbeddedError, MalformedToken, RealtimeError, SettingsError
 
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
     from realtime_server.database import Target
     from realtime_server.running import Record
+    from realtime_server.tokens import Tokens
 
 log = structlog.get_logger()
 
@@ -75,6 +77,8 @@ def run() -> None:
     signal.signal(signal.SIGINT, _exit_quietly)
     settings = config.load()
     _configure_log(settings.log_level)
+    for name, resembled in config.unknown_variables().items():
+        log.warning("variable is no setting and has no effect", variable=name, did_you_mean=resembled)
     listener = _listen(settings)
     with contextlib.closing(listener), _database(settings) as (url, shown_url), contextlib.ExitStack() as stack:
         secret = _secret(settings)
@@ -104,7 +108,13 @@ def run() -> None:
 def migrate(
     samples: Annotated[list[str] | None, typer.Argument(help="Sample systems to install beside the core.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="The core and every sample system.")] = False,
-    sql: Annotated[bool, typer.Option("--sql", help="Print the script instead of running it.")] = False,
+    sql: Annotated[
+        bool,
+        typer.Option(
+            "--sql",
+            help="Print the script instead of running it: what is pending in the database, without a database everything.",
+        ),
+    ] = False,
 ) -> None:
     """Install or upgrade what the server keeps in the database of REALTIME_DATABASE_URL."""
     from realtime_server import schema
@@ -113,12 +123,12 @@ def migrate(
     if unknown:
         raise SettingsError(f"unknown sample: {', '.join(sorted(unknown))}; there are: {', '.join(schema.SAMPLES)}")
     targets = ["heads"] if everything else ["core@head", *(f"{sample}@head" for sample in samples or ())]
-    if sql:
-        # Each script goes on where the one before it ends, so that together they are one.
-        for before, target in zip([None, *targets], targets, strict=False):
-            schema.upgrade(None, f"{before}:{target}" if before else target, offline=True)
-        return
     url = config.load().database_url
+    if sql:
+        with _plain_database_errors():
+            if not schema.print_script(None if url is None else url.get_secret_value(), targets):
+                print("-- Nothing is pending.")
+        return
     if url is None:
         raise SettingsError(
             'set REALTIME_DATABASE_URL ("realtime-server run" migrates the embedded database by itself)'
@@ -202,10 +212,20 @@ def token(
     claim: Annotated[
         list[str] | None, typer.Option(help="Further claim, as name=value; a JSON value is read as such.")
     ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Instead: say what this token or key is and whether this server accepts it; - reads it from standard input.",
+        ),
+    ] = None,
 ) -> None:
-    """Print a token (JWT) that this server accepts."""
+    """Print a token (JWT) that this server accepts, or check one. Exit code 1: the server refuses it."""
     settings, record = _running_server()
     secret = _secret(settings, record)
+    if check is not None:
+        _check_token(sys.stdin.read() if check == "-" else check, settings, secret)
+        return
     now = int(time.time())
     payload: dict[str, object] = {**settings.jwt_claims, "role": role, "iat": now, "exp": now + expires_in}
     if sub is not None:
@@ -221,6 +241,54 @@ def token(
     if secret is None:
         raise SettingsError("there is no secret to sign with: tokens come from the issuer of REALTIME_JWKS_URL")
     print(claims.sign(payload, secret))
+
+
+def _check_token(token: str, settings: Settings, secret: str | None) -> None:
+    import asyncio
+
+    from realtime_server.tokens import Tokens
+
+    _configure_log(settings.log_level)
+    facts, refusal = asyncio.run(_examine_token(token, Tokens.of(settings, secret)))
+    for name, value in facts.items():
+        text = "none" if value is None else str(value)
+        print(f"{name:<11}{text if text.isprintable() else repr(text)}")
+    if refusal is not None:
+        print(f"{'refused':<11}{refusal.reason}")
+        raise typer.Exit(1)
+    print(f"{'accepted':<11}by this server")
+
+
+async def _examine_token(token: str, tokens: Tokens) -> tuple[dict[str, object], AuthError | None]:
+    """What the token says about itself, verified or not, and why the server refuses it."""
+    refusal = role = None
+    try:
+        role = (await tokens.verify(token)).role
+    except AuthError as error:
+        refusal = error
+    try:
+        unverified = claims.decode(token)
+    except MalformedToken:
+        # An opaque key says nothing about itself.
+        return ({} if role is None else {"kind": "opaque API key", "role": role}), refusal
+    facts = {
+        "kind": "token",
+        "algorithm": unverified.algorithm,
+        "kid": unverified.kid,
+        **{name: unverified.payload.get(name) for name in ("role", "sub")},
+        "expires": _instant(unverified.payload.get("exp")),
+    }
+    return facts, refusal
+
+
+def _instant(seconds: object) -> object:
+    """Seconds since 1970 in words; as they are where they are no time."""
+    try:
+        moment = datetime.fromtimestamp(seconds, UTC)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, OSError):
+        return seconds
+    left = int(moment.timestamp() - time.time())
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC, {f'in {left}' if left >= 0 else f'{-left}'} seconds{'' if left >= 0 else ' ago'}"
 
 
 @app.command()
@@ -309,7 +377,7 @@ async def _print_messages(
     async with client:
         listener = client.listen(topic, after=after, private=private)
         await listener.ready()
-        _progress(f"listening to {topic}")
+        _progress(f"listening to {topic}, the {'private' if private else 'public'} room of this name")
         stored = after
         if state is not None and stored is None and listener.cursor is not None:
             # What comes after this run is not to be missed either, even if nothing comes during it.

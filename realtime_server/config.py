@@ -5,6 +5,8 @@ Sizes are bytes, durations are seconds.
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from realtime_server.errors import SettingsError
 
@@ -182,6 +184,15 @@ def load() -> Settings:
     except ValidationError as error:
         lines = [f"{_variable(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)]
         raise SettingsError("; ".join(lines)) from None
+
+
+def unknown_variables() -> dict[str, str | None]:
+    """Variables of the environment and of `.env` that begin like settings and are none, each with the name it resembles most."""
+    given = {name.lower() for name in (*os.environ, *DotEnvSettingsSource(Settings).env_vars)}
+    names = {name.removeprefix("realtime_") for name in given if name.startswith("realtime_")}
+    known = list(Settings.model_fields)
+    unknown = {name: difflib.get_close_matches(name, known, n=1) for name in sorted(names.difference(known))}
+    return {_variable((name,)): _variable((found[0],)) if found else None for name, found in unknown.items()}
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

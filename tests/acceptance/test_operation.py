@@ -212,11 +212,12 @@ async def test_public_joins_and_client_broadcasts_work_while_the_database_is_awa
 
 
 class Newcomer:
-    """`realtime-server run` in a folder, nothing set but the port."""
+    """`realtime-server run` in a folder, nothing set but the port. `log`: its standard error, once it has ended."""
 
-    def __init__(self, process: asyncio.subprocess.Process, output: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.output = output
+        self.output = ""
+        self.log = ""
 
     def fact(self, name: str) -> str:
         found = re.search(rf"^ +{name} +(\S.*)$", self.output, re.MULTILINE)
@@ -236,18 +237,20 @@ async def newcomer(folder: Path, command: list[str] = COMMAND, **settings: str) 
     )
     assert process.stdout is not None
     output = ""
+    server = Newcomer(process)
     try:
         async with asyncio.timeout(LIMIT_S):
             while "  3. curl" not in output:
                 line = await process.stdout.readline()
                 assert line, (await process.communicate())[1].decode()
                 output += line.decode()
-        yield Newcomer(process, output)
+        server.output = output
+        yield server
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(LIMIT_S):
-            await process.communicate()
+            server.log = (await process.communicate())[1].decode()
 
 
 def postgres_of(folder: Path) -> list[str]:
@@ -344,7 +347,7 @@ async def test_keys_and_token_serve_programs(folder: Path, wire: WireFactory) ->
 
 async def test_commands_find_the_running_server_by_its_data_folder(folder: Path) -> None:
     record = folder / ".realtime" / "server.json"
-    async with newcomer(folder, REALTIME_JWT_CLAIMS='{"iss": "here"}') as server:
+    async with newcomer(folder, REALTIME_JWT_CLAIMS='{"iss": "here"}', REALTIME_PROT="1") as server:
         assert record.stat().st_mode & 0o777 == 0o600
         keys = json.loads((await asyncio.to_thread(run_command, "keys", "--json", cwd=folder)).stdout)
         assert keys["url"] == server.fact("client URL")
@@ -366,8 +369,15 @@ async def test_commands_find_the_running_server_by_its_data_folder(folder: Path)
         asked = await asyncio.to_thread(run_command, "psql", *query, cwd=folder, PATH="/nowhere", PGSERVICE="other")
         assert (asked.returncode, asked.stdout) == (1, "postgres|realtime\n")
         assert "division by zero" in asked.stderr
+        # A token is checked as the server does it.
+        for claims, verdict, code in (("iss=here", "accepted", 0), ("iss=there", "refused", 1)):
+            token = await asyncio.to_thread(run_command, "token", "--claim", claims, cwd=folder)
+            checked = await asyncio.to_thread(run_command, "token", "--check", token.stdout.strip(), cwd=folder)
+            assert (checked.returncode, checked.stdout.splitlines()[-1].split()[0]) == (code, verdict)
         left = record.read_text()
     assert not record.exists()
+    (warning,) = [json.loads(line) for line in server.log.splitlines() if "no setting" in line]
+    assert (warning["variable"], warning["did_you_mean"]) == ("REALTIME_PROT", "REALTIME_PORT")
 
     record.write_text(left)
     stale = json.loads(run_command("keys", "--json", cwd=folder).stdout)
