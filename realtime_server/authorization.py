@@ -23,6 +23,7 @@ from realtime_server.errors import DatabaseUnavailable
 from realtime_server.tasks import together
 
 QUESTIONS_AT_ONCE: Final = 50
+INSUFFICIENT_PRIVILEGE: Final = "42501"
 
 log = structlog.get_logger()
 
@@ -131,7 +132,11 @@ class Authorization:
         )
         rights: list[dict[str, bool]] = [{} for _ in questions]
         for number, extension, can_read, can_write, problem in rows:
+            question = questions[number - 1]
             rights[number - 1] |= {f"can_read_{extension}": can_read, f"can_write_{extension}": can_write}
             if problem is not None:
-                log.warning("policy could not be evaluated", topic=questions[number - 1].topic, problem=problem)
+                facts = {"topic": question.topic, "extension": extension, "role": question.claims.role}
+                if problem.startswith(INSUFFICIENT_PRIVILEGE):
+                    facts["hint"] = "realtime-server doctor names the policy and the missing GRANT"
+                log.warning("policy could not be evaluated", **facts, sub=question.claims.subject, problem=problem)
         return [Policy(**right) for right in rights]
