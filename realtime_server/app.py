@@ -66,13 +66,7 @@ log = structlog.get_logger()
 def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key: str | None) -> Starlette:
     """The server as an ASGI application, for any ASGI server. Raises: SettingsError."""
     sockets = Sockets(settings.max_sockets)
-    tokens = Tokens(
-        secret=secret,
-        jwks_url=settings.jwks_url,
-        roles=frozenset(settings.roles),
-        required_claims=settings.jwt_claims,
-        opaque_keys=settings.opaque_keys,
-    )
+    tokens = Tokens.of(settings, secret)
     pool = Pool(
         target,
         name="authorization",
@@ -174,22 +168,24 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     websocket = websocket_endpoint(services, sockets, settings)
     tickets = Tickets()
     stream = stream_endpoint(services, sockets, tickets, settings)
-    rest = _rest(services, settings)
+    routes = [
+        WebSocketRoute("/realtime/v1/websocket", websocket, name="websocket"),
+        WebSocketRoute("/socket/websocket", websocket, name="socket_websocket"),
+        *_rest(services, settings),
+        Route("/healthcheck", alive, name="healthcheck"),
+        Route("/realtime/v1/stream", stream, name="stream"),
+        Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"], name="ticket"),
+        Route("/realtime/v1/messages", messages_endpoint(services), name="messages"),
+        Route("/metrics", read_metrics, name="metrics"),
+        Route("/metrics/{region}", read_metrics, name="metrics_of_region"),
+        Route("/healthz", alive, name="healthz"),
+        Route("/readyz", ready_endpoint(parts_ready, lambda: relay.obstacle), name="readyz"),
+    ]
     app = Starlette(
         lifespan=lifespan,
         routes=[
-            WebSocketRoute("/realtime/v1/websocket", websocket),
-            WebSocketRoute("/socket/websocket", websocket),
-            *rest,
-            ApiRoute("/api/openapi", openapi_endpoint(rest, __version__)),
-            Route("/healthcheck", alive),
-            Route("/realtime/v1/stream", stream),
-            Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"]),
-            Route("/realtime/v1/messages", messages_endpoint(services)),
-            Route("/metrics", read_metrics),
-            Route("/metrics/{region}", read_metrics),
-            Route("/healthz", alive),
-            Route("/readyz", ready_endpoint(parts_ready, lambda: relay.obstacle)),
+            *routes,
+            ApiRoute("/api/openapi", openapi_endpoint(routes, __version__)),
             Route("/start.json", start_facts),
             Mount("/", Pages(directory=PAGES, html=True)),
         ],

@@ -34,6 +34,7 @@ BATCH_LIMIT_S: Final = 0.25
 ALONE_AT_ONCE: Final = 2
 # Of each question: for broadcast and for presence.
 ROWS_PER_QUESTION: Final = 2
+INSUFFICIENT_PRIVILEGE: Final = "42501"
 
 log = structlog.get_logger()
 
@@ -207,7 +208,14 @@ class Authorization:
             async for number, extension, can_read, can_write, problem in rows:
                 rights |= {f"can_read_{extension}": can_read, f"can_write_{extension}": can_write}
                 if problem is not None:
-                    log.warning("policy could not be evaluated", topic=questions[number - 1].topic, problem=problem)
+                    _log_problem(questions[number - 1], extension, problem)
                 if len(rights) == len(fields(Policy)):
                     yield Policy(**rights)
                     rights = {}
+
+
+def _log_problem(question: Question, extension: str, problem: str) -> None:
+    facts = {"topic": question.topic, "extension": extension, "role": question.claims.role}
+    if problem.startswith(INSUFFICIENT_PRIVILEGE):
+        facts["hint"] = "realtime-server doctor names the policy and the missing GRANT"
+    log.warning("policy could not be evaluated", **facts, sub=question.claims.subject, problem=problem)

@@ -136,13 +136,23 @@ def verify_signature(token: str, keys: Keys, now: float) -> None:
     _check_time(payload, now)
 
 
-def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
-    """What was signed, and its text."""
-    token = clean(token)
+@dataclass(frozen=True, slots=True)
+class Unverified:
+    """What a token says about itself, before its signature is checked. `json` is the text of the payload."""
+
+    algorithm: object
+    kid: str | None
+    payload: dict[str, Any]
+    json: str
+    signature: bytes = field(repr=False)
+
+
+def decode(token: str) -> Unverified:
+    """The parts of a token that nobody has verified. Raises: MalformedToken."""
     try:
         # PyJWT takes the token apart and no more. Its own check would choose by the token's header which algorithm to run, prepare the
         # key for each token anew, and warn of secrets that are long enough for HS256 but not for HS512.
-        parts = _JWS.decode_complete(token, options={"verify_signature": False})
+        parts = _JWS.decode_complete(clean(token), options={"verify_signature": False})
         header, payload = parts["header"], msgspec.json.decode(parts["payload"])
         kid: str | None = header.get("kid")
         # A lone surrogate could not be sent back in the error that names the key id.
@@ -151,10 +161,16 @@ def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
         raise MalformedToken from None
     if not isinstance(payload, dict) or "crit" in header:
         raise MalformedToken
-    algorithm, key = keys.find(header.get("alg"), kid)
-    if not algorithm.verify(token.rpartition(".")[0].encode(), key, parts["signature"]):
+    return Unverified(header.get("alg"), kid, payload, parts["payload"].decode(), parts["signature"])
+
+
+def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
+    """What was signed, and its text."""
+    unverified = decode(token)
+    algorithm, key = keys.find(unverified.algorithm, unverified.kid)
+    if not algorithm.verify(clean(token).rpartition(".")[0].encode(), key, unverified.signature):
         raise InvalidSignature
-    return payload, parts["payload"].decode()
+    return unverified.payload, unverified.json
 
 
 def _check_time(payload: dict[str, Any], now: float) -> None:

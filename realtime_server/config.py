@@ -5,6 +5,8 @@ Sizes are bytes, durations are seconds.
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from realtime_server.errors import SettingsError
 
@@ -67,7 +69,10 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(4000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    data_dir: Path = Field(Path(".realtime"), description="folder of the embedded PostgreSQL and of the secret")
+    data_dir: Path = Field(
+        Path(".realtime"),
+        description="folder of the embedded PostgreSQL, of the secret and of `server.json`, by which commands find the running server",
+    )
     allowed_origins: TokenList = Field(("*",), description="origins that browsers may connect from, by comma")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
 
@@ -183,6 +188,15 @@ def load() -> Settings:
     except ValidationError as error:
         lines = [f"{_variable(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)]
         raise SettingsError("; ".join(lines)) from None
+
+
+def unknown_variables() -> dict[str, str | None]:
+    """Variables of the environment and of `.env` that begin like settings and are none, each with the name it resembles most."""
+    given = {name.lower() for name in (*os.environ, *DotEnvSettingsSource(Settings).env_vars)}
+    names = {name.removeprefix("realtime_") for name in given if name.startswith("realtime_")}
+    known = list(Settings.model_fields)
+    unknown = {name: difflib.get_close_matches(name, known, n=1) for name in sorted(names.difference(known))}
+    return {_variable((name,)): _variable((found[0],)) if found else None for name, found in unknown.items()}
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

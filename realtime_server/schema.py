@@ -5,11 +5,14 @@ In the repository it is a folder beside the package, in an installed wheel it li
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, LiteralString, cast
 
 import psycopg
 from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.runtime.migration import RevisionStep
 from alembic.script import ScriptDirectory
 from psycopg import sql
 
@@ -39,20 +42,44 @@ def alembic_config(url: str | None = None) -> Config:
     return config
 
 
-def upgrade(url: str | None, target: str, *, offline: bool = False) -> None:
-    """Run the history up to `target` (`core@head`, `chat@head`, `heads`). `offline`: print the script instead."""
-    command.upgrade(alembic_config(url), target, sql=offline)
+def upgrade(url: str | None, target: str) -> None:
+    """Run the history up to `target` (`core@head`, `chat@head`, `heads`)."""
+    command.upgrade(alembic_config(url), target)
+
+
+def print_script(url: str | None, targets: list[str]) -> bool:
+    """Print what upgrades to all these targets would run: what is pending in the database, without one everything. False: nothing is."""
+    config = alembic_config()
+    script = ScriptDirectory.from_config(config)
+    heads = () if url is None else _heads(url)
+
+    def pending(heads: tuple[str, ...], context: object) -> Iterator[RevisionStep]:
+        printed = set()
+        for target in targets:
+            for step in script._upgrade_revs(target, heads):  # type: ignore[arg-type]
+                if step.revision.revision not in printed:
+                    printed.add(step.revision.revision)
+                    yield step
+
+    if not any(pending(heads, None)):
+        return False
+    with EnvironmentContext(config, script, fn=pending, as_sql=True, starting_rev=heads or None):
+        script.run_env()
+    return True
 
 
 def revisions(url: str) -> list[str]:
     """The revisions that the database is at, one a branch; empty when nothing was ever installed."""
+    script = ScriptDirectory.from_config(alembic_config())
+    return sorted(revision.revision for revision in script.get_all_current(_heads(url)))
+
+
+def _heads(url: str) -> tuple[str, ...]:
+    """What the version table names: only the revisions that no other installed one depends on."""
     with psycopg.connect(url, autocommit=True) as db:
         if db.execute("select to_regclass('realtime.alembic_version')").fetchone() == (None,):
-            return []
-        rows = db.execute("select version_num from realtime.alembic_version").fetchall()
-    # The table names only those that no other one depends on.
-    script = ScriptDirectory.from_config(alembic_config())
-    return sorted(revision.revision for revision in script.get_all_current(tuple(name for (name,) in rows)))
+            return ()
+        return tuple(name for (name,) in db.execute("select version_num from realtime.alembic_version order by 1"))
 
 
 def check(url: str) -> None:

@@ -12,13 +12,14 @@ import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import httpx2
 import msgspec
 import structlog
 
 from realtime_server.claims import API_KEY_EXPIRES_AT, Claims, Keys, Rules, clean, verify
+from realtime_server.config import Settings
 from realtime_server.errors import NoSigningKey, SettingsError
 
 # How long keys are good if the issuer does not say, and the bounds of what it may say (`Cache-Control: max-age`).
@@ -70,6 +71,16 @@ class Tokens:
         self._asked_at = self._fetched_at = -float("inf")
         self._due_at = self._steady()
         self._flight: asyncio.Task[None] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, secret: str | None) -> Self:
+        return cls(
+            secret=secret,
+            jwks_url=settings.jwks_url,
+            roles=frozenset(settings.roles),
+            required_claims=settings.jwt_claims,
+            opaque_keys=settings.opaque_keys,
+        )
 
     async def verify(self, token: str) -> Claims:
         """Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, MissingClaims."""

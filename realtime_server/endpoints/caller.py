@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
+import msgspec
 import structlog
+from msgspec import Meta
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
 from realtime_server.authorization import EVERYTHING
 from realtime_server.claims import Claims
+from realtime_server.endpoints.openapi import Parameter
 from realtime_server.errors import MissingKey, PrivateOnly, RealtimeError, TopicNameRequired, Unauthorized
 from realtime_server.hub import Room
 from realtime_server.protocol.messages import TOPIC_PREFIX
 from realtime_server.services import Services
 
 log = structlog.get_logger()
+
+
+class CodedRefusal(msgspec.Struct, omit_defaults=True):
+    """`code` is stable, `message` may change. `cursor`: the first one that can be read from, in case of a gap."""
+
+    code: str
+    message: str
+    cursor: str = ""
+
+
+Topic = Annotated[str, Meta(min_length=1, description="with or without realtime:")]
+PRIVATE: Final = Parameter("private", "query", str, "true or 1: the private topic; anything else: the public one")
+REFUSALS: Final[dict[int, tuple[Any, ...]]] = {
+    400: ("the request cannot be understood", CodedRefusal),
+    401: ("no valid token", CodedRefusal),
+    403: ("no policy lets the caller receive on the private topic", CodedRefusal),
+    422: ("the policies took too long", CodedRefusal),
+    503: ("the database is away, or the server is about to stop", CodedRefusal),
+}
 
 
 def token_of(request: HTTPConnection) -> str:

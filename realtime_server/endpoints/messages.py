@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
+from realtime_server.endpoints.caller import (
+    PRIVATE,
+    REFUSALS,
+    CodedRefusal,
+    Topic,
+    check_may_receive,
+    policy_headers,
+    refusal,
+    room_of,
+    token_of,
+)
+from realtime_server.endpoints.openapi import Operation, Parameter, documented
 from realtime_server.errors import Gap, InvalidLimit, RealtimeError
 from realtime_server.services import Services
 
@@ -17,9 +29,29 @@ DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
 
 
+class StoredPage(msgspec.Struct):
+    messages: list[dict[str, Any]]
+    cursor: Annotated[str, Meta(description="of the last message, or of now: what to ask `after` next")]
+    is_last: bool
+
+
+PAGE: Final = Operation(
+    summary="Read stored messages behind a cursor; without one, get the cursor of now",
+    parameters=(
+        Parameter("topic", "query", Topic, "the topic to read", is_required=True),
+        PRIVATE,
+        Parameter("after", "query", str, "the cursor behind which to read"),
+        Parameter("limit", "query", Annotated[int, Meta(ge=1, le=MAX_LIMIT)], f"{DEFAULT_LIMIT} when not given"),
+    ),
+    answers={200: ("a page", StoredPage), **REFUSALS, 410: ("messages behind the cursor are gone", CodedRefusal)},
+    needs_token=True,
+)
+
+
 def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]]:
     """Answers {"messages": [...], "cursor": "...", "is_last": bool}; without `after`, no messages and the cursor of now."""
 
+    @documented(PAGE)
     async def endpoint(request: Request) -> Response:
         try:
             return await _page(services, request)

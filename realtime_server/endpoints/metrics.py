@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from realtime_server.claims import Keys, verify_signature
 from realtime_server.endpoints.caller import token_of
+from realtime_server.endpoints.openapi import TEXT, Operation, Parameter, documented
 from realtime_server.errors import RealtimeError
 from realtime_server.metrics import Metrics
 from realtime_server.services import Verify
@@ -26,6 +27,15 @@ OPERATOR: Final = "service_role"
 def metrics_endpoint(metrics: Metrics, verify: Verify, secret: str | None) -> Callable[[Request], Awaitable[Response]]:
     keys = None if secret is None else Keys.load(secret)
 
+    @documented(
+        Operation(
+            summary="Metrics for Prometheus",
+            answers={200: ("the metrics, in the text format of Prometheus",), 403: ("no token that may read them",)},
+            parameters=(Parameter("region", "path", str, "any name: there is one region"),),
+            texts={200: TEXT},
+            needs_token=True,
+        )
+    )
     async def endpoint(request: Request) -> Response:
         try:
             token = token_of(request)

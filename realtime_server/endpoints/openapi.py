@@ -1,24 +1,27 @@
-"""The OpenAPI 3.1 document of the REST part: what each endpoint says about itself, with the schemas of its own types.
+"""The OpenAPI 3.1 document: what each endpoint says about itself, with the schemas of its own types.
 
-An endpoint is described where it is written, with `@documented(...)`; paths and methods come from the routes.
+An endpoint is described where it is written, with `@documented(...)`; paths and methods come from the routes. Routes under the public
+prefix are described without it. Of a WebSocket only the handshake can be described.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 JSON: Final = "application/json"
 BYTES: Final = "application/octet-stream"
+TEXT: Final = "text/plain"
+PREFIX: Final = "/realtime/v1"
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-E = TypeVar("E", bound=Callable[..., Awaitable[Response]])
+E = TypeVar("E", bound=Callable[..., Awaitable[Response | None]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +30,17 @@ class Parameter:
     place: Literal["path", "query", "header"]
     type: Any
     meaning: str
+    is_required: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """`answers`: what each status means and the types its JSON body may have, none when it is empty. `body`: media type to type."""
+    """`answers`: what each status means and the types its JSON body may have, none when it is empty. `texts`: the media types of statuses
+    whose body is text. `body`: media type to type."""
 
     summary: str
     answers: Mapping[int, tuple[Any, ...]]
+    texts: Mapping[int, str] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     parameters: tuple[Parameter, ...] = ()
     needs_token: bool = False
@@ -66,23 +72,30 @@ def openapi_endpoint(routes: Iterable[BaseRoute], version: str) -> Endpoint:
 
 
 def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:
-    """The document of all described routes under `/api/`."""
+    """The document of all described routes. What is served with and without the prefix is described once."""
     operations = [
         (route, route.endpoint.operation)
         for route in routes
-        if isinstance(route, Route) and route.path.startswith("/api/") and hasattr(route.endpoint, "operation")
+        if isinstance(route, Route | WebSocketRoute)
+        and hasattr(route.endpoint, "operation")
+        and not route.path.startswith(f"{PREFIX}/api/")
     ]
     types = list({id(type_): type_ for _, operation in operations for type_ in _types(operation)}.values())
     found, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schemas = {id(type_): schema for type_, schema in zip(types, found, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     for route, operation in operations:
-        method = next(iter((route.methods or {"GET"}) - {"HEAD"}))
-        paths.setdefault(route.path_format, {})[method.lower()] = _describe(operation, route.name, schemas)
+        methods = (route.methods or set()) - {"HEAD"} if isinstance(route, Route) else {"GET"}
+        is_api = route.path.startswith("/api/")
+        path = paths.setdefault(route.path_format.removeprefix(PREFIX), {})
+        for method in sorted(methods):
+            path[method.lower()] = _describe(operation, route, schemas, has_rate_headers=is_api)
+        if not is_api:
+            path["servers"] = [{"url": PREFIX if route.path.startswith(PREFIX) else "/"}]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Realtime", "version": version},
-        "servers": [{"url": "/realtime/v1"}, {"url": "/"}],
+        "servers": [{"url": PREFIX}, {"url": "/"}],
         "paths": paths,
         "components": {
             "schemas": components,
@@ -105,30 +118,45 @@ def _types(operation: Operation) -> Iterable[Any]:
         yield from types
 
 
-def _describe(operation: Operation, name: str, schemas: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in RESPONSE_HEADERS}
+def _describe(
+    operation: Operation,
+    route: Route | WebSocketRoute,
+    schemas: Mapping[int, dict[str, Any]],
+    *,
+    has_rate_headers: bool,
+) -> dict[str, Any]:
+    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in RESPONSE_HEADERS if has_rate_headers}
+
+    def body_of(status: int, types: list[Any]) -> dict[str, Any]:
+        bodies = {JSON: {"schema": _any_of([schemas[id(type_)] for type_ in types])}} if types else {}
+        if status in operation.texts:
+            bodies[operation.texts[status]] = {"schema": {"type": "string"}}
+        return {"content": bodies} if bodies else {}
+
     described: dict[str, Any] = {
-        "operationId": name,
+        "operationId": route.name,
         "summary": operation.summary,
         "responses": {
             str(status): {
                 "description": meaning,
-                "headers": headers,
-                **({"content": {JSON: {"schema": _any_of([schemas[id(type_)] for type_ in types])}}} if types else {}),
+                **({"headers": headers} if headers else {}),
+                **body_of(status, types),
             }
             for status, (meaning, *types) in operation.answers.items()
         },
     }
-    if operation.parameters:
+    # One operation may be served with and without a parameter in its path.
+    parameters = [one for one in operation.parameters if one.place != "path" or one.name in route.param_convertors]
+    if parameters:
         described["parameters"] = [
             {
                 "name": parameter.name,
                 "in": parameter.place,
-                "required": parameter.place == "path",
+                "required": parameter.is_required or parameter.place == "path",
                 "description": parameter.meaning,
                 "schema": schemas[id(parameter.type)],
             }
-            for parameter in operation.parameters
+            for parameter in parameters
         ]
     if operation.body is not None:
         content = {media_type: {"schema": schemas[id(type_)]} for media_type, type_ in operation.body.items()}

@@ -6,15 +6,16 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from realtime_server.endpoints.openapi import Operation, documented
+from realtime_server.endpoints.openapi import TEXT, Operation, documented
 from realtime_server.limits import Rate
 
 # What `x-rate-limit` says where there is none: clients expect an integer, and one with a remainder.
@@ -26,6 +27,14 @@ class Told(msgspec.Struct):
     message: str
 
 
+class Readiness(msgspec.Struct, omit_defaults=True):
+    ready: bool
+    relay: bool
+    serving: bool
+    why: Annotated[str, Meta(description="what is in the way")] = ""
+
+
+@documented(Operation(summary="Does the process answer?", answers={200: ("it does",)}, texts={200: TEXT}))
 async def alive(request: Request) -> Response:
     """200 as long as the process answers; asks nothing of the database."""
     return PlainTextResponse("ok")
@@ -36,6 +45,12 @@ def ready_endpoint(
 ) -> Callable[[Request], Awaitable[Response]]:
     """200 when every part is ready, else 503; the body names the parts and what is in the way."""
 
+    @documented(
+        Operation(
+            summary="Does the server read from its database and accept clients?",
+            answers={200: ("it does", Readiness), 503: ("not yet, or not any more", Readiness)},
+        )
+    )
     async def endpoint(request: Request) -> Response:
         parts, why = is_ready(), obstacle()
         body = {"ready": all(parts.values()), **parts} | ({} if why is None else {"why": why})

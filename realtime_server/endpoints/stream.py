@@ -23,9 +23,11 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import msgspec
 import structlog
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -36,7 +38,18 @@ from realtime_server.changes.subscriptions import TRIED_AGAIN
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT, GOODBYE_S
-from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
+from realtime_server.endpoints.caller import (
+    PRIVATE,
+    REFUSALS,
+    CodedRefusal,
+    Topic,
+    check_may_receive,
+    policy_headers,
+    refusal,
+    room_of,
+    token_of,
+)
+from realtime_server.endpoints.openapi import Operation, Parameter, documented
 from realtime_server.endpoints.sockets import Sockets, check_limits
 from realtime_server.errors import (
     DatabaseUnavailable,
@@ -78,6 +91,41 @@ PASSING: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, 
 log = structlog.get_logger()
 
 
+class Ticket(msgspec.Struct):
+    ticket: str
+    expires_in: Annotated[int, Meta(description="seconds")]
+
+
+TICKET: Final = Operation(
+    summary="Trade a token for a ticket, with which one event stream may be opened without headers",
+    answers={200: ("the ticket", Ticket), 401: ("no valid token", CodedRefusal)},
+    needs_token=True,
+)
+STREAM: Final = Operation(
+    summary="Receive messages and row changes as Server-Sent Events",
+    parameters=(
+        Parameter("topic", "query", list[Topic], "topics to receive; required without `schema` and `table`"),
+        PRIVATE,
+        Parameter("event", "query", list[str], "events to receive; none or *: all"),
+        Parameter("schema", "query", str, "schema of the tables whose row changes to receive"),
+        Parameter("table", "query", str, "table whose row changes to receive"),
+        Parameter("filter", "query", list[str], "condition that rows must meet, as column=operator.value"),
+        Parameter("select", "query", list[str], "columns of the rows to receive"),
+        Parameter("after", "query", str, "cursor behind which to begin"),
+        Parameter("Last-Event-ID", "header", str, "the same, as browsers send it; has precedence"),
+        Parameter("ticket", "query", str, "in place of a token"),
+        Parameter("apikey", "query", str, "the token, for clients that send no headers"),
+    ),
+    answers={
+        200: ("the stream; for EventSource also a stream that ends at once, where the trouble will pass",),
+        **REFUSALS,
+        429: ("too many topics, streams or joins", CodedRefusal),
+    },
+    texts={200: EVENT_STREAM},
+    needs_token=True,
+)
+
+
 class Tickets:
     """What tickets stand for. Each is taken once, within half a minute, and is known to this process alone."""
 
@@ -112,6 +160,7 @@ class Wish:
 def stream_endpoint(
     services: Services, sockets: Sockets, tickets: Tickets, settings: Settings
 ) -> Callable[[Request], Awaitable[Response]]:
+    @documented(STREAM)
     async def endpoint(request: Request) -> Response:
         if request.method == "HEAD":
             return Response(media_type=EVENT_STREAM)
@@ -133,6 +182,7 @@ def stream_endpoint(
 
 
 def ticket_endpoint(services: Services, tickets: Tickets) -> Callable[[Request], Awaitable[Response]]:
+    @documented(TICKET)
     async def endpoint(request: Request) -> Response:
         try:
             claims = await services.verify(token_of(request))

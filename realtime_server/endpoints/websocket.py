@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Final, Literal
 
+import msgspec
 import structlog
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -17,6 +19,7 @@ from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import EXTENSION, NORMAL, AsgiTransport, Connection, Transport
 from realtime_server.endpoints.caller import policy_headers
+from realtime_server.endpoints.openapi import Operation, Parameter, documented
 from realtime_server.endpoints.sockets import Sockets, check_limits
 from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired
 from realtime_server.protocol import messages
@@ -26,9 +29,31 @@ from realtime_server.session import Session
 log = structlog.get_logger()
 
 
+class HandshakeRefusal(msgspec.Struct):
+    error: str
+
+
+HANDSHAKE: Final = Operation(
+    summary="Open a WebSocket, on which the protocol of Phoenix channels is spoken",
+    parameters=(
+        Parameter("apikey", "query", str, "key or token of the client; required without x-api-key"),
+        Parameter("x-api-key", "header", str, "the same; has precedence"),
+        Parameter("vsn", "query", Literal["1.0.0", "2.0.0"], "version of the protocol, 1.0.0 when not given"),
+    ),
+    answers={
+        101: ("the connection is a WebSocket from here on",),
+        401: ("no valid key or token", HandshakeRefusal),
+        403: ("the version is not known, or the origin is not allowed",),
+        429: ("too many sockets or joins", HandshakeRefusal),
+        503: ("the server is about to stop", HandshakeRefusal),
+    },
+)
+
+
 def websocket_endpoint(
     services: Services, sockets: Sockets, settings: Settings
 ) -> Callable[[WebSocket], Awaitable[None]]:
+    @documented(HANDSHAKE)
     async def endpoint(websocket: WebSocket) -> None:
         format = messages.socket_format(websocket.query_params.get("vsn"))
         if format is None or not _origin_is_allowed(websocket.headers.get("origin"), settings.allowed_origins):

@@ -24,6 +24,9 @@ declare
     v_passed boolean;
     v_is_done boolean;
     v_table text;
+    -- Row-level security and a missing GRANT both raise 42501: only the text tells them apart, and only where it is not translated.
+    v_is_english constant boolean := pg_catalog.current_setting('lc_messages') ~* '^(c|posix|en)([._]|$)';
+    c_denied_by_policy constant text := 'new row violates row-level security policy%';
 begin
     foreach extension in array extensions loop
         can_read := null;
@@ -59,7 +62,9 @@ begin
                     end if;
                     can_write := true;
                 when insufficient_privilege then
-                    null;
+                    if v_is_english and sqlerrm not like c_denied_by_policy then
+                        problem := sqlstate || ': ' || sqlerrm;
+                    end if;
                 when sqlstate 'RT000' then
                     if not v_passed then
                         raise;
@@ -83,6 +88,9 @@ begin
                         end if;
                         can_read := true;
                     when insufficient_privilege then
+                        if v_is_english and sqlerrm not like c_denied_by_policy then
+                            problem := sqlstate || ': ' || sqlerrm;
+                        end if;
                         can_read := false;
                     when sqlstate 'RT000' then
                         if not v_passed then
@@ -103,6 +111,8 @@ begin
                     raise exception using errcode = 'RT000';
                 exception
                     when insufficient_privilege then
+                        -- Row-level security hides rows and raises nothing.
+                        problem := sqlstate || ': ' || sqlerrm;
                         can_read := false;
                     when sqlstate 'RT000' then
                         if not v_passed then
@@ -131,7 +141,7 @@ begin
 end
 $$;
 comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
-    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated; then nothing is allowed.';
+    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated, or may not read what it needs; then what it guards is not allowed.';
 revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
 
 create or replace function realtime.authorize_batch(topics text[], roles text[], claims jsonb[], headers jsonb[])

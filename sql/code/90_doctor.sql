@@ -85,6 +85,105 @@ comment on function realtime.doctor_roles(text[]) is
     'For realtime.doctor: whether the roles that tokens name are there, may be taken on and are bound by row-level security.';
 revoke all on function realtime.doctor_roles(text[]) from public;
 
+-- Policies that are asked for clients: those of private topics, of published tables, and of the tables that such policies read.
+create or replace function realtime.doctor_policies(roles text[])
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive clients as materialized (
+        select r.oid as role, r.rolname
+        from pg_roles as r
+        where r.rolname = any (roles) and not (r.rolsuper or r.rolbypassrls)
+    ),
+    policies as materialized (
+        select p.oid as policy, p.polname, p.polrelid, p.polcmd, p.polpermissive, c.role, c.rolname
+        from pg_policy as p
+        join pg_class as guarded on guarded.oid = p.polrelid and guarded.relrowsecurity
+        join clients as c
+            on exists (select from unnest(p.polroles) as r (oid) where r.oid = 0 or pg_has_role(c.role, r.oid, 'usage'))
+        where p.polcmd in ('r', '*') or p.polcmd = 'a' and p.polrelid = 'realtime.messages'::regclass
+    ),
+    needed as materialized (
+        select p.policy, p.polname, p.polrelid, p.role, p.rolname, d.refclassid, d.refobjid, array_agg(d.refobjsubid) as columns
+        from policies as p
+        join pg_depend as d on d.classid = 'pg_policy'::regclass and d.objid = p.policy
+        where d.refclassid in ('pg_class'::regclass, 'pg_proc'::regclass) and d.refobjid <> p.polrelid
+        group by p.policy, p.polname, p.polrelid, p.role, p.rolname, d.refclassid, d.refobjid
+    ),
+    evaluated (role, relation) as (
+        select c.role, asked.relation
+        from clients as c
+        cross join (
+            select 'realtime.messages'::regclass::oid
+            union
+            select member.prrelid
+            from pg_publication as publication
+            join pg_publication_rel as member on member.prpubid = publication.oid
+            where publication.pubname = 'supabase_realtime'
+        ) as asked (relation)
+        union
+        select n.role, n.refobjid
+        from evaluated as e
+        join needed as n on n.role = e.role and n.polrelid = e.relation and n.refclassid = 'pg_class'::regclass
+    )
+    select
+        'policies',
+        -- The role of the public key is often meant to stay outside.
+        case when c.rolname = 'anon' and others.may_receive then 'ok' else 'note' end,
+        format('no policy on realtime.messages lets role %I receive: its joins of private topics are all refused', c.rolname),
+        case
+            when not (c.rolname = 'anon' and others.may_receive)
+                then format('for private topics: create policy ... on realtime.messages for select to %I using (...)', c.rolname)
+        end
+    from clients as c
+    cross join lateral (
+        select coalesce(bool_or(p.role <> c.role and p.rolname <> 'service_role'), false) as may_receive, coalesce(bool_or(p.role = c.role), false) as is_one
+        from policies as p
+        where p.polrelid = 'realtime.messages'::regclass and p.polpermissive and p.polcmd in ('r', '*')
+    ) as others
+    where not others.is_one
+    union all
+    select
+        'policy_rights',
+        'problem',
+        format(
+            'policy %I of %s needs %s, and role %I may not %s: permission denied, so what the policy guards is refused',
+            n.polname,
+            realtime.table_name(n.polrelid),
+            needs.title,
+            n.rolname,
+            case when needs.is_function then 'execute it' else 'select from it' end
+        ),
+        format(
+            case when needs.is_function then 'grant execute on function %s to %I' else 'grant select on %s to %I' end,
+            needs.title,
+            n.rolname
+        )
+    from evaluated as e
+    join needed as n on n.role = e.role and n.polrelid = e.relation
+    cross join lateral (
+        select
+            n.refclassid = 'pg_proc'::regclass as is_function,
+            case when n.refclassid = 'pg_proc'::regclass then n.refobjid::regprocedure::text else realtime.table_name(n.refobjid) end as title
+    ) as needs
+    where case
+        when needs.is_function then not has_function_privilege(n.role, n.refobjid, 'execute')
+        else not has_table_privilege(n.role, n.refobjid, 'select')
+            and (
+                not has_any_column_privilege(n.role, n.refobjid, 'select')
+                or exists (
+                    select from unnest(n.columns) as c (number)
+                    where c.number > 0 and not has_column_privilege(n.role, n.refobjid, c.number::smallint, 'select')
+                )
+            )
+    end
+$$;
+comment on function realtime.doctor_policies(text[]) is
+    'For realtime.doctor: whether clients may join private topics at all, and may read what the policies read that are asked for them.';
+revoke all on function realtime.doctor_policies(text[]) from public;
+
 create or replace function realtime.doctor_partitions()
 returns table ("check" text, level text, finding text, advice text)
 language sql
@@ -718,6 +817,7 @@ begin
     end if;
     return query select * from realtime.doctor_servers();
     return query select * from realtime.doctor_roles(doctor.roles);
+    return query select * from realtime.doctor_policies(doctor.roles);
     return query select * from realtime.doctor_partitions();
     if doctor.changes <> 'trigger' then
         v_obstacle := realtime.doctor_obstacle(doctor.obstacle);

@@ -15,6 +15,8 @@ from tests.acceptance.test_operation import newcomer, run_command
 from tests.acceptance.test_pooler import pooled
 from tests.fix_changes import SOURCES, Source, changes_server
 from tests.fix_database import OWNER, Cluster, TestDatabase, all_walsenders_taken
+from tests.fix_server import Server, make_token
+from tests.fix_wire import WireFactory
 
 __all__ = ["pooled"]  # fixtures
 
@@ -101,6 +103,41 @@ def test_database_that_lets_no_replication_in(database: TestDatabase) -> None:
         assert level == "note"
         assert "PostgreSQL refuses a replication connection: " in finding
         assert "max_wal_senders" in finding
+
+
+async def test_table_that_a_policy_may_not_read_is_named_in_the_log_and_by_doctor(
+    server: Server, wire: WireFactory
+) -> None:
+    server.database.execute("create table members (room text, user_id uuid)")
+    server.database.execute(
+        "create policy members_receive on realtime.messages for select to authenticated"
+        " using (exists (select from members as m where m.room = messages.topic and m.user_id = auth.uid()))"
+    )
+    sub = "00000000-0000-0000-0000-00000000000a"
+    server.database.execute("insert into members values ('room:1', %s)", sub)
+    client = await wire(server.websocket_url, server.anon_key)
+    token = make_token(sub=sub)
+    refused = await client.join("room:1", {"private": True}, access_token=token)
+    assert refused["response"]["reason"].startswith("Unauthorized: ")
+    code, found = await asyncio.to_thread(findings, server.database)
+    assert code == 1
+    level, finding = one(found, "policy_rights")
+    assert (level, finding.partition(":")[0]) == (
+        "problem",
+        "policy members_receive of realtime.messages needs public.members, and role authenticated may not select from it",
+    )
+    (advice,) = [one["advice"] for one in found if one["check"] == "policy_rights"]
+    assert advice == "grant select on public.members to authenticated"
+    server.database.execute(advice)
+    assert (await client.join("room:1", {"private": True}, access_token=token))["status"] == "ok"
+
+    await server.stop()
+    lines = [json.loads(line) for line in server.log.splitlines() if "policy could not be evaluated" in line]
+    assert {line["extension"] for line in lines} == {"broadcast", "presence"}
+    for line in lines:
+        assert (line["topic"], line["role"], line["sub"]) == ("room:1", "authenticated", sub)
+        assert line["problem"] == "42501: permission denied for table members"
+        assert "realtime-server doctor" in line["hint"]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from tests.fix_database import Cluster, TestDatabase
+from tests.fix_database import OWNER, Cluster, TestDatabase
 from tests.fix_postgres import open_folder
 from tests.fix_server import SECRET, Server, ServerFactory, make_token
 from tests.fix_wire import WireFactory
@@ -202,11 +202,12 @@ async def test_public_joins_and_client_broadcasts_work_while_the_database_is_awa
 
 
 class Newcomer:
-    """`realtime-server run` in a folder, nothing set but the port."""
+    """`realtime-server run` in a folder, nothing set but the port. `log`: its standard error, once it has ended."""
 
-    def __init__(self, process: asyncio.subprocess.Process, output: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.output = output
+        self.output = ""
+        self.log = ""
 
     def fact(self, name: str) -> str:
         found = re.search(rf"^ +{name} +(\S.*)$", self.output, re.MULTILINE)
@@ -226,18 +227,20 @@ async def newcomer(folder: Path, command: list[str] = COMMAND, **settings: str) 
     )
     assert process.stdout is not None
     output = ""
+    server = Newcomer(process)
     try:
         async with asyncio.timeout(LIMIT_S):
             while "  3. curl" not in output:
                 line = await process.stdout.readline()
                 assert line, (await process.communicate())[1].decode()
                 output += line.decode()
-        yield Newcomer(process, output)
+        server.output = output
+        yield server
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(LIMIT_S):
-            await process.communicate()
+            server.log = (await process.communicate())[1].decode()
 
 
 def postgres_of(folder: Path) -> list[str]:
@@ -252,9 +255,9 @@ async def test_newcomer_gets_everything_with_one_command(folder: Path, wire: Wir
         socket = await wire(server.fact("WebSocket"), server.fact("anon key"))
         await socket.join("room:1")
         # The second thing to try, as it is printed.
-        line = re.search(r"^  2\. (psql .*)$", server.output, re.MULTILINE)
+        line = re.search(r"^  2\. (.* psql .*)$", server.output, re.MULTILINE)
         assert line
-        subprocess.run(["bash", "-c", line[1]], check=True, capture_output=True)
+        subprocess.run(["bash", "-c", line[1]], check=True, capture_output=True, cwd=folder, env=bare_environment())
         assert b'"hello": "world"' in await socket.hear_bytes()
         # And the third, which is two lines long.
         async with asyncio.timeout(LIMIT_S):
@@ -327,6 +330,75 @@ async def test_keys_and_token_serve_programs(folder: Path, wire: WireFactory) ->
         socket = await wire(server.fact("WebSocket"), keys["anon_key"])
         assert (await socket.join("p", {"private": True}, access_token=token))["status"] == "ok"
         assert (await socket.join("q", {"private": True}))["status"] == "error"
+
+
+# -- commands find the running server
+
+
+async def test_commands_find_the_running_server_by_its_data_folder(folder: Path) -> None:
+    record = folder / ".realtime" / "server.json"
+    async with newcomer(folder, REALTIME_JWT_CLAIMS='{"iss": "here"}', REALTIME_PROT="1") as server:
+        assert record.stat().st_mode & 0o777 == 0o600
+        keys = json.loads((await asyncio.to_thread(run_command, "keys", "--json", cwd=folder)).stdout)
+        assert keys["url"] == server.fact("client URL")
+        # The settings that were given to the server count too, here the claim in both keys.
+        assert keys["anon_key"] == server.fact("anon key")
+        for name in ("service_role_key", "jwt_secret"):
+            assert keys[name] not in record.read_text()
+        assert "password" not in record.read_text()
+        sent = await asyncio.to_thread(run_command, "send", "--public", "t", "e", "{}", cwd=folder)
+        assert (sent.returncode, sent.stderr) == (0, "")
+        # What is set here comes first.
+        given = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, REALTIME_PORT="1")
+        assert json.loads(given.stdout)["url"] == "http://127.0.0.1:1"
+        other = await asyncio.to_thread(run_command, "token", cwd=folder, REALTIME_JWT_SECRET=SECRET)
+        assert other.returncode == 1
+        assert f"the server that runs here (pid {server.process.pid}) has another secret" in other.stderr
+        # psql needs nothing but its arguments, and the exit code is its own.
+        query = ["-XtA", "-v", "ON_ERROR_STOP=1", "-c", "select current_user, current_database()", "-c", "select 1/0"]
+        asked = await asyncio.to_thread(run_command, "psql", *query, cwd=folder, PATH="/nowhere", PGSERVICE="other")
+        assert (asked.returncode, asked.stdout) == (1, "postgres|realtime\n")
+        assert "division by zero" in asked.stderr
+        # A token is checked as the server does it.
+        for claims, verdict, code in (("iss=here", "accepted", 0), ("iss=there", "refused", 1)):
+            token = await asyncio.to_thread(run_command, "token", "--claim", claims, cwd=folder)
+            checked = await asyncio.to_thread(run_command, "token", "--check", token.stdout.strip(), cwd=folder)
+            assert (checked.returncode, checked.stdout.splitlines()[-1].split()[0]) == (code, verdict)
+        left = record.read_text()
+    assert not record.exists()
+    (warning,) = [json.loads(line) for line in server.log.splitlines() if "no setting" in line]
+    assert (warning["variable"], warning["did_you_mean"]) == ("REALTIME_PROT", "REALTIME_PORT")
+
+    record.write_text(left)
+    stale = json.loads(run_command("keys", "--json", cwd=folder).stdout)
+    assert stale["url"] == "http://127.0.0.1:4000"
+
+
+async def test_commands_find_the_server_of_another_database(database: TestDatabase, folder: Path) -> None:
+    facts = psycopg.conninfo.conninfo_to_dict(database.url)
+    password = str(facts["password"])
+    settings = {"REALTIME_DATABASE_URL": database.url, "REALTIME_JWT_SECRET": SECRET, "REALTIME_CHANGES": "trigger"}
+    async with newcomer(folder, COMMAND, **settings) as server:
+        record = (folder / ".realtime" / "server.json").read_text()
+        assert password not in record
+        assert SECRET not in record
+        doctor = await asyncio.to_thread(run_command, "doctor", cwd=folder, PGPASSWORD=password)
+        assert (doctor.returncode, doctor.stderr) == (0, "")
+        assert "row changes come from capture triggers, as the settings ask for it" in doctor.stdout
+        keys = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, REALTIME_JWT_SECRET=SECRET)
+        assert json.loads(keys.stdout)["url"] == server.fact("client URL")
+        for given in ({"PGPASSWORD": password}, {"REALTIME_DATABASE_URL": database.url}):
+            show = ["-XtAc", "select current_user, current_database()", "-c", r"\! tr '\0' ' ' < /proc/$PPID/cmdline"]
+            asked = await asyncio.to_thread(run_command, "psql", *show, cwd=folder, **given)
+            assert asked.stdout.splitlines()[0] == f"{OWNER}|{facts['dbname']}"
+            assert "psql -XtAc" in asked.stdout
+            assert password not in asked.stdout
+        # The secret of the embedded database is not this server's.
+        assert "set REALTIME_JWT_SECRET" in (await asyncio.to_thread(run_command, "keys", cwd=folder)).stderr
+        # To another database this server is of no concern.
+        elsewhere = {"REALTIME_DATABASE_URL": f"{database.url}_else", "REALTIME_JWT_SECRET": SECRET}
+        keys = await asyncio.to_thread(run_command, "keys", "--json", cwd=folder, **elsewhere)
+        assert json.loads(keys.stdout)["url"] == "http://127.0.0.1:4000"
 
 
 # -- the wheel

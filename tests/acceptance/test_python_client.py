@@ -633,7 +633,8 @@ async def command(server: Server, *arguments: str, answers: bool = True) -> Asyn
             if answers:
                 assert process.stderr is not None
                 line = await process.stderr.readline()
-                assert line.startswith(b"listening to "), line
+                room = "public" if "--public" in arguments else "private"
+                assert line == f"listening to {arguments[1]}, the {room} room of this name\n".encode()
             yield process
     finally:
         if process.returncode is None:

@@ -316,6 +316,37 @@ def test_a_role_that_does_not_exist_or_may_not_be_taken_allows_nothing(rooms: Te
         assert problems(db, role) == [(False, False, code)] * 2
 
 
+READS_MEMBERS: LiteralString = "(exists (select from public.members as m where m.topic = realtime.topic()))"
+COMMANDS: tuple[LiteralString, ...] = ("select using", "insert with check", "all using")
+
+
+def test_missing_grant_of_what_a_policy_reads_is_a_problem_and_denies_only_what_it_guards(rooms: TestDatabase) -> None:
+    with rooms.connect() as db:
+
+        def asked() -> tuple[Any, ...]:
+            (answer,) = set(
+                db.execute(
+                    "select can_read, can_write, problem from realtime.authorize('room:1', 'authenticated', '{}')"
+                ).fetchall()
+            )
+            return answer
+
+        for command, other in itertools.product(COMMANDS, (None, *COMMANDS[:2])):
+            with db.transaction(force_rollback=True):
+                db.execute(f"create policy reading on realtime.messages for {command} {READS_MEMBERS}")
+                if other is not None:
+                    db.execute(f"create policy other on realtime.messages for {other} (realtime.topic() <> 'room:1')")
+                granted = asked()
+                db.execute("revoke select on members from authenticated")
+                guards = (command != "insert with check", command != "select using")
+                assert granted == (*guards, None)
+                assert asked() == (False, False, "42501: permission denied for table members")
+                if other is not None and other != command and command != "all using":
+                    db.execute("alter policy other on realtime.messages " + other.partition(" ")[2] + " (true)")
+                    free = (other == "select using", other == "insert with check")
+                    assert asked() == (*free, "42501: permission denied for table members")
+
+
 def test_where_nothing_can_be_written_there_is_no_answer(rooms: TestDatabase) -> None:
     """As on a standby: that is no "no", which clients would take for the last word."""
     with rooms.connect() as db:

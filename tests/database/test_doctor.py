@@ -116,7 +116,63 @@ TRIGGER = {"changes": "trigger"}
 PUBLISHED = "alter publication supabase_realtime set table things"
 UPDATE = "update things set title = 'c'"
 
+MEMBERS = (
+    "create table members (room text, user_id uuid, note text)",
+    "create policy members_receive on realtime.messages for select to authenticated"
+    " using (exists (select from members as m where m.room = messages.topic and m.user_id = auth.uid()))",
+)
+DENIED = (
+    "policy members_receive of realtime.messages needs public.members, and role authenticated may not select from it:"
+    " permission denied"
+)
+
 CAUSES = [
+    # -- policies
+    Cause(
+        "policies",
+        "note",
+        "no policy on realtime.messages lets role authenticated receive",
+        ("drop policy chat_members_receive on realtime.messages",),
+        ("create policy everybody on realtime.messages for all to public using (true)",),
+    ),
+    Cause("policy_rights", "problem", DENIED, MEMBERS, ("grant select on members to authenticated",)),
+    Cause("policy_rights", "problem", DENIED, MEMBERS, ("grant select (room, user_id) on members to authenticated",)),
+    Cause("policy_rights", "problem", DENIED, MEMBERS, ("alter role authenticated bypassrls",), as_administrator=True),
+    Cause(
+        "policy_rights",
+        "problem",
+        "policy by_secret of public.things needs public.secrets, and role anon may not select from it",
+        (
+            "create table secrets (id int)",
+            "create policy by_secret on things for select to anon using (id in (select s.id from secrets as s))",
+        ),
+        ("alter publication supabase_realtime drop table things",),
+    ),
+    # What a policy reads may have policies of its own.
+    Cause(
+        "policy_rights",
+        "problem",
+        "policy by_secret of public.members needs public.secrets, and role authenticated may not select from it",
+        (
+            *MEMBERS,
+            "grant select on members to authenticated",
+            "alter table members enable row level security",
+            "create table secrets (id uuid)",
+            "create policy by_secret on members for select using (user_id in (select s.id from secrets as s))",
+        ),
+        ("alter table members disable row level security",),
+    ),
+    Cause(
+        "policy_rights",
+        "problem",
+        "policy by_function of realtime.messages needs public.is_allowed(), and role authenticated may not execute it",
+        (
+            "create function is_allowed() returns boolean language sql as 'select true'",
+            "revoke execute on function is_allowed() from public",
+            "create policy by_function on realtime.messages for insert to authenticated with check (is_allowed())",
+        ),
+        ("grant execute on function is_allowed() to authenticated",),
+    ),
     # -- roles
     Cause(
         "bypassrls",

@@ -299,6 +299,24 @@ def test_the_script_of_realtime_server_migrate_equals_the_migration(
     assert has(online, "public.chat_threads") == bool(arguments)
 
 
+def test_the_script_for_a_database_is_what_is_pending_there(new_database: NewDatabase) -> None:
+    database = new_database("core@head")
+
+    def script(*arguments: str) -> str:
+        command = migrate_command(*arguments, "--sql")
+        return subprocess.run(
+            command, env=environment(database.url), check=True, capture_output=True, text=True, timeout=LIMIT_S
+        ).stdout
+
+    assert script() == "-- Nothing is pending.\n"
+    pending = script("chat")
+    assert "create table public.chat_threads" in pending
+    assert "create table realtime.messages" not in pending
+    run_script(database, pending)
+    assert installed(database) == heads("chat", "core")
+    assert script("--all") == "-- Nothing is pending.\n"
+
+
 @pytest.mark.parametrize(
     ("target", "revisions"),
     [
