@@ -3,8 +3,8 @@
     RealtimeError
     ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding  InvalidBroadcast
     │                       UnknownPresenceEvent  InvalidTrack
-    ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
-    │                       InvalidClaims  Unauthorized  SendDenied  TrackDenied
+    ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  TokenNotYetValid  InvalidSignature
+    │                       NoSigningKey  InvalidClaims  Unauthorized  SendDenied  TrackDenied
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
@@ -155,6 +155,19 @@ class TokenExpired(AuthError):
 
     def __str__(self) -> str:
         return f"Token has expired {self.seconds_ago} seconds ago"
+
+
+class TokenNotYetValid(AuthError):
+    """The token's `nbf` lies more than a minute in the future. Check the clocks of the issuer and of this server."""
+
+    code = "InvalidJWTToken"
+
+    def __init__(self, seconds_left: int) -> None:
+        super().__init__(seconds_left)
+        self.seconds_left = seconds_left
+
+    def __str__(self) -> str:
+        return f"Token is not valid for another {self.seconds_left} seconds"
 
 
 class InvalidSignature(AuthError):
