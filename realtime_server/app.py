@@ -16,11 +16,10 @@ from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from realtime_server import __version__, database
 from realtime_server.authorization import Authorization
@@ -30,6 +29,7 @@ from realtime_server.config import Settings
 from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
 from realtime_server.delivery import Delivery
+from realtime_server.endpoints import start
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
 from realtime_server.endpoints.messages import messages_endpoint
 from realtime_server.endpoints.metrics import metrics_endpoint
@@ -154,9 +154,6 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     def parts_ready() -> dict[str, bool]:
         return {"relay": relay.is_ready, "serving": not sockets.is_draining}
 
-    async def start_facts(request: Request) -> Response:
-        return JSONResponse({"anon_key": anon_key})
-
     metrics.watch("realtime_connections", "Sockets and event streams that are open.", lambda: len(sockets))
     metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
@@ -171,6 +168,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     read_metrics = metrics_endpoint(metrics, services.verify, metrics_secret)
 
     websocket = websocket_endpoint(services, sockets, settings)
+    # A key of an embedded database is for whoever sits before it; others are not given away, unless this is a demonstration.
+    given_key = anon_key if settings.database_url is None or settings.demo else None
     tickets = Tickets()
     stream = stream_endpoint(services, sockets, tickets, settings)
     rest = _rest(services, settings)
@@ -189,12 +188,12 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             Route("/metrics/{region}", read_metrics),
             Route("/healthz", alive),
             Route("/readyz", ready_endpoint(parts_ready, lambda: relay.obstacle)),
-            Route("/start.json", start_facts),
+            Route(start.PATH, start.start_endpoint(given_key, settings.host)),
             Mount("/", Pages(directory=PAGES, html=True)),
         ],
         middleware=[
             Middleware(
-                CORSMiddleware,
+                _CrossOrigin,
                 allow_origins=settings.allowed_origins,
                 allow_methods=["GET", "POST"],
                 # Any header that is asked for: applications send `x-` headers of their own, which policies may read.
@@ -296,6 +295,16 @@ def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
         )
         for prefix in ("/realtime/v1", "")
     ]
+
+
+class _CrossOrigin(CORSMiddleware):
+    """CORS for all paths but the one that is for the server's own pages only."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == start.PATH:
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class Pages(StaticFiles):

@@ -68,6 +68,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(4000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     data_dir: Path = Field(Path(".realtime"), description="folder of the embedded PostgreSQL and of the secret")
+    demo: bool = Field(
+        False,
+        description="give the anon key to everybody who opens the start page, as with the embedded database; else people type it in",
+    )
     allowed_origins: TokenList = Field(("*",), description="origins that browsers may connect from, by comma")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
 

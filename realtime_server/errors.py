@@ -4,7 +4,7 @@
     ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding  InvalidBroadcast
     │                       UnknownPresenceEvent  InvalidTrack
     ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  TokenNotYetValid  InvalidSignature
-    │                       NoSigningKey  InvalidClaims  Unauthorized  SendDenied  TrackDenied
+    │                       NoSigningKey  InvalidClaims  Unauthorized  SendDenied  TrackDenied  CrossOrigin
     ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
@@ -234,6 +234,16 @@ class TrackDenied(AuthError):
     @property
     def response(self) -> dict[str, str]:
         return {}
+
+
+class CrossOrigin(AuthError):
+    """A page of another origin, or one under a host name that is not this machine's, asked for what only the server's own pages get."""
+
+    code = "CrossOrigin"
+    status = 403
+
+    def __str__(self) -> str:
+        return "this is only for pages of the server itself"
 
 
 class LimitError(RealtimeError):
