@@ -30,12 +30,13 @@ from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
 from realtime_server.delivery import Delivery
 from realtime_server.endpoints import start
+from realtime_server.endpoints.bounds import RequestBounds
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
 from realtime_server.endpoints.messages import messages_endpoint
 from realtime_server.endpoints.metrics import metrics_endpoint
 from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
-from realtime_server.endpoints.sockets import Sockets
+from realtime_server.endpoints.sockets import Pace, Sockets
 from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
 from realtime_server.endpoints.websocket import websocket_endpoint
 from realtime_server.errors import RealtimeError
@@ -172,7 +173,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     given_key = anon_key if settings.database_url is None or settings.demo else None
     tickets = Tickets()
     stream = stream_endpoint(services, sockets, tickets, settings)
-    rest = _rest(services, settings)
+    rest = _rest(services, sockets, settings)
     app = Starlette(
         lifespan=lifespan,
         routes=[
@@ -199,7 +200,8 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 # Any header that is asked for: applications send `x-` headers of their own, which policies may read.
                 allow_headers=["*"],
                 expose_headers=list(RESPONSE_HEADERS),
-            )
+            ),
+            Middleware(RequestBounds, max_query_parameters=settings.max_query_parameters),
         ],
     )
     app.state.sockets = sockets
@@ -276,11 +278,12 @@ class ApiRoute(Route):
         return (Match.FULL if match is Match.PARTIAL else match), child_scope
 
 
-def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
+def _rest(services: Services, sockets: Sockets, settings: Settings) -> list[ApiRoute]:
     """The REST part, under the public prefix and without it, as behind a gateway that takes it away."""
     events = services.rates.events
     broadcasts = BroadcastEndpoints(
         publish=services.publish,
+        pace=lambda: Pace(sockets),
         authorize=services.authorize,
         verify=services.verify,
         settings=settings,

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 import structlog
 
 from realtime_server import database
@@ -40,13 +39,20 @@ class Policy:
 EVERYTHING: Final = Policy(True, True, True, True)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyHeaders:
+    """The headers that policies may read, encoded once for all questions of a request or a socket."""
+
+    json: str = "{}"
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`topic` without `realtime:`; `headers` are the socket's `x-` headers, which policies may read."""
+    """`topic` without `realtime:`; `headers` are those of the request or of the socket's handshake."""
 
     topic: str
     claims: Claims
-    headers: Mapping[str, str]
+    headers: PolicyHeaders
 
     @property
     def caller(self) -> Hashable:
@@ -63,7 +69,7 @@ class Authorization:
         self._waiting: OrderedDict[Hashable, deque[Asked]] = OrderedDict()
         self._wanted = asyncio.Event()
 
-    async def authorize(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy:
+    async def authorize(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy:
         """Ask, and wait for the answer. A policy that raises allows nothing. Raises: DatabaseUnavailable, QueryCanceled."""
         answer: asyncio.Future[Policy] = asyncio.get_running_loop().create_future()
         question = Question(topic, claims, headers)
@@ -126,7 +132,7 @@ class Authorization:
                 [question.topic for question in questions],
                 [question.claims.role for question in questions],
                 [question.claims.json for question in questions],
-                [msgspec.json.encode(question.headers).decode() for question in questions],
+                [question.headers.json for question in questions],
             ),
         )
         rights: list[dict[str, bool]] = [{} for _ in questions]

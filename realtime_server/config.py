@@ -77,6 +77,12 @@ class Settings(BaseSettings):
 
     max_frame_bytes: int = Field(5_000_000, ge=1_000, description="larger frames of a client close its socket (1009)")
     max_body_bytes: int = Field(8_000_000, ge=1_000, description="larger REST bodies are refused (413)")
+    max_query_parameters: int = Field(
+        300, ge=10, description="parameters in the query string of a request; more are refused (400)"
+    )
+    max_batch_messages: int = Field(
+        1000, ge=1, le=10_000, description="messages in one REST batch; larger batches are refused (422)"
+    )
     max_payload_bytes: int = Field(3_000_500, ge=1_000, description="larger payloads of clients are refused")
     max_channels_per_socket: int = Field(100, ge=1, description="further joins are refused")
     max_buffered_bytes: int = Field(

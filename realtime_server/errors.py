@@ -2,10 +2,10 @@
 
     RealtimeError
     ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding  InvalidBroadcast
-    │                       UnknownPresenceEvent  InvalidTrack
+    │                       UnknownPresenceEvent  InvalidTrack  TooManyParameters
     ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  TokenNotYetValid  InvalidSignature
     │                       NoSigningKey  InvalidClaims  Unauthorized  SendDenied  TrackDenied  CrossOrigin
-    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
+    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge  TooManyHeaders
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
     ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
@@ -102,6 +102,19 @@ class InvalidTrack(ProtocolError):
     """What a client tracks is no object."""
 
     code = "Presence track payload must be a map"
+
+
+class TooManyParameters(ProtocolError):
+    """The query string has more parameters than REALTIME_MAX_QUERY_PARAMETERS, or an event stream asks for more events than 100."""
+
+    code = "TooManyParameters"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the request has too many parameters, at most {self.limit} are allowed"
 
 
 class AuthError(RealtimeError):
@@ -282,6 +295,16 @@ class PayloadTooLarge(LimitError):
 
     code = "payload_size_exceeded"
     status = 413
+
+
+class TooManyHeaders(LimitError):
+    """The request has more than 100 headers, or the `x-` headers that policies may read are more than 50 or longer than 8 KB."""
+
+    code = "TooManyHeaders"
+    status = 431
+
+    def __str__(self) -> str:
+        return "the request has too many headers, or its x- headers are too long"
 
 
 class Restarting(RealtimeError):

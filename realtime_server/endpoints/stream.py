@@ -30,6 +30,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from realtime_server.authorization import PolicyHeaders
 from realtime_server.changes.entering import PATIENCE_S
 from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import TRIED_AGAIN
@@ -50,6 +51,7 @@ from realtime_server.errors import (
     TokenExpired,
     TooManyChannels,
     TooManyJoins,
+    TooManyParameters,
     TooManyUsers,
     TopicNameRequired,
 )
@@ -68,6 +70,7 @@ KEEP_ALIVE_S: Final = 15.0
 TICKET_S: Final = 30.0
 MOST_TICKETS: Final = 10_000
 DRAIN_LOOK_S: Final = 0.01
+MAX_EVENTS: Final = 100
 # What the server below holds of a slow reader's events.
 PIECE_BYTES: Final = 65_536
 # Event loops refuse delays of decades.
@@ -116,17 +119,16 @@ def stream_endpoint(
         if request.method == "HEAD":
             return Response(media_type=EVENT_STREAM)
         try:
-            wish = _read_wish(request, settings.max_channels_per_socket)
             ticket = request.query_params.get("ticket")
             claims = (
                 await services.verify(token_of(request)) if ticket is None else tickets.take(ticket, time.monotonic())
             )
+            headers = policy_headers(request)
+            wish = _read_wish(request, settings.max_channels_per_socket)
         except RealtimeError as error:
             return refusal(error)
         abort = request.scope.get("extensions", {}).get(ABORT)
-        stream = EventStream(
-            services, sockets, wish, claims, policy_headers(request), settings.max_buffered_bytes, abort
-        )
+        stream = EventStream(services, sockets, wish, claims, headers, settings.max_buffered_bytes, abort)
         return _Answer(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
 
     return endpoint
@@ -152,7 +154,7 @@ class EventStream:
         sockets: Sockets,
         wish: Wish,
         claims: Claims,
-        headers: dict[str, str],
+        headers: PolicyHeaders,
         max_buffered_bytes: int,
         abort: Callable[[], None] | None,
     ) -> None:
@@ -260,6 +262,11 @@ class EventStream:
         self._waiting += frame.data
         self._wake.set()
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether the client has not taken most of what it was sent."""
+        return len(self._waiting) > self._max_buffered_bytes // 4
+
     def close(self, code: int, reason: str = "") -> None:
         """End the stream; code and reason are for sockets."""
         self.end()
@@ -350,7 +357,7 @@ class EventStream:
         while not self._is_over:
             if self._is_in_doubt:
                 await self._authorize()
-            elif len(self._waiting) > self._max_buffered_bytes // 4:
+            elif self.is_filling:
                 await asyncio.sleep(DRAIN_LOOK_S)
             else:
                 return True
@@ -432,7 +439,7 @@ class _Answer(StreamingResponse):
 
 
 def _read_wish(request: Request, max_topics: int) -> Wish:
-    """Raises: TopicNameRequired, TooManyChannels, InvalidBinding."""
+    """Raises: TopicNameRequired, TooManyChannels, TooManyParameters, InvalidBinding."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
     wanted: dict[str, Any] = {}
@@ -448,8 +455,13 @@ def _read_wish(request: Request, max_topics: int) -> Wish:
     if select := ",".join(query.getlist("select")):
         wanted["select"] = [name.strip() for name in select.split(",")]
     events = frozenset(query.getlist("event")) - {"*"}
-    # What is none of the three events counts as all of them.
-    rows = tuple({bindings.parse({**wanted, "event": event}) for event in events or {"*"}}) if wanted else ()
+    if len(events) > MAX_EVENTS:
+        raise TooManyParameters(MAX_EVENTS)
+    rows: tuple[Binding, ...] = ()
+    if wanted:
+        binding = bindings.parse(wanted)
+        # An event that is none of the three counts as all of them.
+        rows = tuple(replace(binding, event=event) for event in {bindings.event_of(event) for event in events or {"*"}})
     if not rooms and not rows:
         raise TopicNameRequired
     if len(rooms) > max_topics:

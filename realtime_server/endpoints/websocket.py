@@ -37,6 +37,7 @@ def websocket_endpoint(
         try:
             if sockets.is_draining:
                 raise Restarting
+            headers = policy_headers(websocket)
             api_key = await _identify(websocket, services.verify)
             check_limits(services, sockets)
         except RealtimeError as error:
@@ -59,7 +60,7 @@ def websocket_endpoint(
                     connection,
                     services,
                     api_key=api_key,
-                    headers=policy_headers(websocket),
+                    headers=headers,
                     tasks=tasks,
                 )
                 idle = _IdleTimer(connection, session, settings)
