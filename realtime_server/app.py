@@ -37,7 +37,8 @@ from realtime_server.endpoints.metrics import metrics_endpoint
 from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
 from realtime_server.endpoints.sockets import Pace, Sockets
-from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
+from realtime_server.endpoints.stream import stream_endpoint
+from realtime_server.endpoints.tickets import Tickets, ticket_endpoint
 from realtime_server.endpoints.websocket import websocket_endpoint
 from realtime_server.errors import RealtimeError
 from realtime_server.history import History
@@ -171,7 +172,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     websocket = websocket_endpoint(services, sockets, settings)
     # A key of an embedded database is for whoever sits before it; others are not given away, unless this is a demonstration.
     given_key = anon_key if settings.database_url is None or settings.demo else None
-    tickets = Tickets()
+    tickets = Tickets(secret, settings.ticket_s)
     stream = stream_endpoint(services, sockets, tickets, settings)
     rest = _rest(services, sockets, settings)
     app = Starlette(
@@ -183,7 +184,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
             ApiRoute("/api/openapi", openapi_endpoint(rest, __version__)),
             Route("/healthcheck", alive),
             Route("/realtime/v1/stream", stream),
-            Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"]),
+            Route("/realtime/v1/stream/ticket", ticket_endpoint(services.verify, tickets), methods=["POST"]),
             Route("/realtime/v1/messages", messages_endpoint(services)),
             Route("/metrics", read_metrics),
             Route("/metrics/{region}", read_metrics),

@@ -115,6 +115,9 @@ class Settings(BaseSettings):
         50_000, ge=1, description="REST requests with an Idempotency-Key that are remembered, about 300 bytes each"
     )
     idempotency_s: float = Field(600.0, gt=0, description="a repeated Idempotency-Key is not sent again for so long")
+    ticket_s: float = Field(
+        3600.0, ge=1, description="a ticket of an event stream is good for so long, or until its token ends"
+    )
     private_only: bool = Field(False, description="refuse joins of public topics")
     retention: timedelta = Field(timedelta(hours=72), description="how long messages are kept, in seconds or ISO 8601")
     idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")

@@ -131,12 +131,13 @@ class MissingKey(AuthError):
 
 
 class InvalidTicket(AuthError):
-    """Tickets for event streams are good once, for half a minute, and at the server that gave them: ask for a new one."""
+    """The ticket of an event stream is older than REALTIME_TICKET_S, was made for another stream, or by a server with another secret:
+    ask for a new one."""
 
     code = "InvalidTicket"
 
     def __str__(self) -> str:
-        return "the ticket is unknown, used or older than half a minute"
+        return "the ticket is unknown, too old or for another stream"
 
 
 class MalformedToken(AuthError):

@@ -12,22 +12,20 @@ A cursor moves on without messages too: after what was resumed, and with every c
 `EventSource` never comes back after an answer other than 200. Who accepts event streams only is therefore told of passing trouble (the
 server restarts, the database is away) in a stream that ends at once.
 
-`EventSource` sends no headers. So that tokens need not stand in URLs, `POST /stream/ticket` trades one for a ticket that is good once.
+`EventSource` sends no headers. So that tokens need not stand in URLs, `POST /stream/ticket` trades one for a ticket: `tickets`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from realtime_server.authorization import PolicyHeaders
@@ -39,11 +37,11 @@ from realtime_server.config import Settings
 from realtime_server.connection import ABORT, GOODBYE_S
 from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
 from realtime_server.endpoints.sockets import Sockets, check_limits
+from realtime_server.endpoints.tickets import Tickets
 from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
     InvalidBinding,
-    InvalidTicket,
     MalformedCursor,
     QueryCanceled,
     RealtimeError,
@@ -67,8 +65,6 @@ from realtime_server.services import Services
 EVENT_STREAM: Final = "text/event-stream"
 RETRY_MS: Final = 1000
 KEEP_ALIVE_S: Final = 15.0
-TICKET_S: Final = 30.0
-MOST_TICKETS: Final = 10_000
 DRAIN_LOOK_S: Final = 0.01
 MAX_EVENTS: Final = 100
 # What the server below holds of a slow reader's events.
@@ -79,27 +75,6 @@ NOT_KEPT: Final = "gap: row changes are not kept for who is away, load the prese
 PASSING: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, TooManyUsers)
 
 log = structlog.get_logger()
-
-
-class Tickets:
-    """What tickets stand for. Each is taken once, within half a minute, and is known to this process alone."""
-
-    def __init__(self) -> None:
-        self._claims: OrderedDict[str, tuple[Claims, float]] = OrderedDict()
-
-    def give(self, claims: Claims, now: float) -> str:
-        ticket = secrets.token_urlsafe(24)
-        self._claims[ticket] = (claims, now + TICKET_S)
-        if len(self._claims) > MOST_TICKETS:
-            self._claims.popitem(last=False)
-        return ticket
-
-    def take(self, ticket: str, now: float) -> Claims:
-        """Raises: InvalidTicket."""
-        claims, expires_at = self._claims.pop(ticket, (None, 0.0))
-        if claims is None or expires_at <= now:
-            raise InvalidTicket
-        return claims
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +95,8 @@ def stream_endpoint(
             return Response(media_type=EVENT_STREAM)
         try:
             ticket = request.query_params.get("ticket")
-            claims = (
-                await services.verify(token_of(request)) if ticket is None else tickets.take(ticket, time.monotonic())
-            )
+            token = token_of(request) if ticket is None else tickets.open(ticket, request.query_params)
+            claims = await services.verify(token)
             headers = policy_headers(request)
             wish = _read_wish(request, settings.max_channels_per_socket)
         except RealtimeError as error:
@@ -130,17 +104,6 @@ def stream_endpoint(
         abort = request.scope.get("extensions", {}).get(ABORT)
         stream = EventStream(services, sockets, wish, claims, headers, settings.max_buffered_bytes, abort)
         return _Answer(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
-
-    return endpoint
-
-
-def ticket_endpoint(services: Services, tickets: Tickets) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        try:
-            claims = await services.verify(token_of(request))
-        except RealtimeError as error:
-            return refusal(error)
-        return JSONResponse({"ticket": tickets.give(claims, time.monotonic()), "expires_in": int(TICKET_S)})
 
     return endpoint
 
@@ -180,7 +143,8 @@ class EventStream:
     async def begin(self) -> None:
         """Take up the stream.
 
-        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, InvalidBinding, DatabaseUnavailable, QueryCanceled.
+        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, TokenExpired, InvalidBinding, DatabaseUnavailable,
+        QueryCanceled.
         """
         if self._sockets.is_draining:
             raise Restarting
@@ -195,6 +159,7 @@ class EventStream:
         place = self._services.place()
         if place is None:
             raise DatabaseUnavailable
+        self._check_expiry()
         self._hold = Hold(*self._followers) if self._followers else None
         self._is_following = True
         for follower in self._followers:
@@ -284,8 +249,8 @@ class EventStream:
 
     def tell_gap(self, problem: str, oldest: str) -> None:
         """Messages of the database are missing from here on."""
-        # Who has not begun yet misses nothing, or is told when its own place is read from.
-        if self._is_following:
+        # A stream that has not begun yet misses nothing, or is told when its own cursor is read from. Row changes come from elsewhere.
+        if self._is_following and self._followers:
             if self._hold is not None:
                 self._hold.restart()
             self._tell_gap(problem, oldest)
@@ -363,10 +328,18 @@ class EventStream:
                 return True
         return False
 
-    def _watch_expiry(self) -> None:
+    def _check_expiry(self) -> float:
+        """How many seconds the token is still good. Raises: TokenExpired."""
         left_s = self._claims.expires_at - time.time()
         if left_s <= 0:
-            self.fail(TokenExpired(int(-left_s)))
+            raise TokenExpired(int(-left_s))
+        return left_s
+
+    def _watch_expiry(self) -> None:
+        try:
+            left_s = self._check_expiry()
+        except TokenExpired as error:
+            self.fail(error)
         else:
             self._expiry = asyncio.get_running_loop().call_later(min(left_s, LONGEST_TIMER_S), self._watch_expiry)
 
