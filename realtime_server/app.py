@@ -16,11 +16,10 @@ from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from realtime_server import __version__, database
 from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, Authorization
@@ -30,13 +29,16 @@ from realtime_server.config import Settings
 from realtime_server.cursor import Place
 from realtime_server.database import Pool, Target
 from realtime_server.delivery import Delivery
+from realtime_server.endpoints import start
+from realtime_server.endpoints.bounds import RequestBounds
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
 from realtime_server.endpoints.messages import messages_endpoint
 from realtime_server.endpoints.metrics import metrics_endpoint
 from realtime_server.endpoints.openapi import RESPONSE_HEADERS, openapi_endpoint
 from realtime_server.endpoints.operations import RateHeaders, alive, ping_endpoint, ready_endpoint
-from realtime_server.endpoints.sockets import Sockets
-from realtime_server.endpoints.stream import Tickets, stream_endpoint, ticket_endpoint
+from realtime_server.endpoints.sockets import Pace, Sockets
+from realtime_server.endpoints.stream import stream_endpoint
+from realtime_server.endpoints.tickets import Tickets, ticket_endpoint
 from realtime_server.endpoints.websocket import websocket_endpoint
 from realtime_server.errors import RealtimeError
 from realtime_server.history import History
@@ -149,9 +151,6 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     def parts_ready() -> dict[str, bool]:
         return {"relay": relay.is_ready, "serving": not sockets.is_draining}
 
-    async def start_facts(request: Request) -> Response:
-        return JSONResponse({"anon_key": anon_key})
-
     metrics.watch("realtime_connections", "Sockets and event streams that are open.", lambda: len(sockets))
     metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
@@ -166,15 +165,17 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     read_metrics = metrics_endpoint(metrics, services.verify, metrics_secret)
 
     websocket = websocket_endpoint(services, sockets, settings)
-    tickets = Tickets()
+    # A key of an embedded database is for whoever sits before it; others are not given away, unless this is a demonstration.
+    given_key = anon_key if settings.database_url is None or settings.demo else None
+    tickets = Tickets(secret, settings.ticket_s)
     stream = stream_endpoint(services, sockets, tickets, settings)
     routes = [
         WebSocketRoute("/realtime/v1/websocket", websocket, name="websocket"),
         WebSocketRoute("/socket/websocket", websocket, name="socket_websocket"),
-        *_rest(services, settings),
+        *_rest(services, sockets, settings),
         Route("/healthcheck", alive, name="healthcheck"),
         Route("/realtime/v1/stream", stream, name="stream"),
-        Route("/realtime/v1/stream/ticket", ticket_endpoint(services, tickets), methods=["POST"], name="ticket"),
+        Route("/realtime/v1/stream/ticket", ticket_endpoint(services.verify, tickets), methods=["POST"], name="ticket"),
         Route("/realtime/v1/messages", messages_endpoint(services), name="messages"),
         Route("/metrics", read_metrics, name="metrics"),
         Route("/metrics/{region}", read_metrics, name="metrics_of_region"),
@@ -186,18 +187,19 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         routes=[
             *routes,
             ApiRoute("/api/openapi", openapi_endpoint(routes, __version__)),
-            Route("/start.json", start_facts),
+            Route(start.PATH, start.start_endpoint(given_key, settings.host)),
             Mount("/", Pages(directory=PAGES, html=True)),
         ],
         middleware=[
             Middleware(
-                CORSMiddleware,
+                _CrossOrigin,
                 allow_origins=settings.allowed_origins,
                 allow_methods=["GET", "POST"],
                 # Any header that is asked for: applications send `x-` headers of their own, which policies may read.
                 allow_headers=["*"],
                 expose_headers=list(RESPONSE_HEADERS),
-            )
+            ),
+            Middleware(RequestBounds, max_query_parameters=settings.max_query_parameters),
         ],
     )
     app.state.sockets = sockets
@@ -276,11 +278,12 @@ class ApiRoute(Route):
         return (Match.FULL if match is Match.PARTIAL else match), child_scope
 
 
-def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
+def _rest(services: Services, sockets: Sockets, settings: Settings) -> list[ApiRoute]:
     """The REST part, under the public prefix and without it, as behind a gateway that takes it away."""
     events = services.rates.events
     broadcasts = BroadcastEndpoints(
         publish=services.publish,
+        pace=lambda: Pace(sockets),
         authorize=services.authorize,
         verify=services.verify,
         settings=settings,
@@ -295,6 +298,16 @@ def _rest(services: Services, settings: Settings) -> list[ApiRoute]:
         )
         for prefix in ("/realtime/v1", "")
     ]
+
+
+class _CrossOrigin(CORSMiddleware):
+    """CORS for all paths but the one that is for the server's own pages only."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == start.PATH:
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class Pages(StaticFiles):

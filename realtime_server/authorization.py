@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from typing import Final
 
-import msgspec
 import structlog
 
 from realtime_server import database
@@ -52,13 +51,20 @@ class Policy:
 EVERYTHING: Final = Policy(True, True, True, True)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyHeaders:
+    """The headers that policies may read, encoded once for all questions of a request or a socket."""
+
+    json: str = "{}"
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`topic` without `realtime:`; `headers` are the socket's `x-` headers, which policies may read."""
+    """`topic` without `realtime:`; `headers` are those of the request or of the socket's handshake."""
 
     topic: str
     claims: Claims
-    headers: Mapping[str, str]
+    headers: PolicyHeaders
 
     @property
     def caller(self) -> Hashable:
@@ -121,7 +127,7 @@ class Authorization:
         self._waiting = _Queue()
         self._alone = _Queue()
 
-    async def authorize(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy:
+    async def authorize(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy:
         """Ask, and wait for the answer. A policy that raises allows nothing. Raises: DatabaseUnavailable, QueryCanceled."""
         answer: asyncio.Future[Policy] = asyncio.get_running_loop().create_future()
         self._waiting.put((Question(topic, claims, headers), answer))
@@ -198,7 +204,7 @@ class Authorization:
                 [question.topic for question in questions],
                 [question.claims.role for question in questions],
                 [question.claims.json for question in questions],
-                [msgspec.json.encode(question.headers).decode() for question in questions],
+                [question.headers.json for question in questions],
             ),
             limit_s=limit_s,
             rows_at_once=ROWS_PER_QUESTION,

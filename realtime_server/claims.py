@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -27,6 +27,7 @@ from realtime_server.errors import (
     NoSigningKey,
     SettingsError,
     TokenExpired,
+    TokenNotYetValid,
 )
 
 # API keys outlive the software that made them: 2100-01-01, the same for the same secret.
@@ -36,6 +37,8 @@ MAX_TOKEN_CHARACTERS: Final = 16_384
 # RFC 7518, sections 3.2 and 3.3.
 MIN_SECRET_BYTES: Final = 32
 MIN_RSA_BITS: Final = 2048
+# How far the issuer's clock may be ahead. Source: RFC 7519, section 4.1.5.
+NOT_BEFORE_LEEWAY_S: Final = 60.0
 
 _SECRET_ALGORITHMS: Final[Mapping[str, Algorithm]] = {
     "HS256": HMACAlgorithm(HMACAlgorithm.SHA256),
@@ -121,7 +124,7 @@ class Rules:
 
 
 def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:
-    """Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, MissingClaims."""
+    """Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, TokenNotYetValid, MissingClaims."""
     payload, json = _open(token, keys)
     _check_time(payload, now)
     return _check(payload, json, rules)
@@ -130,7 +133,7 @@ def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:
 def verify_signature(token: str, keys: Keys, now: float) -> None:
     """For tokens of operators, which stand for no role.
 
-    Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired.
+    Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, TokenNotYetValid.
     """
     payload, _ = _open(token, keys)
     _check_time(payload, now)
@@ -175,10 +178,13 @@ def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
 
 def _check_time(payload: dict[str, Any], now: float) -> None:
     expires_at = _seconds(payload.get("exp", inf))
-    if expires_at is None or _seconds(payload.get("iat", 0)) is None:
-        raise InvalidClaims("`exp` and `iat` must be numbers")
+    not_before = _seconds(payload.get("nbf", -inf))
+    if expires_at is None or not_before is None or _seconds(payload.get("iat", 0)) is None:
+        raise InvalidClaims("`exp`, `nbf` and `iat` must be numbers")
     if expires_at <= now:
         raise TokenExpired(int(now - expires_at))
+    if not_before > now + NOT_BEFORE_LEEWAY_S:
+        raise TokenNotYetValid(ceil(not_before - now))
 
 
 def _check(payload: dict[str, Any], json: str, rules: Rules) -> Claims:

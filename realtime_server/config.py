@@ -73,11 +73,21 @@ class Settings(BaseSettings):
         Path(".realtime"),
         description="folder of the embedded PostgreSQL, of the secret and of `server.json`, by which commands find the running server",
     )
+    demo: bool = Field(
+        False,
+        description="give the anon key to everybody who opens the start page, as with the embedded database; else people type it in",
+    )
     allowed_origins: TokenList = Field(("*",), description="origins that browsers may connect from, by comma")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
 
     max_frame_bytes: int = Field(5_000_000, ge=1_000, description="larger frames of a client close its socket (1009)")
     max_body_bytes: int = Field(8_000_000, ge=1_000, description="larger REST bodies are refused (413)")
+    max_query_parameters: int = Field(
+        300, ge=10, description="parameters in the query string of a request; more are refused (400)"
+    )
+    max_batch_messages: int = Field(
+        1000, ge=1, le=10_000, description="messages in one REST batch; larger batches are refused (422)"
+    )
     max_payload_bytes: int = Field(3_000_500, ge=1_000, description="larger payloads of clients are refused")
     max_channels_per_socket: int = Field(100, ge=1, description="further joins are refused")
     max_buffered_bytes: int = Field(
@@ -110,6 +120,9 @@ class Settings(BaseSettings):
         50_000, ge=1, description="REST requests with an Idempotency-Key that are remembered, about 300 bytes each"
     )
     idempotency_s: float = Field(600.0, gt=0, description="a repeated Idempotency-Key is not sent again for so long")
+    ticket_s: float = Field(
+        3600.0, ge=1, description="a ticket of an event stream is good for so long, or until its token ends"
+    )
     private_only: bool = Field(False, description="refuse joins of public topics")
     retention: timedelta = Field(timedelta(hours=72), description="how long messages are kept, in seconds or ISO 8601")
     idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")

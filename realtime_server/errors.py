@@ -2,10 +2,10 @@
 
     RealtimeError
     ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding  InvalidBroadcast
-    │                       UnknownPresenceEvent  InvalidTrack
-    ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
-    │                       InvalidClaims  Unauthorized  SendDenied  TrackDenied
-    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
+    │                       UnknownPresenceEvent  InvalidTrack  TooManyParameters
+    ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  TokenNotYetValid  InvalidSignature
+    │                       NoSigningKey  InvalidClaims  Unauthorized  SendDenied  TrackDenied  CrossOrigin
+    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge  TooManyHeaders
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
     ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
@@ -104,6 +104,19 @@ class InvalidTrack(ProtocolError):
     code = "Presence track payload must be a map"
 
 
+class TooManyParameters(ProtocolError):
+    """The query string has more parameters than REALTIME_MAX_QUERY_PARAMETERS, or an event stream asks for more events than 100."""
+
+    code = "TooManyParameters"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the request has too many parameters, at most {self.limit} are allowed"
+
+
 class AuthError(RealtimeError):
     status = 401
 
@@ -118,12 +131,13 @@ class MissingKey(AuthError):
 
 
 class InvalidTicket(AuthError):
-    """Tickets for event streams are good once, for half a minute, and at the server that gave them: ask for a new one."""
+    """The ticket of an event stream is older than REALTIME_TICKET_S, was made for another stream, or by a server with another secret:
+    ask for a new one."""
 
     code = "InvalidTicket"
 
     def __str__(self) -> str:
-        return "the ticket is unknown, used or older than half a minute"
+        return "the ticket is unknown, too old or for another stream"
 
 
 class MalformedToken(AuthError):
@@ -155,6 +169,19 @@ class TokenExpired(AuthError):
 
     def __str__(self) -> str:
         return f"Token has expired {self.seconds_ago} seconds ago"
+
+
+class TokenNotYetValid(AuthError):
+    """The token's `nbf` lies more than a minute in the future. Check the clocks of the issuer and of this server."""
+
+    code = "InvalidJWTToken"
+
+    def __init__(self, seconds_left: int) -> None:
+        super().__init__(seconds_left)
+        self.seconds_left = seconds_left
+
+    def __str__(self) -> str:
+        return f"Token is not valid for another {self.seconds_left} seconds"
 
 
 class InvalidSignature(AuthError):
@@ -223,6 +250,16 @@ class TrackDenied(AuthError):
         return {}
 
 
+class CrossOrigin(AuthError):
+    """A page of another origin, or one under a host name that is not this machine's, asked for what only the server's own pages get."""
+
+    code = "CrossOrigin"
+    status = 403
+
+    def __str__(self) -> str:
+        return "this is only for pages of the server itself"
+
+
 class LimitError(RealtimeError):
     status = 429
 
@@ -259,6 +296,16 @@ class PayloadTooLarge(LimitError):
 
     code = "payload_size_exceeded"
     status = 413
+
+
+class TooManyHeaders(LimitError):
+    """The request has more than 100 headers, or the `x-` headers that policies may read are more than 50 or longer than 8 KB."""
+
+    code = "TooManyHeaders"
+    status = 431
+
+    def __str__(self) -> str:
+        return "the request has too many headers, or its x- headers are too long"
 
 
 class Restarting(RealtimeError):

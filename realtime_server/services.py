@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from realtime_server.authorization import Policy
+from realtime_server.authorization import Policy, PolicyHeaders
 from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
 from realtime_server.cursor import Place
@@ -21,7 +21,7 @@ from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, Prese
 from realtime_server.roster import Roster
 
 Verify = Callable[[str], Awaitable[Claims]]
-Authorize = Callable[[str, Claims, Mapping[str, str]], Awaitable[Policy]]
+Authorize = Callable[[str, Claims, PolicyHeaders], Awaitable[Policy]]
 
 
 class Member(Protocol):
@@ -77,12 +77,13 @@ class Services:
     first_place: Callable[[], Awaitable[Place]]
     changes: Feed
 
-    def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> None:
-        """Send to all members of a room and count it: one event, and one for each delivery."""
+    def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> int:
+        """Send to all members of a room and count it: one event, and one for each delivery. How many got it."""
         delivered = self.broadcasts.publish(room, message, exclude=exclude)
         self.metrics.broadcasts.inc()
         self.metrics.deliveries.inc(delivered)
         self.rates.events.count(time.monotonic(), 1 + delivered)
+        return delivered
 
     def announce(self, room: Room, diff: Diff | None) -> None:
         """Tell those who watch a room of a change of presence."""

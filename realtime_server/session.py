@@ -12,13 +12,13 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeGuard
 
 import structlog
 
-from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
 from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import Registration
 from realtime_server.claims import Claims
@@ -199,7 +199,7 @@ class Session:
         services: Services,
         *,
         api_key: Claims,
-        headers: Mapping[str, str],
+        headers: PolicyHeaders,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self.connection = connection

@@ -66,6 +66,7 @@ class Server:
         environment |= {
             "REALTIME_DATABASE_URL": self.database.url,
             "REALTIME_JWT_SECRET": SECRET,
+            "REALTIME_DEMO": "1",
             "REALTIME_PORT": str(self.port),
             **{f"REALTIME_{name.upper()}": value for name, value in self._settings.items()},
         }

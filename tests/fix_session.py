@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 
-from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
 from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
@@ -93,7 +93,7 @@ class Talk:
             changes=cast(Feed, self.past),
         )
         api_key = Claims("anon", None, time.time() + 3600, "{}")
-        self.session = Session(self._outbox, self.services, api_key=api_key, headers={}, tasks=tasks)
+        self.session = Session(self._outbox, self.services, api_key=api_key, headers=PolicyHeaders(), tasks=tasks)
 
     def say(self, topic: str, event: str, payload: Any, ref: str = "9") -> None:
         self.session.receive(json.dumps(["1", ref, f"realtime:{topic}", event, payload]))
@@ -113,7 +113,7 @@ class Talk:
     async def _verify(self, token: str) -> Claims:
         return Claims("authenticated", None, self.expires_at, "{}")
 
-    async def _authorize(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy:
+    async def _authorize(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy:
         return await self.policy()
 
     async def _first_place(self) -> Place:

@@ -14,12 +14,13 @@ repeating it while the first is still running 409. Source: draft-ietf-httpapi-id
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum, auto
 from typing import Annotated, Any, Final, Literal
 
@@ -29,12 +30,13 @@ from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from realtime_server.authorization import Policy
+from realtime_server.authorization import Policy, PolicyHeaders
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.endpoints.caller import policy_headers, token_of
+from realtime_server.endpoints.caller import policy_headers, refusal, token_of
 from realtime_server.endpoints.openapi import BYTES, JSON, Operation, Parameter, documented
-from realtime_server.errors import AuthError, DatabaseUnavailable, QueryCanceled
+from realtime_server.endpoints.sockets import Pace
+from realtime_server.errors import AuthError, DatabaseUnavailable, QueryCanceled, TooManyHeaders
 from realtime_server.hub import Room
 from realtime_server.limits import Rate
 from realtime_server.protocol.frames import Broadcast
@@ -48,6 +50,13 @@ MOST_BYTES_OF_STRANGERS: Final = 65_536
 BLANK: Final = "can't be blank"
 INVALID: Final = "is invalid"
 TOO_LARGE: Final = "Payload size exceeds tenant limit"
+# How many invalid messages of a batch are described.
+MAX_REPORTED: Final = 20
+# What a batch may do before other work gets its turn: bytes that are read, messages that are read, or deliveries.
+SLICE_BYTES: Final = 262_144
+SLICE_STEPS: Final = 200
+# What a frame has besides names and payload.
+FRAME_BYTES: Final = 100
 
 # Not blank, whatever a regular expression's dialect and Python take for white space.
 Name = Annotated[
@@ -56,7 +65,22 @@ Name = Annotated[
 Key = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$")]
 _KEY_PATTERN: Final = re.compile(r"[!-~]{1,255}")
 Binary = Annotated[str, Meta(extra_json_schema={"format": "binary"})]
-RawMessage = dict[str, msgspec.Raw]
+_NULL: Final = msgspec.Raw(b"null")
+_ABSENT: Final = msgspec.Raw()
+
+
+class _RawBatch(msgspec.Struct):
+    """Keys that mean nothing here are skipped, not kept."""
+
+    messages: msgspec.Raw = _NULL
+
+
+class _RawMessage(msgspec.Struct):
+    topic: msgspec.Raw = _NULL
+    event: msgspec.Raw = _NULL
+    id: msgspec.Raw = _NULL
+    payload: msgspec.Raw = _NULL
+    private: msgspec.Raw = _NULL
 
 
 class BatchMessage(msgspec.Struct):
@@ -68,7 +92,7 @@ class BatchMessage(msgspec.Struct):
 
 
 class Batch(msgspec.Struct):
-    messages: Annotated[list[BatchMessage], Meta(min_length=1)]
+    messages: Annotated[list[BatchMessage], Meta(min_length=1, description="at most REALTIME_MAX_BATCH_MESSAGES")]
 
 
 class Refusal(msgspec.Struct):
@@ -80,7 +104,8 @@ class UnsupportedType(msgspec.Struct):
 
 
 class BatchErrors(msgspec.Struct):
-    """One sentence about the whole batch, or for each message what is wrong with each field."""
+    """One sentence about the whole batch, or for each message what is wrong with each field. After 20 invalid messages, one sentence
+    says how many more there are."""
 
     messages: list[str | dict[str, list[str]]]
 
@@ -102,6 +127,7 @@ _ANSWERS: Final[dict[int, tuple[Any, ...]]] = {
     409: ("a request with this Idempotency-Key is running", Refusal),
     413: ("the body is too large", Refusal),
     429: ("too many messages", Refusal),
+    431: ("too many headers", Refusal),
 }
 BATCH: Final = Operation(
     summary="Send messages to subscribers",
@@ -135,6 +161,23 @@ SINGLE: Final = Operation(
     },
     needs_token=True,
 )
+
+
+class _Slice:
+    """Counts work until it is time to let the event loop do something else."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = self._steps = 0
+
+    def is_full_with(self, *, bytes_: int, steps: int = 1) -> bool:
+        """Count this too; when the slice is full, the next one begins."""
+        self._bytes += bytes_
+        self._steps += steps
+        if self._bytes < self._max_bytes and self._steps < SLICE_STEPS:
+            return False
+        self._bytes = self._steps = 0
+        return True
 
 
 class Seen(Enum):
@@ -189,12 +232,14 @@ class _Refused(Exception):
 
 
 class BroadcastEndpoints:
-    """Both endpoints. `publish` hands a message to the subscribers of its room and counts it among the `events`."""
+    """Both endpoints. `publish` hands a message to the subscribers of its room and counts it among the `events`; it returns how many got
+    it. `pace` is made at the start of a batch that sockets may have to be waited for."""
 
     def __init__(
         self,
         *,
-        publish: Callable[[Room, Broadcast], object],
+        publish: Callable[[Room, Broadcast], int],
+        pace: Callable[[], Pace],
         authorize: Authorize,
         verify: Verify,
         settings: Settings,
@@ -202,11 +247,13 @@ class BroadcastEndpoints:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._publish = publish
+        self._pace = pace
         self._authorize = authorize
         self._verify = verify
         self._settings = settings
         self._events = events
         self._clock = clock
+        self._array = _array_decoder(settings.max_batch_messages)
         self._keys = SeenKeys(capacity=settings.max_idempotency_keys, keep_s=settings.idempotency_s)
 
     @documented(BATCH)
@@ -219,20 +266,59 @@ class BroadcastEndpoints:
 
     async def _batch(self, request: Request) -> None:
         body = await self._body(request)
-        raw = _decode(body, dict[str, msgspec.Raw], "Request body must be a JSON object")
+        raw = _decode(body, _RawBatch, "Request body must be a JSON object")
         _check_accept(request)
         claims = await self._caller(request)
-        batch, errors = _read_batch(raw.get("messages"), self._settings)
-        if errors is not None:
-            raise _Refused(422, errors={"messages": errors})
+        headers = policy_headers(request)
+        batch = await self._read(raw.messages)
         with self._once(request, claims, b"batch", body) as is_new:
             if is_new:
                 self._check_rate(len(batch))
-                await self._send(batch, claims, request)
+                await self._send(batch, claims, headers)
 
-    async def _send(self, batch: list[tuple[Room, Broadcast]], claims: Claims, request: Request) -> None:
-        headers = policy_headers(request)
+    async def _read(self, raw: msgspec.Raw) -> list[tuple[Room, Broadcast]]:
+        """The messages of a batch, public ones first and private ones by topic."""
+        batch: list[tuple[Room, Broadcast]] = []
+        errors: list[str | dict[str, list[str]]] = []
+        invalid = 0
+        part = _Slice(SLICE_BYTES)
+        for item in self._items(raw):
+            result = _read_message(item, self._settings)
+            if isinstance(result, tuple):
+                batch.append(result)
+            invalid += isinstance(result, dict)
+            if invalid <= MAX_REPORTED:
+                errors.append(result if isinstance(result, dict) else {})
+            if part.is_full_with(bytes_=len(bytes(item))):
+                await asyncio.sleep(0)
+        if invalid > MAX_REPORTED:
+            errors.append(f"{invalid - MAX_REPORTED} more messages are invalid")
+        if invalid:
+            raise _invalid_batch(*errors)
+        return sorted(batch, key=lambda entry: (entry[0].private, entry[0].topic if entry[0].private else ""))
+
+    def _items(self, raw: msgspec.Raw) -> list[msgspec.Raw]:
+        """The elements of the array, not decoded; no more than allowed are ever taken apart."""
+        text = bytes(raw)
+        if text == b"null":
+            raise _invalid_batch(BLANK)
+        if not text.startswith(b"["):
+            raise _invalid_batch(INVALID)
+        try:
+            elements = msgspec.structs.astuple(self._array.decode(raw))
+        except msgspec.ValidationError:
+            raise _invalid_batch(f"should have at most {self._settings.max_batch_messages} item(s)") from None
+        items = [element for element in elements if element is not _ABSENT]
+        if not items:
+            raise _invalid_batch(BLANK)
+        return items
+
+    async def _send(self, batch: list[tuple[Room, Broadcast]], claims: Claims, headers: PolicyHeaders) -> None:
         policies: dict[str, Policy | None] = {}
+        # A quarter of what may wait for a socket: one that takes each slice is never over its bound.
+        slice_bytes = self._settings.max_buffered_bytes // 4
+        part = _Slice(slice_bytes)
+        pace = self._pace() if sum(_size(broadcast) for _, broadcast in batch) > slice_bytes else None
         for room, broadcast in batch:
             if room.private:
                 topic = room.topic.removeprefix(TOPIC_PREFIX)
@@ -242,9 +328,11 @@ class BroadcastEndpoints:
                 if policy is None or not policy.can_write_broadcast:
                     log.warning("private broadcast dropped", topic=topic, role=claims.role)
                     continue
-            self._publish(room, broadcast)
+            delivered = self._publish(room, broadcast)
+            if part.is_full_with(bytes_=_size(broadcast), steps=1 + delivered):
+                await (asyncio.sleep(0) if pace is None else pace.wait())
 
-    async def _policy_or_none(self, topic: str, claims: Claims, headers: Mapping[str, str]) -> Policy | None:
+    async def _policy_or_none(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy | None:
         try:
             return await self._authorize(topic, claims, headers)
         except (DatabaseUnavailable, QueryCanceled) as error:
@@ -262,6 +350,7 @@ class BroadcastEndpoints:
         if media_type not in (JSON, BYTES):
             raise _Refused(415, error=f"Unsupported Media Type. Use {JSON} or {BYTES}")
         claims = await self._caller(request)
+        headers = policy_headers(request)
         is_json = media_type == JSON
         # Bytes only fit into binary frames, which have one byte for the length of the topic with its prefix.
         errors = _name_errors("topic", topic, MAX_NAME_BYTES - (0 if is_json else len(TOPIC_PREFIX)))
@@ -275,14 +364,14 @@ class BroadcastEndpoints:
         with self._once(request, claims, repr((topic, event, private, is_json)).encode(), body) as is_new:
             if is_new:
                 self._check_rate()
-                if private and not (await self._policy(topic, claims, request)).can_write_broadcast:
+                if private and not (await self._policy(topic, claims, headers)).can_write_broadcast:
                     raise _Refused(403, "Unauthorized")
                 room = Room(TOPIC_PREFIX + topic, private)
                 self._publish(room, Broadcast(room.topic, event, payload, is_json=is_json))
 
-    async def _policy(self, topic: str, claims: Claims, request: Request) -> Policy:
+    async def _policy(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy:
         try:
-            return await self._authorize(topic, claims, policy_headers(request))
+            return await self._authorize(topic, claims, headers)
         except DatabaseUnavailable:
             raise _Refused(422, "Tenant database unavailable") from None
         except QueryCanceled:
@@ -339,7 +428,9 @@ class BroadcastEndpoints:
             return
         if not _KEY_PATTERN.fullmatch(theirs):
             raise _Refused(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-        key = _digest(repr((claims.role, claims.subject, theirs)).encode())
+        # Who has no subject is known by all claims: others of the same role have keys of their own.
+        caller = claims.json if claims.subject is None else claims.subject
+        key = _digest(repr((claims.role, claims.subject is None, caller, theirs)).encode())
         contents = _digest(*parts)
         seen = self._keys.begin(key, contents, self._clock())
         if seen is Seen.REUSED:
@@ -360,6 +451,8 @@ async def _answer(work: Awaitable[None]) -> Response:
         await work
     except _Refused as refused:
         return refused.response
+    except TooManyHeaders as error:
+        return refusal(error)
     return Response(status_code=202)
 
 
@@ -403,31 +496,25 @@ def _is_zero_weight(parameter: str) -> bool:
     return name.strip() == "q" and value.strip() != "" and value.strip().strip("0.") == ""
 
 
-def _read_batch(
-    raw: msgspec.Raw | None, settings: Settings
-) -> tuple[list[tuple[Room, Broadcast]], None] | tuple[list[Any], list[Any]]:
-    """The messages, public ones first and private ones by topic; or what is wrong with them, by position."""
-    if raw is None or bytes(raw) == b"null":
-        return [], [BLANK]
+def _array_decoder(max_items: int) -> msgspec.json.Decoder[msgspec.Struct]:
+    """A decoder of arrays that stops at the first element too many. A list would be built to its end before its length is checked."""
+    fields = [(f"item_{number}", msgspec.Raw, _ABSENT) for number in range(max_items)]
+    return msgspec.json.Decoder(msgspec.defstruct("Items", fields, array_like=True, forbid_unknown_fields=True))
+
+
+def _invalid_batch(*errors: str | dict[str, list[str]]) -> _Refused:
+    return _Refused(422, errors={"messages": errors})
+
+
+def _read_message(item: msgspec.Raw, settings: Settings) -> tuple[Room, Broadcast] | dict[str, list[str]]:
     try:
-        items = msgspec.json.decode(raw, type=list[RawMessage])
+        fields = msgspec.json.decode(item, type=_RawMessage)
     except msgspec.DecodeError:
-        return [], [INVALID]
-    if not items:
-        return [], [BLANK]
-    results = [_read_message(item, settings) for item in items]
-    errors = [result if isinstance(result, dict) else {} for result in results]
-    if any(errors):
-        return [], errors
-    batch = [result for result in results if not isinstance(result, dict)]
-    return sorted(batch, key=lambda entry: (entry[0].private, entry[0].topic if entry[0].private else "")), None
-
-
-def _read_message(item: RawMessage, settings: Settings) -> tuple[Room, Broadcast] | dict[str, list[str]]:
+        raise _invalid_batch(INVALID) from None
     errors: dict[str, list[str]] = {}
 
     def text(name: str) -> str:
-        raw = bytes(item.get(name, b"null"))
+        raw = bytes(getattr(fields, name))
         value = msgspec.json.decode(raw) if raw.startswith(b'"') else "" if raw == b"null" else None
         found = _name_errors(name, value, MAX_NAME_BYTES)
         if name == "id" and found.get(name) == [BLANK]:
@@ -436,7 +523,7 @@ def _read_message(item: RawMessage, settings: Settings) -> tuple[Room, Broadcast
         return "" if found else str(value)
 
     topic, event, message_id = text("topic"), text("event"), text("id")
-    payload = bytes(item.get("payload", b"null"))
+    payload = bytes(fields.payload)
     if payload == b"null":
         errors["payload"] = [BLANK]
     elif not payload.startswith(b"{"):
@@ -445,7 +532,7 @@ def _read_message(item: RawMessage, settings: Settings) -> tuple[Room, Broadcast
         errors["payload"] = [TOO_LARGE]
     elif is_deeper_than(payload, settings.max_depth):
         errors["payload"] = [INVALID]
-    private = _PRIVATE.get(bytes(item.get("private", b"false")))
+    private = _PRIVATE.get(bytes(fields.private))
     if private is None:
         errors["private"] = [INVALID]
         private = False
@@ -453,6 +540,11 @@ def _read_message(item: RawMessage, settings: Settings) -> tuple[Room, Broadcast
         return errors
     room = Room(TOPIC_PREFIX + topic, private)
     return room, Broadcast(room.topic, event, payload, id=message_id or None)
+
+
+def _size(broadcast: Broadcast) -> int:
+    """Bytes of its frame, about."""
+    return len(broadcast.payload) + len(broadcast.topic) + len(broadcast.event) + FRAME_BYTES
 
 
 def _name_errors(name: str, value: object, max_bytes: int) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -11,13 +10,47 @@ from msgspec import Meta
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
-from realtime_server.authorization import EVERYTHING
+from realtime_server.authorization import EVERYTHING, PolicyHeaders
 from realtime_server.claims import Claims
 from realtime_server.endpoints.openapi import Parameter
-from realtime_server.errors import MissingKey, PrivateOnly, RealtimeError, TopicNameRequired, Unauthorized
+from realtime_server.errors import (
+    MissingKey,
+    PrivateOnly,
+    RealtimeError,
+    TooManyHeaders,
+    TopicNameRequired,
+    Unauthorized,
+)
 from realtime_server.hub import Room
-from realtime_server.protocol.messages import TOPIC_PREFIX
+from realtime_server.protocol.messages import TOPIC_PREFIX, dumps
 from realtime_server.services import Services
+
+MAX_POLICY_HEADERS: Final = 50
+MAX_POLICY_HEADER_BYTES: Final = 8192
+# A policy has no use for them, and what a policy reads ends in errors, logs and tables.
+CREDENTIAL_HEADERS: Final = frozenset(
+    {
+        "x-access-token",
+        "x-amz-security-token",
+        "x-api-key",
+        "x-api-token",
+        "x-apikey",
+        "x-auth-key",
+        "x-auth-token",
+        "x-authorization",
+        "x-csrf-token",
+        "x-csrftoken",
+        "x-forwarded-access-token",
+        "x-forwarded-authorization",
+        "x-goog-api-key",
+        "x-goog-iap-jwt-assertion",
+        "x-id-token",
+        "x-refresh-token",
+        "x-session-token",
+        "x-supabase-api-key",
+        "x-xsrf-token",
+    }
+)
 
 log = structlog.get_logger()
 
@@ -54,9 +87,13 @@ def token_of(request: HTTPConnection) -> str:
     return token
 
 
-def policy_headers(request: HTTPConnection) -> dict[str, str]:
-    """The headers that policies may read: those that begin with `x-`."""
-    return {name: value for name, value in request.headers.items() if name.startswith("x-")}
+def policy_headers(request: HTTPConnection) -> PolicyHeaders:
+    """The headers that policies may read: those that begin with `x-`, except for known credentials. Raises: TooManyHeaders."""
+    found = {name: value for name, value in request.headers.items() if name.startswith("x-")}
+    json = dumps({name: value for name, value in found.items() if name not in CREDENTIAL_HEADERS})
+    if len(found) > MAX_POLICY_HEADERS or len(json) > MAX_POLICY_HEADER_BYTES:
+        raise TooManyHeaders
+    return PolicyHeaders(json.decode())
 
 
 def room_of(topic: str, request: HTTPConnection) -> Room:
@@ -69,7 +106,7 @@ def room_of(topic: str, request: HTTPConnection) -> Room:
     return Room(TOPIC_PREFIX + topic, is_private)
 
 
-async def check_may_receive(services: Services, room: Room, claims: Claims, headers: Mapping[str, str]) -> None:
+async def check_may_receive(services: Services, room: Room, claims: Claims, headers: PolicyHeaders) -> None:
     """Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled."""
     topic = room.topic.removeprefix(TOPIC_PREFIX)
     if services.limits.private_only and not room.private:

@@ -12,26 +12,23 @@ A cursor moves on without messages too: after what was resumed, and with every c
 `EventSource` never comes back after an answer other than 200. Who accepts event streams only is therefore told of passing trouble (the
 server restarts, the database is away) in a stream that ends at once.
 
-`EventSource` sends no headers. So that tokens need not stand in URLs, `POST /stream/ticket` trades one for a ticket that is good once.
+`EventSource` sends no headers. So that tokens need not stand in URLs, `POST /stream/ticket` trades one for a ticket: `tickets`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import msgspec
 import structlog
-from msgspec import Meta
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from realtime_server.authorization import PolicyHeaders
 from realtime_server.changes.entering import PATIENCE_S
 from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import TRIED_AGAIN
@@ -51,11 +48,11 @@ from realtime_server.endpoints.caller import (
 )
 from realtime_server.endpoints.openapi import Operation, Parameter, documented
 from realtime_server.endpoints.sockets import Sockets, check_limits
+from realtime_server.endpoints.tickets import Tickets
 from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
     InvalidBinding,
-    InvalidTicket,
     MalformedCursor,
     QueryCanceled,
     RealtimeError,
@@ -63,6 +60,7 @@ from realtime_server.errors import (
     TokenExpired,
     TooManyChannels,
     TooManyJoins,
+    TooManyParameters,
     TooManyUsers,
     TopicNameRequired,
 )
@@ -78,9 +76,8 @@ from realtime_server.services import Services
 EVENT_STREAM: Final = "text/event-stream"
 RETRY_MS: Final = 1000
 KEEP_ALIVE_S: Final = 15.0
-TICKET_S: Final = 30.0
-MOST_TICKETS: Final = 10_000
 DRAIN_LOOK_S: Final = 0.01
+MAX_EVENTS: Final = 100
 # What the server below holds of a slow reader's events.
 PIECE_BYTES: Final = 65_536
 # Event loops refuse delays of decades.
@@ -91,16 +88,6 @@ PASSING: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, 
 log = structlog.get_logger()
 
 
-class Ticket(msgspec.Struct):
-    ticket: str
-    expires_in: Annotated[int, Meta(description="seconds")]
-
-
-TICKET: Final = Operation(
-    summary="Trade a token for a ticket, with which one event stream may be opened without headers",
-    answers={200: ("the ticket", Ticket), 401: ("no valid token", CodedRefusal)},
-    needs_token=True,
-)
 STREAM: Final = Operation(
     summary="Receive messages and row changes as Server-Sent Events",
     parameters=(
@@ -126,27 +113,6 @@ STREAM: Final = Operation(
 )
 
 
-class Tickets:
-    """What tickets stand for. Each is taken once, within half a minute, and is known to this process alone."""
-
-    def __init__(self) -> None:
-        self._claims: OrderedDict[str, tuple[Claims, float]] = OrderedDict()
-
-    def give(self, claims: Claims, now: float) -> str:
-        ticket = secrets.token_urlsafe(24)
-        self._claims[ticket] = (claims, now + TICKET_S)
-        if len(self._claims) > MOST_TICKETS:
-            self._claims.popitem(last=False)
-        return ticket
-
-    def take(self, ticket: str, now: float) -> Claims:
-        """Raises: InvalidTicket."""
-        claims, expires_at = self._claims.pop(ticket, (None, 0.0))
-        if claims is None or expires_at <= now:
-            raise InvalidTicket
-        return claims
-
-
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a request asks for. `events` empty: all."""
@@ -165,30 +131,16 @@ def stream_endpoint(
         if request.method == "HEAD":
             return Response(media_type=EVENT_STREAM)
         try:
-            wish = _read_wish(request, settings.max_channels_per_socket)
             ticket = request.query_params.get("ticket")
-            claims = (
-                await services.verify(token_of(request)) if ticket is None else tickets.take(ticket, time.monotonic())
-            )
+            token = token_of(request) if ticket is None else tickets.open(ticket, request.query_params)
+            claims = await services.verify(token)
+            headers = policy_headers(request)
+            wish = _read_wish(request, settings.max_channels_per_socket)
         except RealtimeError as error:
             return refusal(error)
         abort = request.scope.get("extensions", {}).get(ABORT)
-        stream = EventStream(
-            services, sockets, wish, claims, policy_headers(request), settings.max_buffered_bytes, abort
-        )
+        stream = EventStream(services, sockets, wish, claims, headers, settings.max_buffered_bytes, abort)
         return _Answer(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
-
-    return endpoint
-
-
-def ticket_endpoint(services: Services, tickets: Tickets) -> Callable[[Request], Awaitable[Response]]:
-    @documented(TICKET)
-    async def endpoint(request: Request) -> Response:
-        try:
-            claims = await services.verify(token_of(request))
-        except RealtimeError as error:
-            return refusal(error)
-        return JSONResponse({"ticket": tickets.give(claims, time.monotonic()), "expires_in": int(TICKET_S)})
 
     return endpoint
 
@@ -202,7 +154,7 @@ class EventStream:
         sockets: Sockets,
         wish: Wish,
         claims: Claims,
-        headers: dict[str, str],
+        headers: PolicyHeaders,
         max_buffered_bytes: int,
         abort: Callable[[], None] | None,
     ) -> None:
@@ -228,7 +180,8 @@ class EventStream:
     async def begin(self) -> None:
         """Take up the stream.
 
-        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, InvalidBinding, DatabaseUnavailable, QueryCanceled.
+        Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, TokenExpired, InvalidBinding, DatabaseUnavailable,
+        QueryCanceled.
         """
         if self._sockets.is_draining:
             raise Restarting
@@ -241,6 +194,7 @@ class EventStream:
         if self._rows is not None:
             await self._subscribe_to_changes(self._rows)
         place = await self._services.first_place()
+        self._check_expiry()
         self._hold = Hold(*self._followers) if self._followers else None
         self._is_following = True
         for follower in self._followers:
@@ -308,6 +262,11 @@ class EventStream:
         self._waiting += frame.data
         self._wake.set()
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether the client has not taken most of what it was sent."""
+        return len(self._waiting) > self._max_buffered_bytes // 4
+
     def close(self, code: int, reason: str = "") -> None:
         """End the stream; code and reason are for sockets."""
         self.end()
@@ -325,8 +284,8 @@ class EventStream:
 
     def tell_gap(self, problem: str, oldest: str) -> None:
         """Messages of the database are missing from here on."""
-        # Who has not begun yet misses nothing, or is told when its own place is read from.
-        if self._is_following:
+        # A stream that has not begun yet misses nothing, or is told when its own cursor is read from. Row changes come from elsewhere.
+        if self._is_following and self._followers:
             if self._hold is not None:
                 self._hold.restart()
             self._tell_gap(problem, oldest)
@@ -398,16 +357,24 @@ class EventStream:
         while not self._is_over:
             if self._is_in_doubt:
                 await self._authorize()
-            elif len(self._waiting) > self._max_buffered_bytes // 4:
+            elif self.is_filling:
                 await asyncio.sleep(DRAIN_LOOK_S)
             else:
                 return True
         return False
 
-    def _watch_expiry(self) -> None:
+    def _check_expiry(self) -> float:
+        """How many seconds the token is still good. Raises: TokenExpired."""
         left_s = self._claims.expires_at - time.time()
         if left_s <= 0:
-            self.fail(TokenExpired(int(-left_s)))
+            raise TokenExpired(int(-left_s))
+        return left_s
+
+    def _watch_expiry(self) -> None:
+        try:
+            left_s = self._check_expiry()
+        except TokenExpired as error:
+            self.fail(error)
         else:
             self._expiry = asyncio.get_running_loop().call_later(min(left_s, LONGEST_TIMER_S), self._watch_expiry)
 
@@ -480,7 +447,7 @@ class _Answer(StreamingResponse):
 
 
 def _read_wish(request: Request, max_topics: int) -> Wish:
-    """Raises: TopicNameRequired, TooManyChannels, InvalidBinding."""
+    """Raises: TopicNameRequired, TooManyChannels, TooManyParameters, InvalidBinding."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
     wanted: dict[str, Any] = {}
@@ -496,8 +463,13 @@ def _read_wish(request: Request, max_topics: int) -> Wish:
     if select := ",".join(query.getlist("select")):
         wanted["select"] = [name.strip() for name in select.split(",")]
     events = frozenset(query.getlist("event")) - {"*"}
-    # What is none of the three events counts as all of them.
-    rows = tuple({bindings.parse({**wanted, "event": event}) for event in events or {"*"}}) if wanted else ()
+    if len(events) > MAX_EVENTS:
+        raise TooManyParameters(MAX_EVENTS)
+    rows: tuple[Binding, ...] = ()
+    if wanted:
+        binding = bindings.parse(wanted)
+        # An event that is none of the three counts as all of them.
+        rows = tuple(replace(binding, event=event) for event in {bindings.event_of(event) for event in events or {"*"}})
     if not rooms and not rows:
         raise TopicNameRequired
     if len(rooms) > max_topics:

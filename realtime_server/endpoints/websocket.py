@@ -62,6 +62,7 @@ def websocket_endpoint(
         try:
             if sockets.is_draining:
                 raise Restarting
+            headers = policy_headers(websocket)
             api_key = await _identify(websocket, services.verify)
             check_limits(services, sockets)
         except RealtimeError as error:
@@ -84,7 +85,7 @@ def websocket_endpoint(
                     connection,
                     services,
                     api_key=api_key,
-                    headers=policy_headers(websocket),
+                    headers=headers,
                     tasks=tasks,
                 )
                 idle = _IdleTimer(connection, session, settings)

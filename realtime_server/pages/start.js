@@ -20,15 +20,16 @@ const at = (id) => document.getElementById(id)
 const base = new URL(".", document.baseURI).href.replace(/\/$/, "")
 const title = document.title
 
-let anonKey = ""
+let anonKey = "" // given by the server, or typed in
 let channel = null
-let joined = null // what the channel was made from: {topic, isPrivate, token, schema, table, filter, event}
+let joined = null // what the channel was made from: {key, topic, isPrivate, token, schema, table, filter, event}
 let state = "left"
 let received = 0
 
 // -- the form
 
 const wanted = () => ({
+  key: anonKey,
   topic: at("topic").value,
   isPrivate: at("private").checked,
   token: at("token").value.trim(),
@@ -45,7 +46,7 @@ function isWanted() {
 
 function join() {
   const { topic, isPrivate, token } = wanted()
-  if (!topic.trim()) return
+  if (!topic.trim() || !anonKey) return
   channel?.leave()
   if (joined?.topic !== topic || joined.isPrivate !== isPrivate) clear()
   joined = wanted()
@@ -86,6 +87,8 @@ function readHash() {
 }
 
 function formChanged() {
+  if (!at("key-field").hidden) anonKey = at("key").value.trim()
+  at("join").disabled = !anonKey
   const facts = { ...wanted(), base, anonKey }
   facts.topic ||= at("topic").defaultValue
   for (const name of ["psql", "curl", "javascript"]) write(at(name), lines[name](facts))
@@ -305,17 +308,15 @@ document.addEventListener("visibilitychange", () => document.hidden || channel?.
 const isLinked = readHash()
 formChanged()
 try {
-  anonKey = (await (await fetch(`${base}/start.json`)).json()).anon_key
+  anonKey = (await (await fetch(`${base}/start.json`)).json()).anon_key ?? ""
+  at("key-field").hidden = Boolean(anonKey)
 } catch {
   put(at("state-reason"), "The server does not answer. Reload the page when it runs.")
 }
-if (anonKey) {
-  at("join").disabled = false
+formChanged()
+addEventListener("hashchange", () => {
+  if (!readHash()) return
   formChanged()
-  addEventListener("hashchange", () => {
-    if (!readHash()) return
-    formChanged()
-    join()
-  })
-  if (isLinked) join()
-}
+  join()
+})
+if (isLinked) join()

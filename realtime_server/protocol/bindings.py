@@ -54,7 +54,7 @@ def parse(params: dict[str, Any]) -> Binding:
             "Column selection is not supported for wildcard subscriptions. Provide an explicit schema and table name."
         )
     binding = Binding(
-        event=_event(params.get("event")),
+        event=event_of(params.get("event")),
         schema=None if schema == ANY else schema,
         table=None if table == ANY else table,
         conditions=conditions,
@@ -96,7 +96,8 @@ def _select(value: object) -> tuple[str, ...]:
     return names
 
 
-def _event(value: object) -> Event:
+def event_of(value: object) -> Event:
+    """What is none of the three events counts as all of them."""
     return _EVENTS.get(value.upper(), "*") if isinstance(value, str) else "*"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import msgspec
 from websockets.frames import Frame as WebSocketFrame
@@ -23,7 +24,6 @@ from realtime_server.protocol.messages import (
     decode_text,
     dumps,
     encode_text,
-    loads_object,
 )
 
 
@@ -124,7 +124,11 @@ class Broadcast:
 _LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
-@dataclass(frozen=True, slots=True)
+class _Named(msgspec.Struct):
+    event: Any = None
+
+
+@dataclass(frozen=True)
 class ForwardedBroadcast:
     """A broadcast that a client pushed as text: its payload object goes to the others as it came, extra keys included."""
 
@@ -132,9 +136,13 @@ class ForwardedBroadcast:
     payload: bytes
     id: None = None
 
-    @property
+    @cached_property
     def event(self) -> str | None:
-        event = (loads_object(self.payload) or {}).get("event")
+        """Read once, however many subscribers choose by it."""
+        try:
+            event = msgspec.json.decode(self.payload, type=_Named).event
+        except (msgspec.DecodeError, RecursionError):
+            return None
         return event if isinstance(event, str) else None
 
     def encode(self, encoding: Encoding) -> Frame | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from psycopg import conninfo
 
 from realtime_server import database as databases
-from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, EVERYTHING, Authorization, Policy
+from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, EVERYTHING, Authorization, Policy, PolicyHeaders
 from realtime_server.claims import Claims
 from realtime_server.database import Pool, Target, target_of
 from realtime_server.errors import DatabaseUnavailable
@@ -137,7 +138,9 @@ async def test_slow_policy_delays_only_its_own_topic_and_ends_with_its_client(
     claims = Claims("authenticated", None, 0, "{}")
 
     def ask(topic: str) -> asyncio.Task[Policy]:
-        return asyncio.create_task(authorization.authorize(topic, claims, {"x-caller": topic}))
+        return asyncio.create_task(
+            authorization.authorize(topic, claims, PolicyHeaders(json.dumps({"x-caller": topic})))
+        )
 
     # More of them than there are connections for questions that are asked alone, and before the others.
     slow = [ask(f"slow {number}") for number in range(2 * ALONE_AT_ONCE)]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from realtime_server.authorization import ALONE_AT_ONCE, QUESTIONS_AT_ONCE, Authorization, Policy
+from realtime_server.authorization import ALONE_AT_ONCE, QUESTIONS_AT_ONCE, Authorization, Policy, PolicyHeaders
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.errors import QueryCanceled
@@ -57,10 +57,10 @@ class Stage:
     def __init__(self) -> None:
         self.pool = Slow()
         self.authorization = Authorization(cast(Pool, self.pool), 5.0)
-        self._everybody: dict[str, dict[str, str]] = {}
+        self._everybody: dict[str, PolicyHeaders] = {}
 
     def ask(self, socket: str, topic: str, *, subject: str | None = None) -> asyncio.Task[Policy]:
-        headers = self._everybody.setdefault(socket, {})
+        headers = self._everybody.setdefault(socket, PolicyHeaders())
         claims = Claims("authenticated", subject, 0, "{}")
         return asyncio.create_task(self.authorization.authorize(topic, claims, headers))
 

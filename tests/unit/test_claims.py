@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from realtime_server import claims
-from realtime_server.claims import Keys, Rules, verify
+from realtime_server.claims import NOT_BEFORE_LEEWAY_S, Keys, Rules, verify, verify_signature
 from realtime_server.errors import (
     AuthError,
     InvalidClaims,
@@ -27,6 +27,7 @@ from realtime_server.errors import (
     NoSigningKey,
     SettingsError,
     TokenExpired,
+    TokenNotYetValid,
 )
 
 NOW = 1_700_000_000.0
@@ -531,10 +532,26 @@ def test_times_must_be_numbers(value: object) -> None:
         check(exp=value)
     with pytest.raises(InvalidClaims):
         check(iat=value)
+    with pytest.raises(InvalidClaims):
+        check(nbf=value)
 
 
-def test_iat_may_lie_in_the_future_or_have_decimals_and_nbf_aud_and_iss_do_not_matter() -> None:
-    assert check(iat=NOW + 1000.5, nbf=NOW + 1000, aud=["else"], iss=5)
+def test_iat_may_lie_in_the_future_or_have_decimals_and_aud_and_iss_do_not_matter() -> None:
+    assert check(iat=NOW + 1000.5, aud=["else"], iss=5)
+
+
+@pytest.mark.parametrize("ahead_s", [NOT_BEFORE_LEEWAY_S + 0.5, 86_400, 1e300])
+def test_token_is_refused_before_its_nbf(ahead_s: float) -> None:
+    with pytest.raises(TokenNotYetValid) as refused:
+        check(nbf=NOW + ahead_s)
+    assert refused.value.seconds_left >= ahead_s - 1
+    with pytest.raises(TokenNotYetValid):
+        verify_signature(claims.sign({"nbf": NOW + ahead_s}, SECRET), Keys.load(SECRET), NOW)
+
+
+@pytest.mark.parametrize("nbf", [NOW - 1000, NOW, NOW + NOT_BEFORE_LEEWAY_S, 0, -5.5])
+def test_clock_of_the_issuer_may_be_a_minute_ahead(nbf: float) -> None:
+    assert check(nbf=nbf)
 
 
 @pytest.mark.parametrize("role", ["postgres", "", "Anon", None, 5, ["anon"], {"anon": 1}])

@@ -55,7 +55,8 @@ async def test_metrics_may_have_a_secret_of_their_own(start_server: ServerFactor
         (claims.sign({"iat": "now"}, secret), 403),
         # As for all tokens, what else they say is nobody's business.
         (claims.sign({"iat": time.time() + 3600}, secret), 200),
-        (claims.sign({"nbf": time.time() + 3600, "aud": ["prometheus"], "iss": "ops", "sub": 5}, secret), 200),
+        (claims.sign({"nbf": time.time() - 3600, "aud": ["prometheus"], "iss": "ops", "sub": 5}, secret), 200),
+        (claims.sign({"nbf": time.time() + 3600}, secret), 403),
         (jwt.encode({}, secret * 2, algorithm="HS512"), 403),
         (jwt.encode({}, secret, algorithm="HS512"), 200),
         (jwt.encode({}, "", algorithm="none"), 403),

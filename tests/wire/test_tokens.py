@@ -591,6 +591,7 @@ def forgeries() -> dict[str, str]:
         "no kid": jwt.encode(rights, PRIVATE_KEYS["RS256"], "RS256"),
         "kid that is no text": with_header(good, {"alg": "HS256", "kid": ["RS256"]}, SERVER_SECRET.encode()),
         "expired this second": jwt.encode({**rights, "exp": time.time()}, SERVER_SECRET, "HS256"),
+        "not before tomorrow": jwt.encode({**rights, "nbf": soon + 86_400}, SERVER_SECRET, "HS256"),
         "exp is text": jwt.encode({**rights, "exp": str(soon)}, SERVER_SECRET, "HS256"),
         "exp is true": jwt.encode({**rights, "exp": True}, SERVER_SECRET, "HS256"),
         "role of the superuser": jwt.encode({**rights, "role": "postgres"}, SERVER_SECRET, "HS256"),
@@ -678,10 +679,10 @@ async def test_no_door_opens_for_a_forged_token_and_each_for_an_odd_one(
 ) -> None:
     server = await start_server(jwks_url=issuer.url)
     doors = Doors(server, wire, http)
-    # As upstream has it: neither nbf nor aud nor iss are looked at, and iat must only be a number.
+    # As upstream has it: neither aud nor iss are looked at, and iat must only be a number.
     soon = time.time() + 3600
     odd: dict[str, dict[str, Any]] = {
-        "not before tomorrow": {"nbf": soon + 86_400},
+        "not before yesterday": {"nbf": soon - 86_400},
         "for others": {"aud": ["others", "more"], "iss": "somebody", "jti": 5, "sub": None},
         "made tomorrow": {"iat": time.time() + 86_400.5},
         "with decimals": {"exp": soon + 0.25},

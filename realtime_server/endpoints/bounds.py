@@ -1,0 +1,36 @@
+"""Bounds that every request keeps before any endpoint reads it: how many headers and query parameters it may have."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from realtime_server.endpoints.caller import refusal
+from realtime_server.errors import RealtimeError, TooManyHeaders, TooManyParameters
+
+MAX_HEADERS: Final = 100
+
+
+class RequestBounds:
+    """Middleware that refuses requests and handshakes beyond the bounds. It counts separators, so that nothing is parsed for it."""
+
+    def __init__(self, app: ASGIApp, max_query_parameters: int) -> None:
+        self._app = app
+        self._max_query_parameters = max_query_parameters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            try:
+                self._check(scope)
+            except RealtimeError as error:
+                await refusal(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises: TooManyHeaders, TooManyParameters."""
+        if len(scope["headers"]) > MAX_HEADERS:
+            raise TooManyHeaders
+        if scope["query_string"].count(b"&") >= self._max_query_parameters:
+            raise TooManyParameters(self._max_query_parameters)
