@@ -34,9 +34,10 @@ def errors_page() -> str:
             "| --- | --- | --- |",
             *sorted(rows, key=str.lower),
             "",
-            "Sockets are closed with: 1000 after silence or without channels for long, 1001 after too many joins, 1009 for a frame that",
-            "is too large, 1012 when the server restarts (come again), 1013 when the client reads too slowly (come again and resume by",
-            "cursor).",
+            "Sockets are closed with: 1000 after silence or without channels for long, 1001 after too many joins, 1008 after too many",
+            "frames a second for too long, too many fragments in one message or a message that is not completed in time, 1009 for a",
+            "frame that is too large, 1012 when the server restarts (come again), 1013 when the client reads too slowly (come again and",
+            "resume by cursor) or when the server holds too many unfinished messages (come again later).",
             "",
         ]
     )

@@ -232,7 +232,6 @@ def _services(
             max_pending_bytes=settings.max_buffered_bytes,
             max_payload_bytes=settings.max_payload_bytes,
             max_depth=settings.max_depth,
-            max_messages_per_second=settings.max_messages_per_second,
             max_presence_calls=settings.max_presence_calls,
             presence_window_s=settings.presence_window_s,
             private_only=settings.private_only,

@@ -97,8 +97,22 @@ class Settings(BaseSettings):
         1000, ge=1, description="messages of one channel that may wait for its join or its authorization"
     )
     max_depth: int = Field(64, ge=1, description="frames whose payload nests deeper are dropped, on REST refused (422)")
+    max_fragments: int = Field(2000, ge=1, description="fragments of one message; more close the socket (1008)")
+    message_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="a socket that has begun a message and does not complete it is closed after so long (1008)",
+    )
+    max_partial_bytes: int = Field(
+        64_000_000,
+        ge=1_000_000,
+        description="messages of all sockets that are not complete; beyond, the socket that holds most for longest is closed (1013)",
+    )
     max_messages_per_second: float = Field(
-        1000, ge=0, description="pushes of one socket, twice as many at once; more end the channel; 0: no limit"
+        1000,
+        ge=0,
+        description="frames of one socket, twice as many at once; more end the channel, and ten seconds' worth too many close the"
+        " socket (1008); 0: no limit",
     )
     max_events_per_second: float = Field(
         0,

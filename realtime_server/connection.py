@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol
 
+from realtime_server.limits import FrameLimit
 from realtime_server.protocol.frames import Frame, encode
 from realtime_server.protocol.messages import Format, Message
 
@@ -19,8 +20,13 @@ EXTENSION: Final = "realtime.frames"
 ABORT: Final = "realtime.abort"
 
 NORMAL: Final = 1000
+POLICY_VIOLATION: Final = 1008
 RESTARTING: Final = 1012
 SLOW_READER: Final = 1013
+# The same code for another reason: the server has not enough memory for what clients send.
+OVERLOADED: Final = 1013
+
+TOO_MANY_FRAMES: Final = "too many frames per second for too long"
 
 # A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
 GOODBYE_S: Final = 2.0
@@ -42,6 +48,9 @@ class Transport(Protocol):
 
     def last_received(self) -> float:
         """Loop time of the last bytes from the peer, pings included."""
+
+    def limit_frames(self, limit: FrameLimit) -> None:
+        """Take the frames that are not messages, control frames and fragments, from this limit as well."""
 
 
 class AsgiTransport:

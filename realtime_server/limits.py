@@ -8,6 +8,10 @@ from typing import Final
 BUCKET_S: Final = 5.0
 BUCKETS: Final = 12
 
+# Seconds' worth of frames over the rate that one socket may send in all; a tenth of the rate is given back.
+EXCESS_S: Final = 10.0
+EXCESS_SHARE: Final = 0.1
+
 
 class Rate:
     """An average per second over the last minute, in steps of 5 s; the window starts short. A limit of 0 means none.
@@ -74,3 +78,24 @@ class Bucket:
             self._tokens -= n
             return 0.0
         return (n - self._tokens) / self._rate
+
+
+class FrameLimit:
+    """What one socket may send: `rate` frames per second on average, twice as many at once; a rate of 0 means no limit.
+
+    Frames over the rate are limited as well: `is_exhausted` tells that there were more than `EXCESS_S` seconds' worth of them.
+    """
+
+    __slots__ = ("_excess", "_frames", "is_exhausted")
+
+    def __init__(self, rate: float, now: float) -> None:
+        self._frames = Bucket(rate, 2 * rate, now) if rate else None
+        self._excess = Bucket(EXCESS_SHARE * rate, EXCESS_S * rate, now)
+        self.is_exhausted = False
+
+    def take(self, now: float) -> bool:
+        """Count one frame; whether it is over the rate."""
+        if self._frames is None or self._frames.take(now) == 0.0:
+            return False
+        self.is_exhausted = self.is_exhausted or self._excess.take(now) > 0
+        return True

@@ -1,4 +1,4 @@
-"""The bundled ASGI server: uvicorn, with a protocol class that takes finished frames, and a goodbye that reaches every socket."""
+"""The bundled ASGI server: uvicorn, with protocol classes that bound what a client can cost, and a goodbye that reaches every socket."""
 
 from __future__ import annotations
 
@@ -8,113 +8,46 @@ import functools
 import resource
 import socket
 import sys
-from asyncio.transports import BaseTransport
 from collections.abc import Callable
 from typing import Any, Final
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame
-from websockets.protocol import State
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from realtime_server.config import Settings
-from realtime_server.connection import ABORT, EXTENSION, GOODBYE_S
+from realtime_server.connection import ABORT
+from realtime_server.websocket_protocol import PartialMessages, WebSocketProtocol
 
 # Time to send a whole request head, and then its body.
 HEAD_S: Final = 10.0
 BODY_S: Final = 60.0
+# Time to answer a WebSocket handshake, in which keys may have to be fetched.
+HANDSHAKE_S: Final = 30.0
 # So long the start may take to find out where row changes come from.
 LOOK_S: Final = 5.0
 # Time to take some of an answer.
 STALL_S: Final = 60.0
 # The parser puts a head together anew with every piece: what a stranger may make it hold must be short.
 MAX_HEAD_BYTES: Final = 65_536
+# What is parsed at once of what was read: a few dozen requests of the shortest kind.
+PARSED_BYTES: Final = 1_024
 # More than a listener's queue, which is taken in at once when everybody comes again after a restart.
 MOST_STRANGERS: Final = 5_000
 # For the database, the log and what the libraries open.
 SPARE_FILES: Final = 200
 
 
-class Protocol(WebSocketsSansIOProtocol):
-    """Offers itself to the application as `connection.Transport`."""
+class _Flow(FlowControl):
+    """Reads on only while no request waits for its turn, whoever asks for it."""
 
-    last_received_at = 0.0
-    _pong = b""
+    is_held = False
 
-    def connection_made(self, transport: BaseTransport) -> None:
-        super().connection_made(transport)
-        self._rest = bytearray()
-
-    def data_received(self, data: bytes) -> None:
-        self.last_received_at = self.loop.time()
-        super().data_received(data)
-
-    def handle_cont(self, event: Frame) -> None:
-        # Put together at once: as a list, a message in pieces of two bytes would take twenty times its size.
-        self._rest += event.data
-        if event.fin:
-            self.frames.append(bytes(self._rest))
-            self._rest.clear()
-            self.send_receive_event_to_app()
-
-    def send_receive_event_to_app(self) -> None:
-        # Text that is no UTF-8 would close the socket here; as bytes it is dropped like any other malformed frame.
-        if self.curr_msg_data_type == "text":
-            try:
-                b"".join(self.frames).decode()
-            except UnicodeDecodeError:
-                self.curr_msg_data_type = "bytes"
-        super().send_receive_event_to_app()
-
-    def handle_ping(self) -> None:
-        # To a peer that reads nothing only the latest pong waits. Source: RFC 6455, section 5.5.3.
-        if self.writable.is_set():
-            super().handle_ping()
-        else:
-            self._pong = b"".join(self.conn.data_to_send())
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        pong, self._pong = self._pong, b""
-        if pong:
-            self.write(pong)
-
-    async def run_asgi(self) -> None:
-        self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
-        await super().run_asgi()
-
-    def write(self, data: bytes) -> None:
-        if not self._is_over:
-            self.transport.write(data)
-
-    def buffered(self) -> int:
-        return self.transport.get_write_buffer_size()
-
-    def last_received(self) -> float:
-        return self.last_received_at
-
-    def close(self, code: int, reason: str) -> None:
-        if self._is_over:
-            return
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
-        self.conn.send_close(code, reason)
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        self.close_sent = True
-        if self.read_paused:
-            self.read_paused = False
-            self.transport.resume_reading()
-        # Not close(): that one waits for the same full buffer as a stalled peer's frames.
-        self.close_timer = self.loop.call_later(GOODBYE_S, self.transport.abort)
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        self.loop.call_later(GOODBYE_S, self.transport.abort)
-
-    @property
-    def _is_over(self) -> bool:
-        return self.close_sent or self.disconnected or self.transport.is_closing() or self.conn.state is not State.OPEN
+    def resume_reading(self) -> None:
+        if not self.is_held:
+            super().resume_reading()
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -134,9 +67,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = self._flow = _Flow(transport)
         self._patience = self._stalled = self.loop.call_later(HEAD_S, transport.abort)
+        self._limit_s: float | None = HEAD_S
         self._is_in_head = True
         self._head_bytes = 0
+        # Received while a request waits for its turn, and not parsed yet.
+        self._received = b""
+        self._running: RequestResponseCycle | None = None
+        self._websocket: WebSocketProtocol | None = None
         self._strangers[self] = None
         if len(self._strangers) > MOST_STRANGERS or len(self.connections) > self._most_connections:
             next(iter(self._strangers)).drop()
@@ -145,9 +84,26 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
         # Not only when the loop comes to it: others may come before.
         self._strangers.pop(self, None)
-        self.connections.discard(self)
+        self.connections.discard(self if self._websocket is None else self._websocket)
 
     def data_received(self, data: bytes) -> None:
+        self._received += data
+        if not self._flow.is_held:
+            self._parse()
+
+    def _parse(self) -> None:
+        """Parse what was received, until a request has to wait for the answer to another one; then nothing more is read."""
+        received, self._received = self._received, b""
+        for start in range(0, len(received), PARSED_BYTES):
+            if self.transport.is_closing() or self._websocket is not None:
+                return
+            if self.pipeline:
+                self._received = received[start:]
+                self._hold()
+                return
+            self._parse_piece(received[start : start + PARSED_BYTES])
+
+    def _parse_piece(self, data: bytes) -> None:
         if self._is_in_head:
             # What came before this piece, which may hold the head's end and much of the body.
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -155,6 +111,21 @@ class HttpProtocol(HttpToolsProtocol):
                 return
             self._head_bytes += len(data)
         super().data_received(data)
+
+    def _hold(self) -> None:
+        # Time runs for the client only while it is listened to.
+        self._patience.cancel()
+        self._flow.pause_reading()
+        self._flow.is_held = True
+
+    def _release(self) -> None:
+        if self.transport.is_closing() or not self._flow.is_held:
+            return
+        self._flow.is_held = False
+        if self._limit_s is not None:
+            self._wait(self._limit_s)
+        self._parse()
+        self._flow.resume_reading()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -169,15 +140,23 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._patience.cancel()
-        self._strangers.pop(self, None)
+        if not (self.parser.should_upgrade() and self._should_upgrade()):
+            self._patience.cancel()
+            self._limit_s = None
+            self._strangers.pop(self, None)
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_response_complete(self) -> None:
-        if not self.transport.is_closing():
+        if not self.transport.is_closing() and not self.pipeline:
             # Kept open for a next request, of which nothing is known.
             self._strangers[self] = None
         super().on_response_complete()
+        if self._flow.is_held and not self.pipeline:
+            self.loop.call_soon(self._release)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -189,17 +168,35 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _wait(self, limit_s: float) -> None:
         self._patience.cancel()
+        self._limit_s = limit_s
         self._patience = self.loop.call_later(limit_s, self.transport.abort)
 
     def handle_websocket_upgrade(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Behind a request that is still being answered: its answer would go into the socket.
+            self.transport.abort()
+            return
+        self._wait(HANDSHAKE_S)
+        super().handle_websocket_upgrade()
+        protocol = self.transport.get_protocol()
+        assert isinstance(protocol, WebSocketProtocol)
+        self._websocket = protocol
+        # Until then it is one of those that have not shown yet that they come in earnest.
+        protocol.when_handshake_answered(self._end_pending)
+
+    def _end_pending(self) -> None:
         self._patience.cancel()
         self._strangers.pop(self, None)
-        super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._patience.cancel()
+        self._end_pending()
         self._stalled.cancel()
-        self._strangers.pop(self, None)
+        self._received = b""
+        self.pipeline.clear()
+        if self._running is not None:
+            # uvicorn tells only the newest request, which may not have begun.
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
 
@@ -252,7 +249,12 @@ def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready:
     """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
     options: dict[str, Any] = {
         "http": functools.partial(HttpProtocol, strangers={}, most_connections=most_connections()),
-        "ws": Protocol,
+        "ws": functools.partial(
+            WebSocketProtocol,
+            partial_messages=PartialMessages(settings.max_partial_bytes),
+            max_fragments=settings.max_fragments,
+            message_timeout_s=settings.message_timeout_s,
+        ),
         "ws_max_size": settings.max_frame_bytes,
         # No compression: it costs more than it saves on small messages. No pings: clients send heartbeats.
         "ws_per_message_deflate": False,

@@ -41,7 +41,6 @@ class Limits:
     max_pending_bytes: int
     max_payload_bytes: int
     max_depth: int
-    max_messages_per_second: float
     max_presence_calls: int
     presence_window_s: float
     private_only: bool

@@ -51,7 +51,6 @@ from realtime_server.errors import (
 from realtime_server.follower import Follower, Hold, Shelf
 from realtime_server.history import Stored
 from realtime_server.hub import Room
-from realtime_server.limits import Bucket
 from realtime_server.protocol import bindings, join, messages
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, PresenceDiff, decode
 from realtime_server.protocol.messages import BroadcastPush, Message, Ref
@@ -216,16 +215,14 @@ class Session:
         self._held: dict[str, RowReader] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._pending_bytes = 0
-        rate = self._limits.max_messages_per_second
-        self._bucket = Bucket(rate, 2 * rate, time.monotonic()) if rate else None
 
     @property
     def has_channels(self) -> bool:
         return bool(self._channels or self._busy)
 
-    def receive(self, frame: str | bytes) -> None:
-        """Handle one frame of the client. Never raises: a bad frame is dropped and logged, the socket lives on."""
-        too_many = self._bucket is not None and self._bucket.take(time.monotonic()) > 0
+    def receive(self, frame: str | bytes, *, too_many: bool = False) -> None:
+        """Handle one frame of the client, `too_many` when it is over the socket's rate. Never raises: a bad frame is dropped and logged,
+        the socket lives on."""
         try:
             message = decode(frame, self.connection.format)
             carries_json = isinstance(message, Message) or message.is_json

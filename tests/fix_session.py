@@ -33,7 +33,6 @@ LIMITS = Limits(
     max_pending_bytes=100_000,
     max_payload_bytes=10_000,
     max_depth=64,
-    max_messages_per_second=0,
     max_presence_calls=0,
     presence_window_s=30,
     private_only=False,

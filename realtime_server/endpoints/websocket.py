@@ -7,6 +7,7 @@ Source of checks, their order and their texts: Supabase Realtime `RealtimeWeb.Us
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final, Literal
 
@@ -17,14 +18,26 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.connection import EXTENSION, NORMAL, AsgiTransport, Connection, Transport
+from realtime_server.connection import (
+    EXTENSION,
+    NORMAL,
+    POLICY_VIOLATION,
+    TOO_MANY_FRAMES,
+    AsgiTransport,
+    Connection,
+    Transport,
+)
 from realtime_server.endpoints.caller import policy_headers
 from realtime_server.endpoints.openapi import Operation, Parameter, documented
 from realtime_server.endpoints.sockets import Sockets, check_limits
 from realtime_server.errors import MissingKey, RealtimeError, Restarting, TokenExpired
+from realtime_server.limits import FrameLimit
 from realtime_server.protocol import messages
 from realtime_server.services import Services, Verify
 from realtime_server.session import Session
+
+# Messages that wait are taken without a turn of the event loop, so that others would never have one.
+MESSAGES_PER_TURN: Final = 16
 
 log = structlog.get_logger()
 
@@ -76,6 +89,9 @@ def websocket_endpoint(
             websocket.send
         )
         connection = Connection(format, transport, max_buffered_bytes=settings.max_buffered_bytes)
+        frame_limit = FrameLimit(settings.max_messages_per_second, time.monotonic())
+        if not isinstance(transport, AsgiTransport):
+            transport.limit_frames(frame_limit)
         sockets.add(connection)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -90,7 +106,7 @@ def websocket_endpoint(
                 )
                 idle = _IdleTimer(connection, session, settings)
                 try:
-                    await _carry(websocket, session, transport)
+                    await _carry(websocket, session, connection, frame_limit)
                 finally:
                     idle.cancel()
                     session.close()
@@ -107,15 +123,23 @@ class _Disconnected(Exception):
     """Ends the tasks of a socket together with it."""
 
 
-async def _carry(websocket: WebSocket, session: Session, transport: Transport | AsgiTransport) -> None:
+async def _carry(websocket: WebSocket, session: Session, connection: Connection, frame_limit: FrameLimit) -> None:
+    received = 0
     while True:
         event = await websocket.receive()
         if event["type"] == "websocket.disconnect":
             raise _Disconnected
-        if isinstance(transport, AsgiTransport):
-            transport.received()
-        text = event.get("text")
-        session.receive(text if text is not None else event["bytes"])
+        if isinstance(connection.transport, AsgiTransport):
+            connection.transport.received()
+        too_many = frame_limit.take(time.monotonic())
+        if frame_limit.is_exhausted:
+            connection.close(POLICY_VIOLATION, TOO_MANY_FRAMES)
+        else:
+            text = event.get("text")
+            session.receive(text if text is not None else event["bytes"], too_many=too_many)
+        received += 1
+        if received % MESSAGES_PER_TURN == 0:
+            await asyncio.sleep(0)
 
 
 async def _send(transport: AsgiTransport) -> None:

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from realtime_server import server as server_module
-from tests.fix_server import Server
+from tests.fix_server import Server, ServerFactory
 from tests.fix_wire import WireFactory
 
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
@@ -84,7 +84,9 @@ async def test_second_request_must_be_finished_too(rest: bytes, monkeypatch: pyt
             await writer.wait_closed()
 
 
-async def test_pings_of_who_reads_nothing_do_not_pile_up(server: Server) -> None:
+async def test_pings_of_who_reads_nothing_do_not_pile_up(start_server: ServerFactory) -> None:
+    # Without a rate, so that the socket stays.
+    server = await start_server(max_messages_per_second="0")
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(
         b"GET /realtime/v1/websocket?apikey=%b HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"

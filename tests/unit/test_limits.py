@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime_server.limits import BUCKET_S, BUCKETS, Bucket, Rate
+from realtime_server.limits import BUCKET_S, BUCKETS, Bucket, FrameLimit, Rate
 
 # Binary fractions: sums are exact. Pauses are shorter than the window: after a silence as long as that, the steps begin anew.
 steps = st.lists(st.tuples(st.integers(0, 200).map(lambda n: n / 4), st.integers(1, 50)), max_size=60)
@@ -96,3 +96,25 @@ def test_bucket_never_gives_more_than_burst_and_rate(rate: int, burst: int, paus
             assert bucket.take(now) == 0.0
             given_out += 1
         assert given_out <= burst + rate * now + 1e-6
+
+
+def test_frames_over_the_rate_are_limited_in_turn() -> None:
+    limit = FrameLimit(10.0, 0.0)
+    assert [limit.take(0.0) for _ in range(20)] == [False] * 20
+    # Ten seconds' worth of them, and not one more.
+    assert [limit.take(0.0) for _ in range(100)] == [True] * 100
+    assert not limit.is_exhausted
+    assert limit.take(0.0)
+    assert limit.is_exhausted
+
+
+def test_frames_at_the_rate_are_never_over_it() -> None:
+    limit = FrameLimit(8.0, 0.0)
+    assert not any(limit.take(number / 8) for number in range(10_000))
+    assert not limit.is_exhausted
+
+
+def test_a_frame_limit_of_zero_limits_nothing() -> None:
+    limit = FrameLimit(0.0, 0.0)
+    assert not any(limit.take(0.0) for _ in range(10_000))
+    assert not limit.is_exhausted

@@ -268,7 +268,10 @@ def pieces(content: bytes, *, of: int = 2, fin: bool = True) -> bytes:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-async def test_message_in_many_pieces_takes_no_more_memory_than_whole(server: Server, wire: WireFactory) -> None:
+async def test_message_in_many_pieces_takes_no_more_memory_than_whole(
+    start_server: ServerFactory, wire: WireFactory
+) -> None:
+    server = await start_server(max_messages_per_second="0", max_fragments="1000000")
     socket = await wire(server.websocket_url, server.anon_key)
     heartbeat = b'[null,"1","phoenix","heartbeat",{}]'
     assert (await answer_to(socket, pieces(heartbeat)))[1:4] == ["1", "phoenix", "phx_reply"]

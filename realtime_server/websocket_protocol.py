@@ -1,0 +1,374 @@
+"""The WebSocket side of the bundled server: frames are handled in small turns, and what one socket can cost is bounded.
+
+A read may bring ten thousand frames. They are parsed `FRAMES_PER_TURN` at a time, with the event loop's other work in between; meanwhile
+reading is paused, so that TCP slows the peer down. Source of frames and closing: RFC 6455.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
+from websockets.protocol import State
+
+from realtime_server.connection import EXTENSION, GOODBYE_S, OVERLOADED, POLICY_VIOLATION, TOO_MANY_FRAMES
+from realtime_server.limits import FrameLimit
+
+FRAMES_PER_TURN: Final = 16
+
+
+def frame_size(data: bytes, position: int) -> int | None:
+    """Bytes of the frame that a client begins at the position, its header included; None when they do not tell yet."""
+    if len(data) < position + 2:
+        return None
+    is_masked, length = data[position + 1] & 0x80, data[position + 1] & 0x7F
+    end = position + 2 + {126: 2, 127: 8}.get(length, 0)
+    if len(data) < end:
+        return None
+    if length > 125:
+        length = int.from_bytes(data[position + 2 : end])
+    return end - position + (4 if is_masked else 0) + length
+
+
+class PartialMessages:
+    """Bytes that all sockets have received of messages that are not complete.
+
+    Over the limit, the socket that holds most for longest is closed: the product of bytes and seconds decides, so that neither many small
+    messages that never end nor one large message that is quickly sent pushes out the other.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.total = 0
+        self._max_bytes = max_bytes
+        self._sizes: dict[WebSocketProtocol, int] = {}
+
+    def update(self, protocol: WebSocketProtocol, size: int) -> None:
+        self.total += size - self._sizes.pop(protocol, 0)
+        if size:
+            self._sizes[protocol] = size
+        while self.total > self._max_bytes:
+            costliest = max(self._sizes, key=lambda one: self._sizes[one] * (1.0 + one.partial_age()))
+            costliest.fail(OVERLOADED, "the server holds too many unfinished messages, try again later")
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """Offers itself to the application as `connection.Transport`."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        partial_messages: PartialMessages,
+        max_fragments: int,
+        message_timeout_s: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._partial_messages = partial_messages
+        self._max_fragments = max_fragments
+        self._message_timeout_s = message_timeout_s
+        self._last_received_at = 0.0
+        self._on_handshake_answered: Callable[[], None] | None = None
+        self._frame_limit: FrameLimit | None = None
+        # Received and not parsed yet, from the position on; the frame there lacks so many bytes.
+        self._received = b""
+        self._position = 0
+        self._frame_left = 0
+        self._is_discarding = False
+        self._next_turn: asyncio.Handle | None = None
+        # Joined at once: as a list, a message in fragments of two bytes would take twenty times its size.
+        self._message = bytearray()
+        self._fragments = 0
+        self._partial_since: float | None = None
+        self._message_timer: asyncio.TimerHandle | None = None
+        self._pong = b""
+
+    # -- the transport of a connection
+
+    def write(self, data: bytes) -> None:
+        if not self._is_over:
+            self.transport.write(data)
+
+    def buffered(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    def last_received(self) -> float:
+        return self._last_received_at
+
+    def limit_frames(self, limit: FrameLimit) -> None:
+        self._frame_limit = limit
+
+    def close(self, code: int, reason: str) -> None:
+        if self._is_over:
+            return
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.conn.send_close(code, reason)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        # The peer's close frame may stand behind messages that nobody takes any more.
+        self._schedule_turn()
+        self._abort_later()
+
+    def fail(self, code: int, reason: str) -> None:
+        """Close a socket that did what it must not: whatever it sends from now on is discarded."""
+        if self._is_over:
+            self.transport.abort()
+        else:
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+            self.conn.fail(code, reason)
+            self._finish()
+        self._discard()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.loop.call_later(GOODBYE_S, self.transport.abort)
+
+    # -- the handshake
+
+    def when_handshake_answered(self, callback: Callable[[], None]) -> None:
+        """Call back once the handshake is accepted or refused, or the connection is lost; at once when it is already."""
+        self._on_handshake_answered = callback
+        if self.handshake_complete:
+            self._handshake_answered()
+
+    def _refuse_handshake(self) -> None:
+        """Answer a head that is none: websockets itself has an answer only for heads that are too large."""
+        answer = b"".join(self.conn.data_to_send()) or self.conn.reject(400, "invalid WebSocket handshake").serialize()
+        self.handshake_complete = self.close_sent = True
+        self.transport.write(answer)
+        self.transport.close()
+
+    def _handshake_answered(self) -> None:
+        callback, self._on_handshake_answered = self._on_handshake_answered, None
+        if callback is not None:
+            callback()
+
+    async def run_asgi(self) -> None:
+        self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
+        await super().run_asgi()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        was_complete = self.handshake_complete
+        await super().send(message)
+        # A refusal completes the handshake as well: uvicorn would log it as an error of the application.
+        self.handshake_complete = self.handshake_complete or self.close_sent
+        if self.handshake_complete and not was_complete:
+            self._handshake_answered()
+            self._schedule_turn()
+
+    # -- reading
+
+    def data_received(self, data: bytes) -> None:
+        self._last_received_at = self.loop.time()
+        if self._is_discarding:
+            return
+        if not self.handshake_initiated:
+            super().data_received(data)
+            if not self.handshake_initiated:
+                self._refuse_handshake()
+            return
+        self._received = self._received[self._position :] + data
+        self._position = 0
+        if self._next_turn is None:
+            self._parse()
+
+    async def receive(self) -> ASGIReceiveEvent:
+        message = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self._schedule_turn()
+        return message
+
+    def _schedule_turn(self) -> None:
+        if self._next_turn is None:
+            self._next_turn = self.loop.call_soon(self._parse)
+
+    def _parse(self) -> None:
+        """Handle a few frames, and further ones in turns to come; read on once all are handled and the application has taken them."""
+        self._next_turn = None
+        is_done = False
+        if self._is_ready:
+            for _ in range(FRAMES_PER_TURN):
+                is_done = not self._parse_frame()
+                if is_done or self._is_discarding or self.transport.is_closing():
+                    break
+        if not self._is_discarding and not self.transport.is_closing():
+            self._update_partial()
+        if self._is_discarding or self.transport.is_closing():
+            return
+        if not is_done:
+            self._pause_reading()
+            if self._is_ready:
+                self._schedule_turn()
+        elif self._is_ready:
+            self._resume_reading()
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether frames may be handled: the application waits for them, or does not any more."""
+        return self.handshake_complete and (self.queue.empty() or self.close_sent)
+
+    def _parse_frame(self) -> bool:
+        """Handle the next frame, or take in what there is of it; False when there is nothing to parse."""
+        if not self._frame_left:
+            size = frame_size(self._received, self._position)
+            if size is None:
+                return False
+            self._frame_left = size
+        piece = self._received[self._position : self._position + self._frame_left]
+        self._position += len(piece)
+        self._frame_left -= len(piece)
+        if piece:
+            super().data_received(piece)
+        return bool(piece)
+
+    def _pause_reading(self) -> None:
+        if not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    # -- frames
+
+    def handle_text(self, event: Frame) -> None:
+        self.curr_msg_data_type = "text"
+        self.handle_cont(event)
+
+    def handle_bytes(self, event: Frame) -> None:
+        self.curr_msg_data_type = "bytes"
+        self.handle_cont(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        if event.fin:
+            self.frames = [bytes(self._message + event.data if self._fragments else event.data)]
+            self._message = bytearray()
+            self._fragments = 0
+            self._partial_since = None
+            self.send_receive_event_to_app()
+            return
+        self._message += event.data
+        self._fragments += 1
+        if self._fragments >= self._max_fragments:
+            self.fail(POLICY_VIOLATION, "too many fragments in one message")
+        else:
+            self._count_frame()
+
+    def send_receive_event_to_app(self) -> None:
+        # Text that is no UTF-8 would close the socket here; as bytes it is dropped like any other malformed frame.
+        if self.curr_msg_data_type == "text":
+            try:
+                self.frames[0].decode()
+            except UnicodeDecodeError:
+                self.curr_msg_data_type = "bytes"
+        super().send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        # To a peer that reads nothing only the latest pong waits. Source: RFC 6455, section 5.5.3.
+        pong = b"".join(self.conn.data_to_send())
+        if self.writable.is_set():
+            self.write(pong)
+        else:
+            self._pong = pong
+        self._handle_control_frame()
+
+    def handle_pong(self, event: Frame) -> None:
+        self._handle_control_frame()
+
+    def _handle_control_frame(self) -> None:
+        if self.conn.current_size is None:
+            self._partial_since = None
+        self._count_frame()
+
+    def _count_frame(self) -> None:
+        """Take a frame that the application never sees from the same limit as messages."""
+        limit = self._frame_limit
+        if limit is not None and limit.take(time.monotonic()) and limit.is_exhausted:
+            self.fail(POLICY_VIOLATION, TOO_MANY_FRAMES)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        pong, self._pong = self._pong, b""
+        if pong:
+            self.write(pong)
+
+    # -- messages that are not complete
+
+    def partial_age(self) -> float:
+        """For how long the message that the peer is sending has not been complete."""
+        return 0.0 if self._partial_since is None else self.loop.time() - self._partial_since
+
+    def _update_partial(self) -> None:
+        size = len(self.conn.reader.buffer) + len(self._message) + len(self._received) - self._position
+        if not size and self.conn.current_size is None:
+            self._partial_since = None
+        elif self._partial_since is None:
+            self._partial_since = self.loop.time()
+            if self._message_timer is None:
+                self._message_timer = self.loop.call_later(self._message_timeout_s, self._check_message_time)
+        self._partial_messages.update(self, size)
+
+    def _check_message_time(self) -> None:
+        """One timer, moved when it fires: most messages are complete long before."""
+        self._message_timer = None
+        if self._partial_since is None or self._is_discarding:
+            return
+        left_s = self._partial_since + self._message_timeout_s - self.loop.time()
+        if left_s <= 0:
+            self.fail(POLICY_VIOLATION, "a message took too long to be complete")
+        else:
+            self._message_timer = self.loop.call_later(left_s, self._check_message_time)
+
+    # -- the end
+
+    def handle_parser_exception(self) -> None:
+        if self.close_sent:
+            self.transport.close()
+        else:
+            close = self.conn.close_sent
+            assert close is not None, "the parser has failed the connection"
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": close.code, "reason": close.reason})
+            self._finish()
+        self._discard()
+
+    def _finish(self) -> None:
+        """Send the close frame and the end of the stream. Closing the transport would reset a connection on which data still arrives,
+        and the peer might never read why."""
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.write_eof()
+        self.close_sent = True
+        self._abort_later()
+
+    def _discard(self) -> None:
+        self._is_discarding = True
+        self._received, self._position, self._message = b"", 0, bytearray()
+        self.conn.reader.discard()
+        self._partial_messages.update(self, 0)
+        # To see the peer's end of the stream.
+        self._resume_reading()
+
+    def _abort_later(self) -> None:
+        # Not close(): that one waits for the same full buffer as a stalled peer's frames.
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        self.close_timer = self.loop.call_later(GOODBYE_S, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # Whoever made room for others has taken this one out already.
+        self.connections.add(self)
+        super().connection_lost(exc)
+        self._handshake_answered()
+        self._discard()
+        for handle in (self._next_turn, self._message_timer):
+            if handle is not None:
+                handle.cancel()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.close_sent or self.disconnected or self.transport.is_closing() or self.conn.state is not State.OPEN
