@@ -102,6 +102,7 @@ class Channel(Follower):
             connection.send,
             session.services.place,
             session.shelf,
+            lambda: connection.is_behind,
         )
         self.session = session
         self.watcher = Watcher(self)
@@ -157,6 +158,10 @@ class Watcher:
         self.encoding = Encoding(channel.encoding.format)
         self.has_missed = False
         self._channel = channel
+
+    @property
+    def is_behind(self) -> bool:
+        return self._channel.session.connection.is_behind
 
     def deliver(self, message: PresenceDiff, frame: Frame) -> None:
         if self._channel.is_in_doubt:
@@ -583,8 +588,11 @@ class Session:
 
     async def _is_ready(self, channel: Channel) -> bool:
         """Wait until the client has taken most of what was sent and keeps its rights; False when the channel is gone."""
+        pause_s = 0.0
         while self._is_open(channel) and (self.connection.is_filling or channel.is_in_doubt):
-            await asyncio.sleep(DRAIN_LOOK_S)
+            # First only for what this turn of the loop has sent to leave.
+            await asyncio.sleep(pause_s)
+            pause_s = DRAIN_LOOK_S
         return self._is_open(channel)
 
     def _is_open(self, channel: Channel) -> bool:

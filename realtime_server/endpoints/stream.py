@@ -35,7 +35,7 @@ from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import TRIED_AGAIN
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.connection import ABORT, GOODBYE_S
+from realtime_server.connection import ABORT, BEHIND_BYTES, GOODBYE_S
 from realtime_server.endpoints.caller import check_may_receive, policy_headers, refusal, room_of, token_of
 from realtime_server.endpoints.sockets import Sockets, check_limits
 from realtime_server.errors import (
@@ -162,6 +162,7 @@ class EventStream:
         self._claims = claims
         self._headers = headers
         self._max_buffered_bytes = max_buffered_bytes
+        self._behind_bytes = min(max_buffered_bytes // 4, BEHIND_BYTES)
         self._abort = abort
         shelf = Shelf(max_buffered_bytes // 2)
         self._followers = [_Topic(self, room, services, wish.events, shelf) for room in wish.rooms]
@@ -259,6 +260,11 @@ class EventStream:
             return
         self._waiting += frame.data
         self._wake.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether who reads a log for this client and others had better wait."""
+        return not self._is_over and len(self._waiting) > self._behind_bytes
 
     def close(self, code: int, reason: str = "") -> None:
         """End the stream; code and reason are for sockets."""
@@ -380,7 +386,7 @@ class _Topic(Follower):
     def __init__(
         self, stream: EventStream, room: Room, services: Services, events: frozenset[str], shelf: Shelf
     ) -> None:
-        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf)
+        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf, lambda: stream.is_behind)
         self._events = events
 
     def deliver(self, message: Message, frame: Frame) -> None:

@@ -1,0 +1,180 @@
+"""Delivery under pressure: bulk transactions, overload, readers that read nothing, and what none of them may do to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+
+from realtime_server import backpressure
+from realtime_server.backpressure import BURST_BYTES, LONGEST_WAIT_S, MINORITY_AT_ONCE_S, MINORITY_SHARE, Backpressure
+from tests.fix_database import Cluster
+from tests.fix_events import EventsFactory
+from tests.fix_metrics import gauges
+from tests.fix_server import Server
+from tests.fix_wire import LIMIT_S, Wire, WireFactory
+
+BULK = """
+    insert into realtime.messages (topic, extension, event, payload, private)
+    select %s, 'broadcast', 'e', jsonb_build_object('n', n, 'filler', repeat('x', 5000)), false
+    from generate_series(0, %s) as n
+"""
+
+
+@pytest.fixture(scope="module")
+async def small_server(cluster: Cluster) -> AsyncIterator[Server]:
+    """A server whose sockets may buffer less than what one read of the relay brings."""
+    database = cluster.create("heads")
+    async with aclosing(Server(database, changes="trigger", max_buffered_bytes="200000")) as server:
+        yield await server.start()
+    cluster.drop(database)
+
+
+async def joined(server: Server, wire: WireFactory, topic: str, **options: object) -> Wire:
+    reader = await wire(server.websocket_url, server.anon_key, **options)
+    assert (await reader.join(topic))["status"] == "ok"
+    return reader
+
+
+async def numbers_of(reader: Wire, count: int) -> list[int]:
+    """The `n` of each of the next broadcasts."""
+    numbers = []
+    async with asyncio.timeout(3 * LIMIT_S):
+        while len(numbers) < count:
+            frame = await reader.socket.recv()
+            if isinstance(frame, str):
+                numbers.append(json.loads(frame)[4]["payload"]["n"])
+            else:
+                start = 5 + sum(frame[1:4])
+                numbers.append(json.loads(frame[start:])["n"])
+    return numbers
+
+
+def narrow_socket(server: Server) -> socket.socket:
+    """A connection that takes in little of what nobody reads."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    address = urlsplit(server.url)
+    connection.connect((address.hostname, address.port))
+    return connection
+
+
+async def test_bulk_transaction_reaches_every_reader_but_the_one_that_reads_nothing(
+    small_server: Server, wire: WireFactory, events: EventsFactory, http: httpx2.AsyncClient
+) -> None:
+    count = 2000
+    readers = [await joined(small_server, wire, "bulk") for _ in range(3)]
+    stream = await events(small_server.url, small_server.anon_key, topic="bulk")
+    stuck = await joined(small_server, wire, "bulk", sock=narrow_socket(small_server))
+    elsewhere = await joined(small_server, wire, "elsewhere")
+    small_server.database.execute(BULK, "bulk", count - 1)
+    small_server.database.execute(BULK, "elsewhere", 0)
+    results = await asyncio.gather(
+        *(numbers_of(reader, count) for reader in readers), stream.numbers(count), numbers_of(elsewhere, 1)
+    )
+    assert results == [list(range(count))] * 4 + [[0]]
+    async with asyncio.timeout(LIMIT_S):
+        while (await gauges(http, small_server))["realtime_connections"] != 5:
+            await asyncio.sleep(0.02)
+    assert all([await reader.is_alive() for reader in readers])
+    assert await stuck.closed() in (1013, 1006)
+
+
+# -- the pace, with a clock of the test
+
+
+@dataclass(eq=False)
+class Clock:
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, delay_s: float) -> None:
+        self.now += delay_s
+
+
+@dataclass(eq=False)
+class Reader:
+    """Is behind until a time."""
+
+    clock: Clock
+    until: float = 0.0
+
+    @property
+    def is_behind(self) -> bool:
+        return self.clock.now < self.until
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(backpressure, "time", clock)
+    monkeypatch.setattr(backpressure, "asyncio", clock)
+    return clock
+
+
+async def burst(pace: Backpressure, readers: list[Reader]) -> float:
+    """Send one burst and wait for its readers; how long that took."""
+    pace.sent("room", readers, BURST_BYTES)
+    begun = readers[0].clock.now
+    await pace.wait()
+    return readers[0].clock.now - begun
+
+
+async def test_nobody_is_waited_for_before_a_burst_is_over(clock: Clock) -> None:
+    pace = Backpressure(8_000_000)
+    pace.sent("room", [Reader(clock, 1000.0)], BURST_BYTES - 1)
+    assert not pace.is_due
+    await pace.wait()
+    assert clock.now == 0.0
+    # A small buffer makes bursts small, and so do many readers.
+    small = Backpressure(100_000)
+    small.sent("room", [Reader(clock)], 12_500)
+    assert small.is_due
+    pace.sent("crowd", [Reader(clock) for _ in range(1000)], 4000)
+    assert pace.is_due
+
+
+async def test_pace_is_that_of_the_median(clock: Clock) -> None:
+    pace = Backpressure(8_000_000)
+    readers = [Reader(clock) for _ in range(10)]
+    for _ in range(100):
+        # Each takes a burst in a second.
+        for reader in readers:
+            reader.until = max(clock.now, reader.until) + 1.0
+        assert await burst(pace, readers) == pytest.approx(1.0, abs=0.01)
+
+
+async def test_minority_takes_a_small_share_of_the_time(clock: Clock) -> None:
+    pace = Backpressure(8_000_000)
+    readers = [Reader(clock) for _ in range(3)] + [Reader(clock) for _ in range(2)]
+    waited_s = 0.0
+    for _ in range(1000):
+        # Behind again as soon as they have caught up, so that they are waited for anew each time.
+        for slow in readers[3:]:
+            slow.until = clock.now + 0.05
+        waited_s += await burst(pace, readers)
+        clock.now += 0.06
+    assert 0 < waited_s < MINORITY_AT_ONCE_S + (MINORITY_SHARE + 0.01) * clock.now
+
+
+async def test_who_reads_nothing_is_waited_for_once(clock: Clock) -> None:
+    pace = Backpressure(8_000_000)
+    stuck = Reader(clock, float("inf"))
+    assert await burst(pace, [stuck]) == pytest.approx(LONGEST_WAIT_S, abs=0.01)
+    assert [await burst(pace, [stuck]) for _ in range(50)] == [0.0] * 50
+    # It counts again when it has caught up, and others are waited for in between.
+    other = Reader(clock, clock.now + 1.0)
+    assert await burst(pace, [stuck, other]) == pytest.approx(1.0, abs=0.01)
+    stuck.until = 0.0
+    await burst(pace, [stuck])
+    stuck.until = clock.now + 1.0
+    assert await burst(pace, [stuck]) == pytest.approx(1.0, abs=0.01)
