@@ -352,6 +352,9 @@ class Listener(AsyncIterator[Message | Gap]):
                 )
             case messages.SYSTEM:
                 content = messages.loads_object(message.payload) or {}
+                if content.get("status") == "gap" and content.get("extension") == messages.CLIENT_BROADCAST:
+                    # Nothing that is stored is missing, so the place stays.
+                    return Gap(self.topic, str(content.get("message")), self._cursor or socket.place)
                 if content.get("status") == "gap":
                     return self._take_gap(socket, str(content.get("message")), content.get("cursor"))
                 if content.get("status") == "error":

@@ -553,7 +553,7 @@ class Session:
         """Release what is held for a channel, after what lies behind the cursor; None when there is nothing to be read."""
         hold = channel.hold
         if hold is not None and cursor is None and not hold.is_overfull:
-            hold.release()
+            self._release(channel, hold)
         elif hold is not None:
             channel.is_resuming = True
             self._tasks.create_task(self._resume(channel, hold, hold.begin if cursor is None else cursor))
@@ -584,7 +584,13 @@ class Session:
             return
         if self._is_open(channel):
             channel.is_resuming = False
-            hold.release()
+            self._release(channel, hold)
+
+    def _release(self, channel: Channel, hold: Hold) -> None:
+        problem = hold.release()
+        if problem is not None and self._is_open(channel):
+            extension = messages.CLIENT_BROADCAST
+            self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, None, extension))
 
     async def _is_ready(self, channel: Channel) -> bool:
         """Wait until the client has taken most of what was sent and keeps its rights; False when the channel is gone."""

@@ -331,7 +331,8 @@ class EventStream:
             self.end()
         else:
             self._hold = None
-            hold.release()
+            if (problem := hold.release()) is not None:
+                self.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
     async def _catch_up(self, hold: Hold, after: str) -> None:
         try:

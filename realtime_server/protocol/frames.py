@@ -131,6 +131,7 @@ class ForwardedBroadcast:
     topic: str
     payload: bytes
     id: None = None
+    cursor: None = None
 
     @property
     def event(self) -> str | None:

@@ -14,13 +14,23 @@ import httpx2
 import pytest
 
 from realtime_server import backpressure
+from realtime_server.authorization import EVERYTHING, Policy
 from realtime_server.backpressure import BURST_BYTES, LONGEST_WAIT_S, MINORITY_AT_ONCE_S, MINORITY_SHARE, Backpressure
+from realtime_server.cursor import Place, Snapshot
+from realtime_server.follower import MOST_HELD, Follower, Hold, Shelf
+from realtime_server.history import Page, Stored
+from realtime_server.hub import Room
+from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame
+from realtime_server.protocol.messages import Format
 from tests.fix_database import Cluster
 from tests.fix_events import EventsFactory
 from tests.fix_metrics import gauges
 from tests.fix_server import Server
+from tests.fix_session import Talk
 from tests.fix_wire import LIMIT_S, Wire, WireFactory
 
+SSE = Encoding(Format.SSE)
+PLACE = Place("life", Snapshot.parse("5:5:"), None, 5)
 BULK = """
     insert into realtime.messages (topic, extension, event, payload, private)
     select %s, 'broadcast', 'e', jsonb_build_object('n', n, 'filler', repeat('x', 5000)), false
@@ -45,7 +55,7 @@ async def joined(server: Server, wire: WireFactory, topic: str, **options: objec
 
 async def numbers_of(reader: Wire, count: int) -> list[int]:
     """The `n` of each of the next broadcasts."""
-    numbers = []
+    numbers: list[int] = []
     async with asyncio.timeout(3 * LIMIT_S):
         while len(numbers) < count:
             frame = await reader.socket.recv()
@@ -178,3 +188,104 @@ async def test_who_reads_nothing_is_waited_for_once(clock: Clock) -> None:
     await burst(pace, [stuck])
     stuck.until = clock.now + 1.0
     assert await burst(pace, [stuck]) == pytest.approx(1.0, abs=0.01)
+
+
+# -- broadcasts of clients while a client catches up
+
+
+class Stage:
+    """One client that catches up in a room, and what it is sent. Message `n` is stored unless it is negative."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.sent: list[int] = []
+        self.follower = Follower(Room("a", False), SSE, self._send, lambda: PLACE, shelf)
+        self.hold = Hold(self.follower)
+
+    def live(self, *numbers: int) -> None:
+        for number in numbers:
+            message = self.message(number)
+            frame = message.encode(SSE)
+            assert frame is not None
+            self.follower.deliver(message, frame)
+
+    @staticmethod
+    def message(number: int) -> Broadcast:
+        payload = b'{"n":%d}' % number
+        if number < 0:
+            return Broadcast("a", "e", payload)
+        return Broadcast("a", "e", payload, id=str(number), cursor=f"behind {number}")
+
+    async def catch_up(self, *stored: int) -> None:
+        async def read(room: Room, cursor: str) -> Page:
+            return Page([Stored(self.message(number), 10) for number in stored], "behind all", True)
+
+        async def ready() -> bool:
+            return True
+
+        assert await self.hold.catch_up("behind 0", read, ready) == "behind all"
+
+    def _send(self, frame: Frame) -> None:
+        data = next(line for line in frame.data.split(b"\n") if line.startswith(b"data: "))
+        self.sent.append(json.loads(data[6:])["payload"]["n"])
+
+
+async def test_stored_messages_make_room_for_broadcasts_of_clients() -> None:
+    stage = Stage(Shelf(1_000_000))
+    stored, clients = range(1, MOST_HELD + 1), range(-1, -101, -1)
+    stage.live(*stored, *clients)
+    assert stage.hold.is_overfull
+    await stage.catch_up(*stored)
+    assert stage.hold.release() is None
+    assert stage.sent == [*stored, *clients]
+
+
+async def test_broadcasts_of_clients_that_do_not_fit_are_counted_and_told() -> None:
+    shelf = Shelf(1_000_000)
+    stage = Stage(shelf)
+    stage.live(*range(-1, -MOST_HELD - 6, -1))
+    # Nothing stored is missing, so nothing is read for their sake.
+    assert not stage.hold.is_overfull
+    problem = stage.hold.release()
+    assert problem is not None
+    assert problem.startswith("gap: 5 broadcasts of clients are missing")
+    assert len(stage.sent) == MOST_HELD
+    assert shelf.used_bytes == 0
+
+
+async def test_gap_of_database_messages_drops_no_broadcasts_of_clients() -> None:
+    stage = Stage(Shelf(1_000_000))
+    stage.live(1, -1, 2, -2)
+    stage.hold.restart()
+    stage.live(3)
+    assert stage.hold.release() is None
+    assert stage.sent == [-1, -2, 3]
+
+
+async def test_channel_is_told_of_broadcasts_of_clients_that_are_missing(talk: Talk) -> None:
+    await talk.join("room", private=True)
+    answer = asyncio.Event()
+
+    async def late() -> Policy:
+        await answer.wait()
+        return EVERYTHING
+
+    talk.policy = late
+    talk.session.revalidate("room", None)
+    for _ in range(MOST_HELD + 5):
+        talk.services.publish(Room("realtime:room", True), ForwardedBroadcast("realtime:room", b'{"event":"e"}'))
+    answer.set()
+    heard = [await talk.hear()]
+    while heard[-1][3] == "broadcast":
+        heard.append(await talk.hear())
+    missing = MOST_HELD + 5 - (len(heard) - 1)
+    assert missing >= 5
+    assert heard[-1][3:] == [
+        "system",
+        {
+            "extension": "client_broadcast",
+            "status": "gap",
+            "message": f"gap: {missing} broadcasts of clients are missing: more came than are kept for who is not live yet",
+            "channel": "room",
+            "cursor": None,
+        },
+    ]
