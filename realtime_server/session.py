@@ -352,7 +352,7 @@ class Session:
         channel = self._channels.get(message.topic)
         match message:
             case Message(topic=messages.PHOENIX, event=messages.HEARTBEAT):
-                self._reply(message, None, {})
+                self._reply(message, None, self._position(message))
                 return None
             case Message(event=messages.JOIN):
                 # Joins that still wait for an answer count as well: each holds a task.
@@ -382,6 +382,13 @@ class Session:
                     self.services.rates.events.count(time.monotonic())
                     log.info("unknown event", event_name=message.event, topic=message.topic)
         return None
+
+    def _position(self, heartbeat: Message) -> dict[str, str]:
+        """For a heartbeat that asks for it, the cursor behind all that was sent so far, if it is the same on every channel."""
+        is_asked = heartbeat.payload != b"{}" and (messages.loads_object(heartbeat.payload) or {}).get("cursor") is True
+        is_live = not self._busy and all(channel.hold is None for channel in self._channels.values())
+        place = self.services.place()
+        return {"cursor": place.cursor} if is_asked and is_live and place is not None else {}
 
     # -- joining and leaving
 

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
+import psycopg
 import pytest
 
 from realtime_server import backpressure
 from realtime_server.authorization import EVERYTHING, Policy
 from realtime_server.backpressure import BURST_BYTES, LONGEST_WAIT_S, MINORITY_AT_ONCE_S, MINORITY_SHARE, Backpressure
+from realtime_server.client import Client, Message
 from realtime_server.cursor import Place, Snapshot
 from realtime_server.follower import MOST_HELD, Follower, Hold, Shelf
 from realtime_server.history import Page, Stored
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame
 from realtime_server.protocol.messages import Format
-from tests.fix_database import Cluster
+from tests.fix_database import Cluster, TestDatabase
 from tests.fix_events import EventsFactory
 from tests.fix_metrics import gauges
 from tests.fix_server import Server
@@ -289,3 +291,100 @@ async def test_channel_is_told_of_broadcasts_of_clients_that_are_missing(talk: T
             "cursor": None,
         },
     ]
+
+
+# -- cursors of quiet topics
+
+CURSOR = {"broadcast": {"cursor": True}}
+
+
+def send(database: TestDatabase, topic: str, *, private: bool = False) -> None:
+    database.execute("select realtime.send('{\"n\": 1}', 'e', %s, %s)", topic, private)
+
+
+def drop(database: TestDatabase, *topics: str) -> None:
+    """Let the messages of these topics be older than the retention, and end it."""
+    database.execute("update realtime.messages set inserted_at = '2001-01-01' where topic = any (%s)", list(topics))
+    database.execute("select * from realtime.maintain('72 hours')")
+
+
+def has_gap(database: TestDatabase, topic: str, cursor: str, role: str = "none") -> bool:
+    """Whether a read of the topic behind the cursor is refused; the owner reads like the server."""
+    try:
+        with database.connect() as db, db.transaction():
+            db.execute("select set_config('role', %s, true)", (role,))
+            db.execute("select * from realtime.messages_after(%s, %s)", (topic, cursor))
+    except psycopg.Error as error:
+        if error.sqlstate != "RT001":
+            raise
+        return True
+    return False
+
+
+def test_cursor_is_too_old_only_if_messages_of_its_own_topic_were_dropped(database: TestDatabase) -> None:
+    now = str(database.execute("select realtime.cursor()")[0][0])
+    send(database, "dropped")
+    send(database, "kept")
+    ((behind,),) = database.execute("select cursor from realtime.messages_after('dropped', %s)", now)
+    # As the relay writes it: behind the message by its number, though not by its transaction.
+    within = f"{now.rpartition('-')[0]}-{behind.split('-', 2)[2]}"
+    drop(database, "dropped")
+    assert [has_gap(database, topic, now) for topic in ("dropped", "kept", "never")] == [True, False, False]
+    assert not has_gap(database, "dropped", behind)
+    assert not has_gap(database, "dropped", within)
+    assert has_gap(database, "dropped", f"{within.rpartition('-')[0]}-0")
+    # Who may not know whether something was sent to a topic is told what holds for all of them.
+    roles = ("anon", "authenticated", "service_role")
+    assert [has_gap(database, "kept", now, role) for role in roles] == [True, True, False]
+
+
+def test_topics_that_are_remembered_are_bounded(database: TestDatabase) -> None:
+    now = str(database.execute("select realtime.cursor()")[0][0])
+    send(database, "lasting")
+    drop(database, "lasting")
+    assert not has_gap(database, "other", now)
+    # As many others that were dropped later.
+    database.execute(
+        "insert into realtime.dropped_topics select -n, pg_current_xact_id(), 0 from generate_series(1, 100000) as n"
+    )
+    send(database, "later")
+    drop(database, "later")
+    assert database.execute("select count(*) from realtime.dropped_topics") == [(100_000,)]
+    assert has_gap(database, "other", now)
+    database.execute("delete from realtime.dropped_topics where topic_hash between -100000 and -1")
+
+
+async def test_heartbeat_that_asks_for_it_is_answered_with_the_position(
+    small_server: Server, wire: WireFactory
+) -> None:
+    quiet = await wire(small_server.websocket_url, small_server.anon_key)
+    place = (await quiet.join("quiet", CURSOR))["response"]["cursor"]
+    busy = await joined(small_server, wire, "busy")
+    send(small_server.database, "busy")
+    await numbers_of(busy, 1)
+    ref = await quiet.say("phoenix", "heartbeat", {"cursor": True})
+    _, reply_ref, topic, event, answer = await quiet.hear()
+    assert (reply_ref, topic, event, answer["status"]) == (ref, "phoenix", "phx_reply", "ok")
+    later = answer["response"]["cursor"]
+    assert await quiet.is_alive(), "who does not ask gets none"
+    counts = [
+        small_server.database.execute("select count(*) from realtime.messages_after('busy', %s)", cursor)[0][0]
+        for cursor in (place, later)
+    ]
+    assert counts == [1, 0]
+
+
+async def test_client_adopts_the_position_while_its_topic_is_quiet(small_server: Server) -> None:
+    async with Client(small_server.url, small_server.service_key, heartbeat_s=0.05) as client:
+        listener = client.listen("silent")
+        await listener.ready()
+        place = listener.cursor
+        waiting = asyncio.create_task(anext(listener))
+        send(small_server.database, "noise")
+        async with asyncio.timeout(LIMIT_S):
+            while listener.cursor == place:
+                await asyncio.sleep(0.02)
+        send(small_server.database, "silent", private=True)
+        message = await waiting
+        assert isinstance(message, Message)
+        assert message.payload["n"] == 1
