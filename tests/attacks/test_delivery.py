@@ -8,13 +8,14 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
 import psycopg
 import pytest
 
-from realtime_server import backpressure
+from realtime_server import backpressure, cli
 from realtime_server.authorization import EVERYTHING, Policy
 from realtime_server.backpressure import BURST_BYTES, LONGEST_WAIT_S, MINORITY_AT_ONCE_S, MINORITY_SHARE, Backpressure
 from realtime_server.client import Client, Message
@@ -388,3 +389,23 @@ async def test_client_adopts_the_position_while_its_topic_is_quiet(small_server:
         message = await waiting
         assert isinstance(message, Message)
         assert message.payload["n"] == 1
+
+
+async def test_listen_that_is_interrupted_keeps_the_position_of_a_quiet_topic(
+    small_server: Server, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    client = Client(small_server.url, small_server.service_key, heartbeat_s=0.05)
+    listening = asyncio.create_task(cli._print_messages(client, "still", None, False, False, state, None))
+    async with asyncio.timeout(LIMIT_S):
+        while not state.exists():
+            await asyncio.sleep(0.02)
+        place = state.read_text().strip()
+        (listener,) = client._listeners
+        send(small_server.database, "noise")
+        while listener.cursor == place:
+            await asyncio.sleep(0.02)
+    listening.cancel()
+    await asyncio.wait([listening])
+    assert listening.cancelled()
+    assert state.read_text().strip() == listener.cursor != place
