@@ -83,6 +83,7 @@ bench: $(V)/.test ## measure; some minutes
 	$(BIN)/python benchmarks/read_cost.py
 	$(BIN)/python benchmarks/writers.py
 	$(BIN)/python benchmarks/changes.py
+	$(BIN)/python benchmarks/overload.py
 
 docs: $(V)/.run ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py

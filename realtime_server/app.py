@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from realtime_server import __version__, database
 from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, Authorization
+from realtime_server.backpressure import Backpressure
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
@@ -133,7 +134,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         parts = [
             asyncio.create_task(_supervise(app, name, part))
             for name, part in (
-                ("relay", relay.run(Delivery(services))),
+                ("relay", relay.run(Delivery(services, Backpressure(settings.max_buffered_bytes)))),
                 ("authorization", authorization.run()),
                 ("tokens", tokens.run()),
                 ("roster", roster.run()),

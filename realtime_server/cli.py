@@ -372,6 +372,8 @@ def _client(url: str | None, key: str | None, token: str | None) -> Client:
 async def _print_messages(
     client: Client, topic: str, after: str | None, private: bool, as_json: bool, state: Path | None, count: int | None
 ) -> None:
+    import asyncio
+
     from realtime_server.client import Message
 
     async with client:
@@ -383,15 +385,21 @@ async def _print_messages(
             # What comes after this run is not to be missed either, even if nothing comes during it.
             stored = listener.cursor
             _store(state, stored)
-        async for item in listener:
-            _print_item(item, as_json=as_json)
-            if state is not None and item.cursor is not None and item.cursor != stored:
-                stored = item.cursor
-                _store(state, stored)
-            if isinstance(item, Message) and count is not None:
-                count -= 1
-                if count == 0:
-                    return
+        try:
+            async for item in listener:
+                _print_item(item, as_json=as_json)
+                if state is not None and item.cursor is not None and item.cursor != stored:
+                    stored = item.cursor
+                    _store(state, stored)
+                if isinstance(item, Message) and count is not None:
+                    count -= 1
+                    if count == 0:
+                        return
+        except asyncio.CancelledError:
+            # All that came has been printed, and the position has moved on since.
+            if state is not None and listener.cursor is not None:
+                _store(state, listener.cursor)
+            raise
 
 
 def _print_item(item: Message | Gap, *, as_json: bool) -> None:

@@ -352,10 +352,19 @@ class Listener(AsyncIterator[Message | Gap]):
                 )
             case messages.SYSTEM:
                 content = messages.loads_object(message.payload) or {}
+                if content.get("status") == "gap" and content.get("extension") == messages.CLIENT_BROADCAST:
+                    # Nothing that is stored is missing, so the place stays.
+                    return Gap(self.topic, str(content.get("message")), self._cursor or socket.place)
                 if content.get("status") == "gap":
                     return self._take_gap(socket, str(content.get("message")), content.get("cursor"))
                 if content.get("status") == "error":
                     self._complaint = str(content.get("message"))
+            case messages.REPLY if message.topic == messages.PHOENIX:
+                response = (messages.loads_object(message.payload) or {}).get("response")
+                cursor = _text(response.get("cursor")) if isinstance(response, dict) else None
+                if cursor is not None:
+                    # All before it has been handed out, also while nothing comes for this topic.
+                    self._cursor = cursor
             case messages.CLOSE | messages.ERROR:
                 raise _Lost(f"the server ended the channel: {self._complaint or message.event}")
         return None
@@ -459,7 +468,7 @@ class _Socket:
                     renew_at = await self._renew()
                 if time.monotonic() >= next_beat_at:
                     last_beat_at, number = time.monotonic(), number + 1
-                    beat = messages.Message(None, str(number), messages.PHOENIX, messages.HEARTBEAT, b"{}")
+                    beat = messages.Message(None, str(number), messages.PHOENIX, messages.HEARTBEAT, b'{"cursor":true}')
                     await _say(self._web, beat)
 
     async def _renew(self) -> float:

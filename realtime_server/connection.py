@@ -28,6 +28,9 @@ OVERLOADED: Final = 1013
 
 TOO_MANY_FRAMES: Final = "too many frames per second for too long"
 
+# With more than this in a socket's buffer, who reads a log for it had better wait; of a small buffer, a quarter.
+BEHIND_BYTES: Final = 262_144
+
 # A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
 GOODBYE_S: Final = 2.0
 
@@ -102,6 +105,7 @@ class Connection:
         self.transport = transport
         self.is_closed = False
         self._max_buffered_bytes = max_buffered_bytes
+        self._behind_bytes = min(max_buffered_bytes // 4, BEHIND_BYTES)
         self._waiting: list[Frame] = []
         self._waiting_bytes = 0
         self._loop = asyncio.get_running_loop()
@@ -111,7 +115,7 @@ class Connection:
         if self.is_closed:
             return
         # Without this frame: one that alone is beyond the limit would close every reader, and again whenever it resumes.
-        if self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes:
+        if self._buffered > self._max_buffered_bytes:
             self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
             return
         if not self._waiting:
@@ -122,7 +126,17 @@ class Connection:
     @property
     def is_filling(self) -> bool:
         """Whether who sends at will had better wait."""
-        return self._waiting_bytes + self.transport.buffered() > self._max_buffered_bytes // 4
+        # Less than makes it count as behind: what is sent at will does not hold up the relay.
+        return self._buffered > self._behind_bytes // 2
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether who reads a log for this client and others had better wait."""
+        return not self.is_closed and self._buffered > self._behind_bytes
+
+    @property
+    def _buffered(self) -> int:
+        return self._waiting_bytes + self.transport.buffered()
 
     def push(self, message: Message) -> None:
         self.send(encode(message, self.format))

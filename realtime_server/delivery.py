@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import Final
 
 import structlog
 
+from realtime_server.backpressure import Backpressure
 from realtime_server.cursor import Place
 from realtime_server.hub import Room
 from realtime_server.protocol import messages
@@ -13,26 +14,30 @@ from realtime_server.protocol.frames import Broadcast
 from realtime_server.relay import Row
 from realtime_server.services import Services
 
+# What a frame has besides its payload, its names and its cursor, about.
+ENVELOPE_BYTES: Final = 100
+
 log = structlog.get_logger()
 
 
 class Delivery:
     """The relay's receiver. Nothing in here may raise: a row that cannot be delivered is logged, and the relay goes on."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, backpressure: Backpressure) -> None:
         self._services = services
+        self._backpressure = backpressure
 
-    def row(self, row: Row, behind: Place) -> None:
+    def row(self, row: Row, behind: Place) -> bool:
         self._services.metrics.rows.inc()
         match row.extension:
             case "broadcast":
                 self._broadcast(row, behind)
             case "revalidate":
                 self._revalidate(row)
+        return self._backpressure.is_due
 
     async def ready(self) -> None:
-        # Rows that are here already would keep the loop to themselves, and no frame would leave.
-        await asyncio.sleep(0)
+        await self._backpressure.wait()
 
     def gap(self, oldest: str) -> None:
         problem = "gap: the database was restored or promoted, or away for longer than messages are kept"
@@ -43,7 +48,8 @@ class Delivery:
 
     def _broadcast(self, row: Row, behind: Place) -> None:
         room = Room(messages.TOPIC_PREFIX + row.topic, row.private)
-        if room not in self._services.broadcasts:
+        readers = self._services.broadcasts.members(room)
+        if not readers:
             return
         payload = row.binary_payload if row.payload is None else row.payload.encode()
         if row.event is None or payload is None:
@@ -53,6 +59,8 @@ class Delivery:
             room.topic, row.event, payload, is_json=row.payload is not None, id=str(row.id), cursor=behind.cursor
         )
         self._services.publish(room, broadcast)
+        size = len(payload) + len(behind.cursor) + len(room.topic) + len(row.event) + ENVELOPE_BYTES
+        self._backpressure.sent(room, readers, size)
 
     def _revalidate(self, row: Row) -> None:
         wish = messages.loads_object((row.payload or "").encode()) or {}

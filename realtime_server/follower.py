@@ -21,6 +21,8 @@ Ready = Callable[[], Awaitable[bool]]
 
 MOST_HELD: Final = 1000
 
+MISSING: Final = "gap: {count} broadcasts of clients are missing: more came than are kept for who is not live yet"
+
 
 @dataclass(slots=True)
 class Shelf:
@@ -35,12 +37,17 @@ class Hold:
 
     While it is sent older messages, or until policies have been asked again. `begin` is the cursor from which nothing is missed: where the
     relay was when the hold began, or behind what has been read since. Make it before subscribing, or when live.
+
+    What does not fit is read from the database again (`is_overfull`), so stored messages make room for broadcasts of clients, which are
+    nowhere else. `lost` is how many of those did not fit even so.
     """
 
     def __init__(self, *followers: Follower) -> None:
         self._followers = followers
         self._shelf = followers[0].shelf
         self._entries: list[tuple[Follower, Message, Frame]] = []
+        self._stored = 0
+        self.lost = 0
         self._begin()
         for follower in followers:
             follower.hold = self
@@ -52,21 +59,39 @@ class Hold:
 
     def restart(self) -> None:
         """Begin here, behind a gap in what the relay reads: what was held, and places before, may be of another life of the database."""
-        self.drop()
+        self._drop_stored()
         self._begin()
 
     def add(self, follower: Follower, message: Message, frame: Frame) -> None:
-        size = len(frame.data)
-        if len(self._entries) < MOST_HELD and self._shelf.used_bytes + size <= self._shelf.max_bytes:
+        size, is_stored = len(frame.data), message.cursor is not None
+        if not self._fits(size) and (is_stored or self._stored):
+            self.is_overfull = True
+            self._drop_stored()
+        if is_stored and self.is_overfull:
+            return
+        if self._fits(size):
             self._entries.append((follower, message, frame))
             self._shelf.used_bytes += size
+            self._stored += is_stored
         else:
-            self.is_overfull = True
+            self.lost += 1
+
+    def _fits(self, size: int) -> bool:
+        return len(self._entries) < MOST_HELD and self._shelf.used_bytes + size <= self._shelf.max_bytes
+
+    def _drop_stored(self) -> None:
+        """Keep only what is not in the database."""
+        if self._stored:
+            kept = [entry for entry in self._entries if entry[1].cursor is None]
+            self.drop()
+            self._entries = kept
+            self._shelf.used_bytes += sum(len(frame.data) for _, _, frame in kept)
 
     def drop(self) -> None:
         """Keep nothing of what has come so far."""
         self._shelf.used_bytes -= sum(len(frame.data) for _, _, frame in self._entries)
         self._entries.clear()
+        self._stored = 0
 
     async def catch_up(self, cursor: str, read: ReadAfter, ready: Ready) -> str | None:
         """Send all that lies behind the cursor; the cursor behind all of that, None when the client is gone.
@@ -93,25 +118,26 @@ class Hold:
                     self.begin = behind
                 return behind
             # More came than can be held: it is in the database, so hold anew and read on, in all rooms.
-            self.drop()
             self.is_overfull = False
             place = self._place = self._followers[0].place()
             if place is not None:
                 for follower in self._followers:
                     follower.forget_passed(place)
 
-    def release(self) -> None:
-        """Send what was held; from now on everything at once."""
+    def release(self) -> str | None:
+        """Send what was held; from now on everything at once. What is to be told of broadcasts that are missing, None where none is."""
         entries = [entry for entry in self._entries if not entry[0].was_read(entry[1])]
         self.drop()
         for follower in self._followers:
             follower.hold = None
         for follower, message, frame in entries:
             follower.deliver(message, frame)
+        return MISSING.format(count=self.lost) if self.lost else None
 
 
 class Follower:
-    """Of one room, for one client. `send` must not wait; `place` is where the relay is; all followers of the client have one `shelf`.
+    """Of one room, for one client. `send` must not wait; `place` is where the relay is; all followers of the client have one `shelf`;
+    `is_behind` tells whether so much waits for the client that more had better wait, too.
 
     While `hold` is set, what is delivered goes there.
     """
@@ -123,6 +149,7 @@ class Follower:
         send: Callable[[Frame], None],
         place: Callable[[], Place | None],
         shelf: Shelf,
+        is_behind: Callable[[], bool] = lambda: False,
     ) -> None:
         self.room = room
         self.encoding = encoding
@@ -130,9 +157,15 @@ class Follower:
         self.shelf = shelf
         self.hold: Hold | None = None
         self._send = send
+        self._is_behind = is_behind
         # Ids that were read and may come again, with their transactions, until the relay has passed the newest transaction among them.
         self._seen: dict[str, int] = {}
         self._seen_xid = 0
+
+    @property
+    def is_behind(self) -> bool:
+        # Older messages are read for it at its own pace.
+        return self.hold is None and self._is_behind()
 
     def deliver(self, message: Message, frame: Frame) -> None:
         if self.hold is not None:

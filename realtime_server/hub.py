@@ -6,6 +6,7 @@ encoding in use in the room, and every subscriber of that encoding is handed the
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from realtime_server.protocol.frames import Encoding, Frame
@@ -32,6 +33,10 @@ class Subscriber(Protocol[M_contra]):
 
     @property
     def encoding(self) -> Encoding: ...
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits for the client that more had better wait, too."""
 
     def deliver(self, message: M_contra, frame: Frame) -> None:
         """Take the message, whose finished frame is `frame`. Must not wait."""
@@ -68,6 +73,10 @@ class Hub(Generic[M]):
                 subscriber.deliver(message, frame)
                 sent += 1
         return sent
+
+    def members(self, room: Room) -> Collection[Subscriber[M]]:
+        """Its subscribers, also as they change."""
+        return self._rooms.get(room, {}).keys()
 
     def __contains__(self, room: Room) -> bool:
         return room in self._rooms

@@ -129,11 +129,11 @@ CHANGES: Final = Outbox(
 class Receiver(Protocol[R_contra]):
     """What the relay hands on to; its methods must not raise."""
 
-    def row(self, row: R_contra, behind: Place) -> None:
-        """One row, and the place right behind it. Must not wait."""
+    def row(self, row: R_contra, behind: Place) -> bool | None:
+        """One row, and the place right behind it. Must not wait. True when `ready` is to be awaited before the next row."""
 
     async def ready(self) -> None:
-        """Wait until more may come. Asked after each piece of what was read."""
+        """Wait until more may come. Asked after each piece of what was read, and wherever `row` asks for it."""
 
     def gap(self, oldest: str) -> None:
         """Rows are missing here: the database has begun another life, or was away for longer than rows are kept.
@@ -460,7 +460,7 @@ class Relay(Generic[R]):
             while rows := await self._piece(reader, stream):
                 if rows[0][-1] is not None:
                     until = Snapshot.parse(rows.pop(0)[-1])
-                self._take(rows, until)
+                await self._take(rows, until)
                 count += len(rows)
                 await self._wait_for_receiver()
         self._arrive(until)
@@ -484,12 +484,14 @@ class Relay(Generic[R]):
         await self._receiver.ready()
         self._read_at = time.monotonic()
 
-    def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
+    async def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
         assert self._durable is not None, "set together with the position"
         for fields in rows:
             row = self._outbox.row(*fields[:-1])
             if row.seq not in self._handed_on:
-                self._hand_on(row, Place(self._life, self._durable, until, row.seq))
+                wants_pause = self._hand_on(row, Place(self._life, self._durable, until, row.seq))
+                if wants_pause:
+                    await self._wait_for_receiver()
 
     def _arrive(self, until: Snapshot) -> None:
         assert self._durable is not None, "set together with the position"
@@ -516,14 +518,14 @@ class Relay(Generic[R]):
             end[1](until, lsn)
             raise _Over
 
-    def _hand_on(self, row: R, behind: Place) -> None:
+    def _hand_on(self, row: R, behind: Place) -> bool | None:
         self._handed_on.add(row.seq)
         self._handed_on_next.add(row.seq)
         self._last_seq = max(self._last_seq, row.seq)
         if self._highest is None or row.seq > self._highest.seq:
             self._highest = row
         self.place = behind
-        self._receiver.row(row, behind)
+        return self._receiver.row(row, behind)
 
     async def _scalar(self, db: Database, query: LiteralString, *arguments: object) -> Any:
         (value,) = await self._row(db, query, *arguments)

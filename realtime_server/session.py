@@ -101,6 +101,7 @@ class Channel(Follower):
             connection.send,
             session.services.place,
             session.shelf,
+            lambda: connection.is_behind,
         )
         self.session = session
         self.watcher = Watcher(self)
@@ -156,6 +157,10 @@ class Watcher:
         self.encoding = Encoding(channel.encoding.format)
         self.has_missed = False
         self._channel = channel
+
+    @property
+    def is_behind(self) -> bool:
+        return self._channel.session.connection.is_behind
 
     def deliver(self, message: PresenceDiff, frame: Frame) -> None:
         if self._channel.is_in_doubt:
@@ -344,7 +349,7 @@ class Session:
         channel = self._channels.get(message.topic)
         match message:
             case Message(topic=messages.PHOENIX, event=messages.HEARTBEAT):
-                self._reply(message, None, {})
+                self._reply(message, None, self._position(message))
                 return None
             case Message(event=messages.JOIN):
                 # Joins that still wait for an answer count as well: each holds a task.
@@ -374,6 +379,13 @@ class Session:
                     self.services.rates.events.count(time.monotonic())
                     log.info("unknown event", event_name=message.event, topic=message.topic)
         return None
+
+    def _position(self, heartbeat: Message) -> dict[str, str]:
+        """For a heartbeat that asks for it, the cursor behind all that was sent so far, if it is the same on every channel."""
+        is_asked = heartbeat.payload != b"{}" and (messages.loads_object(heartbeat.payload) or {}).get("cursor") is True
+        is_live = not self._busy and all(channel.hold is None for channel in self._channels.values())
+        place = self.services.place()
+        return {"cursor": place.cursor} if is_asked and is_live and place is not None else {}
 
     # -- joining and leaving
 
@@ -550,7 +562,7 @@ class Session:
         """Release what is held for a channel, after what lies behind the cursor; None when there is nothing to be read."""
         hold = channel.hold
         if hold is not None and cursor is None and not hold.is_overfull:
-            hold.release()
+            self._release(channel, hold)
         elif hold is not None:
             channel.is_resuming = True
             self._tasks.create_task(self._resume(channel, hold, hold.begin if cursor is None else cursor))
@@ -581,12 +593,21 @@ class Session:
             return
         if self._is_open(channel):
             channel.is_resuming = False
-            hold.release()
+            self._release(channel, hold)
+
+    def _release(self, channel: Channel, hold: Hold) -> None:
+        problem = hold.release()
+        if problem is not None and self._is_open(channel):
+            extension = messages.CLIENT_BROADCAST
+            self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, None, extension))
 
     async def _is_ready(self, channel: Channel) -> bool:
         """Wait until the client has taken most of what was sent and keeps its rights; False when the channel is gone."""
+        pause_s = 0.0
         while self._is_open(channel) and (self.connection.is_filling or channel.is_in_doubt):
-            await asyncio.sleep(DRAIN_LOOK_S)
+            # First only for what this turn of the loop has sent to leave.
+            await asyncio.sleep(pause_s)
+            pause_s = DRAIN_LOOK_S
         return self._is_open(channel)
 
     def _is_open(self, channel: Channel) -> bool:

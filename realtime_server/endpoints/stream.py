@@ -34,7 +34,7 @@ from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import TRIED_AGAIN
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.connection import ABORT, GOODBYE_S
+from realtime_server.connection import ABORT, BEHIND_BYTES, GOODBYE_S
 from realtime_server.endpoints.caller import (
     PRIVATE,
     REFUSALS,
@@ -164,6 +164,7 @@ class EventStream:
         self._claims = claims
         self._headers = headers
         self._max_buffered_bytes = max_buffered_bytes
+        self._behind_bytes = min(max_buffered_bytes // 4, BEHIND_BYTES)
         self._abort = abort
         shelf = Shelf(max_buffered_bytes // 2)
         self._followers = [_Topic(self, room, services, wish.events, shelf) for room in wish.rooms]
@@ -265,7 +266,12 @@ class EventStream:
     @property
     def is_filling(self) -> bool:
         """Whether the client has not taken most of what it was sent."""
-        return len(self._waiting) > self._max_buffered_bytes // 4
+        return len(self._waiting) > self._behind_bytes // 2
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether who reads a log for this client and others had better wait."""
+        return not self._is_over and len(self._waiting) > self._behind_bytes
 
     def close(self, code: int, reason: str = "") -> None:
         """End the stream; code and reason are for sockets."""
@@ -332,7 +338,8 @@ class EventStream:
             self.end()
         else:
             self._hold = None
-            hold.release()
+            if (problem := hold.release()) is not None:
+                self.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
     async def _catch_up(self, hold: Hold, after: str) -> None:
         try:
@@ -395,7 +402,7 @@ class _Topic(Follower):
     def __init__(
         self, stream: EventStream, room: Room, services: Services, events: frozenset[str], shelf: Shelf
     ) -> None:
-        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf)
+        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf, lambda: stream.is_behind)
         self._events = events
 
     def deliver(self, message: Message, frame: Frame) -> None:

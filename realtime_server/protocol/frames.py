@@ -135,6 +135,7 @@ class ForwardedBroadcast:
     topic: str
     payload: bytes
     id: None = None
+    cursor: None = None
 
     @cached_property
     def event(self) -> str | None:

@@ -35,6 +35,8 @@ SYSTEM: Final = "system"
 PRESENCE_STATE: Final = "presence_state"
 PRESENCE_DIFF: Final = "presence_diff"
 POSTGRES_CHANGES: Final = "postgres_changes"
+# What a gap may be of, besides `broadcast` and `postgres_changes`: broadcasts of clients and of REST, which are not stored.
+CLIENT_BROADCAST: Final = "client_broadcast"
 
 # Opaque to the server: chosen by the client, echoed as it came.
 Ref = str | int | None

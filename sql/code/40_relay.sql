@@ -148,7 +148,6 @@ as $$
 declare
     v_before timestamp := (now() at time zone 'utc') - retention;
     v_partition record;
-    v_dropped xid8;
 begin
     for v_partition in
         select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
@@ -159,20 +158,19 @@ begin
         order by child.relname
     loop
         continue when v_partition.day + 1 > v_before;
-        execute format('select xid from realtime.%I order by xid desc limit 1', v_partition.relname) into v_dropped;
-        -- First the word, then the deed: both commit together.
-        perform realtime.note_dropped(v_dropped);
+        -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
+        execute format('lock table realtime.%I in share mode', v_partition.relname);
+        perform realtime.note_dropped_topics(format('realtime.%I', v_partition.relname)::regclass, 'infinity');
         execute format('drop table realtime.%I', v_partition.relname);
         return next v_partition.relname;
     end loop;
 
-    with deleted as (
+    if exists (select from realtime.messages_default where inserted_at < v_before) then
+        lock table realtime.messages_default in share row exclusive mode;
+        perform realtime.note_dropped_topics('realtime.messages_default', v_before);
         delete from realtime.messages_default
-        where inserted_at < v_before
-        returning xid
-    )
-    select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
-    perform realtime.note_dropped(v_dropped);
+        where inserted_at < v_before;
+    end if;
 
     -- Probes are rolled back; what is here somebody put by hand.
     delete from realtime.messages_probe;

@@ -41,19 +41,67 @@ $$;
 comment on function realtime.dropped_xid() is 'Highest transaction id among messages that were dropped in this life of the database.';
 revoke all on function realtime.dropped_xid() from public;
 
-create or replace function realtime.note_dropped(xid xid8)
+create or replace function realtime.note_dropped(xid xid8, is_covered boolean default false)
 returns void
 language sql
 volatile
 as $$
+    -- Transaction ids of another life mean nothing.
+    delete from realtime.dropped_topics
+    where note_dropped.xid is not null
+        and not exists (select from realtime.stream where dropped_in_life = realtime.life());
     update realtime.stream
     set
         dropped_xid = greatest(realtime.dropped_xid()::text::numeric, note_dropped.xid::text::numeric)::text::xid8,
+        dropped_anywhere_xid = greatest(
+            case when dropped_in_life = realtime.life() then dropped_anywhere_xid else '0' end::text::numeric,
+            case when is_covered then 0 else note_dropped.xid::text::numeric end
+        )::text::xid8,
         dropped_in_life = realtime.life()
     where note_dropped.xid is not null
 $$;
-comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
-revoke all on function realtime.note_dropped(xid8) from public;
+comment on function realtime.note_dropped(xid8, boolean) is
+    'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them. is_covered: realtime.dropped_topics says of which topics.';
+revoke all on function realtime.note_dropped(xid8, boolean) from public;
+
+-- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
+create or replace function realtime.note_dropped_topics(messages regclass, before timestamp)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_xid xid8;
+    v_left_out xid8;
+begin
+    execute format('select xid from %s where inserted_at < $1 order by xid desc limit 1', messages) into v_xid using before;
+    -- To read all of a large partition would hold up maintenance: 1 GB takes seconds.
+    if pg_relation_size(messages) > 256 * 1024 * 1024 then
+        perform realtime.note_dropped(v_xid);
+        return;
+    end if;
+    perform realtime.note_dropped(v_xid, true);
+    execute format(
+        'insert into realtime.dropped_topics as known (topic_hash, xid, seq)'
+        ' select hashtextextended(topic, 0), max(xid::text::numeric)::text::xid8, max(seq)'
+        ' from %s where inserted_at < $1 and extension = ''broadcast'' group by 1'
+        ' on conflict (topic_hash) do update set'
+        ' xid = greatest(known.xid::text::numeric, excluded.xid::text::numeric)::text::xid8, seq = greatest(known.seq, excluded.seq)',
+        messages
+    ) using before;
+    with left_out as (
+        delete from realtime.dropped_topics
+        where topic_hash in (select topic_hash from realtime.dropped_topics order by xid desc offset 100000)
+        returning xid
+    )
+    select max(xid::text::numeric)::text::xid8 into v_left_out from left_out;
+    perform realtime.note_dropped(v_left_out);
+end
+$$;
+comment on function realtime.note_dropped_topics(regclass, timestamp) is
+    'Remembers of which topics the messages of a partition before a time (UTC) are no longer kept, in the transaction that drops them.';
+revoke all on function realtime.note_dropped_topics(regclass, timestamp) from public;
 
 -- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
 -- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
@@ -185,7 +233,25 @@ as $$
 $$;
 comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
 
-create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+create or replace function realtime.sees_dropped("snapshot" pg_snapshot, xid xid8)
+returns boolean
+language sql
+stable
+as $$
+    -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+    select pg_catalog.pg_snapshot_xmax("snapshot") > xid
+        and not exists (
+            select
+            from pg_catalog.pg_snapshot_xip("snapshot") as xip
+            where xip <= xid and pg_catalog.pg_visible_in_snapshot(xip, pg_catalog.pg_current_snapshot())
+        )
+$$;
+comment on function realtime.sees_dropped(pg_snapshot, xid8) is 'Whether a snapshot sees all that was dropped of transactions up to this one.';
+revoke all on function realtime.sees_dropped(pg_snapshot, xid8) from public;
+
+create or replace function realtime.read_cursor(
+    place realtime.cursor, topic text, out since pg_snapshot, out until pg_snapshot, out seq bigint
+)
 language plpgsql
 stable
 security definer
@@ -194,8 +260,16 @@ as $$
 declare
     v_parts text[] := string_to_array(place, '-');
     v_dropped xid8 := realtime.dropped_xid();
+    v_of_topic realtime.dropped_topics;
     v_problem text;
 begin
+    if topic is not null then
+        select dropped_anywhere_xid into v_dropped from realtime.stream where dropped_in_life = realtime.life();
+        select known.* into v_of_topic
+        from realtime.dropped_topics as known
+        where topic_hash = hashtextextended(topic, 0) and v_dropped is not null;
+        v_dropped := coalesce(v_dropped, '0');
+    end if;
     -- Its life has no name of its own, so that every cursor would seem to be of another one.
     if pg_is_in_recovery() then
         raise exception using
@@ -219,13 +293,9 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmax(since) <= v_dropped
-        or exists (
-            -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
-            select
-            from pg_snapshot_xip(since) as xip
-            where xip <= v_dropped and pg_visible_in_snapshot(xip, pg_current_snapshot())
-        )
+    elsif not realtime.sees_dropped(since, v_dropped)
+        or not realtime.sees_dropped(since, v_of_topic.xid)
+        and not (until is not null and v_of_topic.seq <= seq and realtime.sees_dropped(until, v_of_topic.xid))
     then
         v_problem := 'the cursor is older than what is kept';
     end if;
@@ -237,6 +307,20 @@ begin
             hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
     end if;
 end
+$$;
+comment on function realtime.read_cursor(realtime.cursor, text) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages of the topic behind it are gone, of any topic where it is null; 22023 when it is malformed, 25006 on a standby.';
+-- Not for everybody: it tells whether anything was sent to a topic.
+revoke all on function realtime.read_cursor(realtime.cursor, text) from public;
+grant execute on function realtime.read_cursor(realtime.cursor, text) to service_role;
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select * from realtime.read_cursor(place, null)
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
     'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
@@ -305,8 +389,14 @@ declare
     -- A cursor without its last part; taken together once, because a page has many.
     v_within text;
     v_behind text;
+    v_is_trusted boolean := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, text)', 'execute');
 begin
-    select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    if v_is_trusted then
+        select place.since, place.until, place.seq into v_since, v_until, v_seq
+        from realtime.read_cursor(after, messages_after.topic) as place;
+    else
+        select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    end if;
     perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
     loop
         v_is_present := v_until is null;
@@ -376,7 +466,11 @@ begin
         v_until := null;
     end loop;
     -- What was dropped since the cursor was looked at may not have been read: the read waits while a partition is dropped.
-    perform realtime.read_cursor(after);
+    if v_is_trusted then
+        perform realtime.read_cursor(after, messages_after.topic);
+    else
+        perform realtime.read_cursor(after);
+    end if;
 end
 $$;
 comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is

@@ -14,6 +14,7 @@ create table realtime.stream (
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
     dropped_in_life text not null default '',
+    dropped_anywhere_xid xid8 not null default '0',
     dropped_change_xid xid8 not null default '0',
     dropped_change_in_life text not null default '',
     constraint stream_only_row check (only_row)
@@ -22,8 +23,23 @@ comment on table realtime.stream is 'One row: which stream this is, and how far 
 comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
 comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
-comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages of all topics; the relay must lie wholly behind it.';
+comment on column realtime.stream.dropped_anywhere_xid is
+    'Highest transaction id among dropped messages that realtime.dropped_topics does not cover: cursors of every topic must lie behind it.';
 comment on column realtime.stream.dropped_change_xid is 'The same for captured row changes.';
 comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;
+
+-- Bounded by realtime.note_dropped_topics: what does not fit raises realtime.stream.dropped_anywhere_xid instead.
+create table realtime.dropped_topics (
+    topic_hash bigint primary key,
+    xid xid8 not null,
+    seq bigint not null
+);
+comment on table realtime.dropped_topics is
+    'How far back each topic reaches, where messages of it were dropped: a cursor must lie behind these. Written by maintenance only.';
+comment on column realtime.dropped_topics.topic_hash is 'hashtextextended(topic, 0): topics that share one share the bound.';
+comment on column realtime.dropped_topics.xid is 'Highest transaction id among dropped messages of the topic.';
+comment on column realtime.dropped_topics.seq is 'Highest sequence number among dropped messages of the topic.';
+alter table realtime.dropped_topics enable row level security;  -- no policies: for its owner only

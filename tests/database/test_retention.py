@@ -113,19 +113,19 @@ def test_clients_may_neither_maintain_nor_look_at_partitions(database: TestDatab
 
 
 def test_transaction_that_has_run_for_longer_than_messages_are_kept_makes_no_gap(any_database: TestDatabase) -> None:
-    read = "select (payload ->> 'n')::int from realtime.messages_after('t', %s)"
+    read = "select (payload ->> 'n')::int from realtime.messages_after('old', %s)"
     with psycopg.connect(any_database.url) as long:
         long.execute("select pg_current_xact_id()")
         before = any_database.execute("select realtime.cursor()")[0][0]
         old = old_partition(any_database)
         assert any_database.execute(MAINTAIN) == [(old, "dropped")]
         (place,) = any_database.execute("select realtime.cursor()")[0]
-        any_database.execute("select realtime.send('{\"n\": 1}', 'e', 't')")
+        any_database.execute("select realtime.send('{\"n\": 1}', 'e', 'old')")
         assert any_database.execute(read, place) == [(1,)]
         # Where there is one, it is told.
         with pytest.raises(psycopg.Error, match="older than what is kept"):
             any_database.execute(read, before)
-        long.execute("select realtime.send('{\"n\": 2}', 'e', 't')")
+        long.execute("select realtime.send('{\"n\": 2}', 'e', 'old')")
         long.commit()
     # It has ended, and may have had messages among what was dropped since.
     with pytest.raises(psycopg.Error, match="older than what is kept"):

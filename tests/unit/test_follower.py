@@ -39,7 +39,7 @@ class Stage:
 
 
 def live_message(name: str, number: int) -> tuple[Broadcast, Frame]:
-    message = Broadcast(name, "e", b"{}", id=f"{name}{number}")
+    message = Broadcast(name, "e", b"{}", id=f"{name}{number}", cursor=f"behind {number}")
     frame = message.encode(SSE)
     assert frame is not None
     return message, frame

@@ -30,7 +30,8 @@ ERRORS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
 def stored(number: int) -> Stored:
-    return Stored(Broadcast("realtime:room", "e", b'{"n":%d}' % number, id=str(uuid4()), replayed=True), number)
+    payload = b'{"n":%d}' % number
+    return Stored(Broadcast("realtime:room", "e", payload, id=str(uuid4()), cursor="behind", replayed=True), number)
 
 
 async def test_what_was_replayed_is_not_kept(talk: Talk) -> None:

@@ -113,6 +113,7 @@ create table realtime.stream (
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
     dropped_in_life text not null default '',
+    dropped_anywhere_xid xid8 not null default '0',
     dropped_change_xid xid8 not null default '0',
     dropped_change_in_life text not null default '',
     constraint stream_only_row check (only_row)
@@ -121,11 +122,26 @@ comment on table realtime.stream is 'One row: which stream this is, and how far 
 comment on column realtime.stream.only_row is 'Always true: there is one row.';
 comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
 comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
-comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages; a cursor must lie wholly behind it.';
+comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages of all topics; the relay must lie wholly behind it.';
+comment on column realtime.stream.dropped_anywhere_xid is
+    'Highest transaction id among dropped messages that realtime.dropped_topics does not cover: cursors of every topic must lie behind it.';
 comment on column realtime.stream.dropped_change_xid is 'The same for captured row changes.';
 comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;
+
+-- Bounded by realtime.note_dropped_topics: what does not fit raises realtime.stream.dropped_anywhere_xid instead.
+create table realtime.dropped_topics (
+    topic_hash bigint primary key,
+    xid xid8 not null,
+    seq bigint not null
+);
+comment on table realtime.dropped_topics is
+    'How far back each topic reaches, where messages of it were dropped: a cursor must lie behind these. Written by maintenance only.';
+comment on column realtime.dropped_topics.topic_hash is 'hashtextextended(topic, 0): topics that share one share the bound.';
+comment on column realtime.dropped_topics.xid is 'Highest transaction id among dropped messages of the topic.';
+comment on column realtime.dropped_topics.seq is 'Highest sequence number among dropped messages of the topic.';
+alter table realtime.dropped_topics enable row level security;  -- no policies: for its owner only
 -- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
 
 create unlogged table realtime.nodes (
@@ -737,7 +753,6 @@ as $$
 declare
     v_before timestamp := (now() at time zone 'utc') - retention;
     v_partition record;
-    v_dropped xid8;
 begin
     for v_partition in
         select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
@@ -748,20 +763,19 @@ begin
         order by child.relname
     loop
         continue when v_partition.day + 1 > v_before;
-        execute format('select xid from realtime.%I order by xid desc limit 1', v_partition.relname) into v_dropped;
-        -- First the word, then the deed: both commit together.
-        perform realtime.note_dropped(v_dropped);
+        -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
+        execute format('lock table realtime.%I in share mode', v_partition.relname);
+        perform realtime.note_dropped_topics(format('realtime.%I', v_partition.relname)::regclass, 'infinity');
         execute format('drop table realtime.%I', v_partition.relname);
         return next v_partition.relname;
     end loop;
 
-    with deleted as (
+    if exists (select from realtime.messages_default where inserted_at < v_before) then
+        lock table realtime.messages_default in share row exclusive mode;
+        perform realtime.note_dropped_topics('realtime.messages_default', v_before);
         delete from realtime.messages_default
-        where inserted_at < v_before
-        returning xid
-    )
-    select max(xid::text::numeric)::text::xid8 into v_dropped from deleted;
-    perform realtime.note_dropped(v_dropped);
+        where inserted_at < v_before;
+    end if;
 
     -- Probes are rolled back; what is here somebody put by hand.
     delete from realtime.messages_probe;
@@ -860,19 +874,67 @@ $$;
 comment on function realtime.dropped_xid() is 'Highest transaction id among messages that were dropped in this life of the database.';
 revoke all on function realtime.dropped_xid() from public;
 
-create or replace function realtime.note_dropped(xid xid8)
+create or replace function realtime.note_dropped(xid xid8, is_covered boolean default false)
 returns void
 language sql
 volatile
 as $$
+    -- Transaction ids of another life mean nothing.
+    delete from realtime.dropped_topics
+    where note_dropped.xid is not null
+        and not exists (select from realtime.stream where dropped_in_life = realtime.life());
     update realtime.stream
     set
         dropped_xid = greatest(realtime.dropped_xid()::text::numeric, note_dropped.xid::text::numeric)::text::xid8,
+        dropped_anywhere_xid = greatest(
+            case when dropped_in_life = realtime.life() then dropped_anywhere_xid else '0' end::text::numeric,
+            case when is_covered then 0 else note_dropped.xid::text::numeric end
+        )::text::xid8,
         dropped_in_life = realtime.life()
     where note_dropped.xid is not null
 $$;
-comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
-revoke all on function realtime.note_dropped(xid8) from public;
+comment on function realtime.note_dropped(xid8, boolean) is
+    'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them. is_covered: realtime.dropped_topics says of which topics.';
+revoke all on function realtime.note_dropped(xid8, boolean) from public;
+
+-- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
+create or replace function realtime.note_dropped_topics(messages regclass, before timestamp)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_xid xid8;
+    v_left_out xid8;
+begin
+    execute format('select xid from %s where inserted_at < $1 order by xid desc limit 1', messages) into v_xid using before;
+    -- To read all of a large partition would hold up maintenance: 1 GB takes seconds.
+    if pg_relation_size(messages) > 256 * 1024 * 1024 then
+        perform realtime.note_dropped(v_xid);
+        return;
+    end if;
+    perform realtime.note_dropped(v_xid, true);
+    execute format(
+        'insert into realtime.dropped_topics as known (topic_hash, xid, seq)'
+        ' select hashtextextended(topic, 0), max(xid::text::numeric)::text::xid8, max(seq)'
+        ' from %s where inserted_at < $1 and extension = ''broadcast'' group by 1'
+        ' on conflict (topic_hash) do update set'
+        ' xid = greatest(known.xid::text::numeric, excluded.xid::text::numeric)::text::xid8, seq = greatest(known.seq, excluded.seq)',
+        messages
+    ) using before;
+    with left_out as (
+        delete from realtime.dropped_topics
+        where topic_hash in (select topic_hash from realtime.dropped_topics order by xid desc offset 100000)
+        returning xid
+    )
+    select max(xid::text::numeric)::text::xid8 into v_left_out from left_out;
+    perform realtime.note_dropped(v_left_out);
+end
+$$;
+comment on function realtime.note_dropped_topics(regclass, timestamp) is
+    'Remembers of which topics the messages of a partition before a time (UTC) are no longer kept, in the transaction that drops them.';
+revoke all on function realtime.note_dropped_topics(regclass, timestamp) from public;
 
 -- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
 -- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
@@ -1004,7 +1066,25 @@ as $$
 $$;
 comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
 
-create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+create or replace function realtime.sees_dropped("snapshot" pg_snapshot, xid xid8)
+returns boolean
+language sql
+stable
+as $$
+    -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+    select pg_catalog.pg_snapshot_xmax("snapshot") > xid
+        and not exists (
+            select
+            from pg_catalog.pg_snapshot_xip("snapshot") as xip
+            where xip <= xid and pg_catalog.pg_visible_in_snapshot(xip, pg_catalog.pg_current_snapshot())
+        )
+$$;
+comment on function realtime.sees_dropped(pg_snapshot, xid8) is 'Whether a snapshot sees all that was dropped of transactions up to this one.';
+revoke all on function realtime.sees_dropped(pg_snapshot, xid8) from public;
+
+create or replace function realtime.read_cursor(
+    place realtime.cursor, topic text, out since pg_snapshot, out until pg_snapshot, out seq bigint
+)
 language plpgsql
 stable
 security definer
@@ -1013,8 +1093,16 @@ as $$
 declare
     v_parts text[] := string_to_array(place, '-');
     v_dropped xid8 := realtime.dropped_xid();
+    v_of_topic realtime.dropped_topics;
     v_problem text;
 begin
+    if topic is not null then
+        select dropped_anywhere_xid into v_dropped from realtime.stream where dropped_in_life = realtime.life();
+        select known.* into v_of_topic
+        from realtime.dropped_topics as known
+        where topic_hash = hashtextextended(topic, 0) and v_dropped is not null;
+        v_dropped := coalesce(v_dropped, '0');
+    end if;
     -- Its life has no name of its own, so that every cursor would seem to be of another one.
     if pg_is_in_recovery() then
         raise exception using
@@ -1038,13 +1126,9 @@ begin
         v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
     elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
         v_problem := 'the cursor is ahead of this database';
-    elsif pg_snapshot_xmax(since) <= v_dropped
-        or exists (
-            -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
-            select
-            from pg_snapshot_xip(since) as xip
-            where xip <= v_dropped and pg_visible_in_snapshot(xip, pg_current_snapshot())
-        )
+    elsif not realtime.sees_dropped(since, v_dropped)
+        or not realtime.sees_dropped(since, v_of_topic.xid)
+        and not (until is not null and v_of_topic.seq <= seq and realtime.sees_dropped(until, v_of_topic.xid))
     then
         v_problem := 'the cursor is older than what is kept';
     end if;
@@ -1056,6 +1140,20 @@ begin
             hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
     end if;
 end
+$$;
+comment on function realtime.read_cursor(realtime.cursor, text) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages of the topic behind it are gone, of any topic where it is null; 22023 when it is malformed, 25006 on a standby.';
+-- Not for everybody: it tells whether anything was sent to a topic.
+revoke all on function realtime.read_cursor(realtime.cursor, text) from public;
+grant execute on function realtime.read_cursor(realtime.cursor, text) to service_role;
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select * from realtime.read_cursor(place, null)
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
     'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
@@ -1124,8 +1222,14 @@ declare
     -- A cursor without its last part; taken together once, because a page has many.
     v_within text;
     v_behind text;
+    v_is_trusted boolean := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, text)', 'execute');
 begin
-    select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    if v_is_trusted then
+        select place.since, place.until, place.seq into v_since, v_until, v_seq
+        from realtime.read_cursor(after, messages_after.topic) as place;
+    else
+        select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
+    end if;
     perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
     loop
         v_is_present := v_until is null;
@@ -1195,7 +1299,11 @@ begin
         v_until := null;
     end loop;
     -- What was dropped since the cursor was looked at may not have been read: the read waits while a partition is dropped.
-    perform realtime.read_cursor(after);
+    if v_is_trusted then
+        perform realtime.read_cursor(after, messages_after.topic);
+    else
+        perform realtime.read_cursor(after);
+    end if;
 end
 $$;
 comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
