@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from typing import Final
@@ -162,8 +162,14 @@ class Authorization:
                 self._waiting.put_back(unanswered)
         except Exception:
             # One topic that is no text to PostgreSQL: each is asked again by itself.
-            for asked in unanswered:
-                self._alone.put(asked)
+            self._ask_each_alone(unanswered)
+        else:
+            # A function that answers too little. Alone, its question raises; others are not left waiting.
+            self._ask_each_alone(unanswered)
+
+    def _ask_each_alone(self, questions: Iterable[Asked]) -> None:
+        for asked in questions:
+            self._alone.put(asked)
 
     async def _answer_alone(self) -> None:
         while True:

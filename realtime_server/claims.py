@@ -179,8 +179,10 @@ def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
 def _check_time(payload: dict[str, Any], now: float) -> None:
     expires_at = _seconds(payload.get("exp", inf))
     not_before = _seconds(payload.get("nbf", -inf))
-    if expires_at is None or not_before is None or _seconds(payload.get("iat", 0)) is None:
-        raise InvalidClaims("`exp`, `nbf` and `iat` must be numbers")
+    if expires_at is None or _seconds(payload.get("iat", 0)) is None:
+        raise InvalidClaims("`exp` and `iat` must be numbers")
+    if not_before is None:
+        raise InvalidClaims("`nbf` must be a number")
     if expires_at <= now:
         raise TokenExpired(int(now - expires_at))
     if not_before > now + NOT_BEFORE_LEEWAY_S:
