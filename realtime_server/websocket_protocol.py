@@ -20,6 +20,8 @@ from realtime_server.connection import EXTENSION, GOODBYE_S, OVERLOADED, POLICY_
 from realtime_server.limits import FrameLimit
 
 FRAMES_PER_TURN: Final = 16
+# A failed connection is closed when its peer has sent nothing for so long.
+LINGER_S: Final = 0.1
 
 
 def frame_size(data: bytes, position: int) -> int | None:
@@ -85,6 +87,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._fragments = 0
         self._partial_since: float | None = None
         self._message_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._pong = b""
 
     # -- the transport of a connection
@@ -165,6 +168,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         self._last_received_at = self.loop.time()
         if self._is_discarding:
+            self._linger()
             return
         if not self.handshake_initiated:
             super().data_received(data)
@@ -338,12 +342,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._discard()
 
     def _finish(self) -> None:
-        """Send the close frame and the end of the stream. Closing the transport would reset a connection on which data still arrives,
-        and the peer might never read why."""
+        """Send the close frame, and close once the peer is silent. Closing at once would reset a connection on which data still arrives,
+        and the peer might never read why; and clients on asyncio stumble over an end of the stream while they send."""
         self.transport.write(b"".join(self.conn.data_to_send()))
-        self.transport.write_eof()
         self.close_sent = True
         self._abort_later()
+        self._linger()
+
+    def _linger(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _discard(self) -> None:
         self._is_discarding = True
@@ -365,7 +374,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
         self._handshake_answered()
         self._discard()
-        for handle in (self._next_turn, self._message_timer):
+        for handle in (self._next_turn, self._message_timer, self._linger_timer):
             if handle is not None:
                 handle.cancel()
 
