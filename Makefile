@@ -5,7 +5,7 @@ PY ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do c
 V := .venv
 BIN := $(V)/bin
 
-.PHONY: help run test test-faults install format lint types unit upgrade revision schema-diff squash freeze lock bench docs build clean
+.PHONY: help run test test-faults test-attacks install format lint types unit upgrade revision schema-diff squash freeze lock bench docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(V)/.test lint types ## every check and every test
 
 test-faults: $(V)/.test ## every fault at length, some twenty-five minutes; the result goes to docs/faults.md
 	REALTIME_FAULTS_REPORT=docs/faults.md $(BIN)/python -m pytest tests/faults -m faults
+
+test-attacks: $(V)/.test ## a million damaged frames and a hundred thousand damaged requests, some minutes
+	REALTIME_TEST_FRAMES=1000000 $(BIN)/python -m pytest --timeout 1800 tests/attacks/test_mutated_requests.py tests/wire/test_fuzz.py
 
 unit: $(V)/.test ## the tests without I/O
 	$(BIN)/python -m pytest tests/unit
