@@ -342,7 +342,7 @@ class Listener(AsyncIterator[Message | Gap]):
             return self._take_broadcast(socket, message.event, payload, meta)
         match message.event:
             case messages.BROADCAST:
-                fields = {name: _parse(value) for name, value in _fields(message.payload).items()}
+                fields = {name: _parse(value) for name, value in (messages.loads_fields(message.payload) or {}).items()}
                 event, named = fields.get("event"), fields.get("meta")
                 return self._take_broadcast(
                     socket,
@@ -518,14 +518,6 @@ def _decode(frame: str | bytes) -> messages.Message | binary.UserBroadcast:
         return binary.decode_broadcast(frame) if isinstance(frame, bytes) else messages.decode_text(frame, Format.V2)
     except MalformedFrame as error:
         raise _Lost(f"the server sent a malformed frame: {error}") from error
-
-
-def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
-    """The fields of a JSON object, none where it is none; each unread, so that one that cannot be parsed leaves the others."""
-    try:
-        return msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError):
-        return {}
 
 
 def _parse(text: bytes | msgspec.Raw) -> Any:

@@ -30,7 +30,6 @@ from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
     InvalidBinding,
-    InvalidBroadcast,
     InvalidTrack,
     MalformedCursor,
     MalformedFrame,
@@ -719,26 +718,25 @@ class Session:
     # -- broadcast
 
     def _broadcast(self, message: Message | BroadcastPush, channel: Channel) -> None:
-        if not channel.policy.can_write_broadcast:
+        try:
+            broadcast = self._parse_broadcast(message, channel)
+        except RealtimeError as error:
             if channel.config.ack:
-                self._refuse(message, channel.join_ref, SendDenied())
-            return
-        if len(message.payload) > self._limits.max_payload_bytes:
-            if channel.config.ack:
-                self._refuse(message, channel.join_ref, PayloadTooLarge())
-            return
-        broadcast: Broadcast | ForwardedBroadcast
-        if isinstance(message, BroadcastPush):
-            broadcast = Broadcast(message.topic, message.user_event, message.payload, message.is_json)
-        elif message.payload.startswith(b"{"):
-            broadcast = ForwardedBroadcast(message.topic, message.payload)
-        else:
-            if channel.config.ack:
-                self._refuse(message, channel.join_ref, InvalidBroadcast())
+                self._refuse(message, channel.join_ref, error)
             return
         self.services.publish(channel.room, broadcast, exclude=None if channel.config.receive_own else channel)
         if channel.config.ack:
             self._reply(message, channel.join_ref, {})
+
+    def _parse_broadcast(self, message: Message | BroadcastPush, channel: Channel) -> Broadcast | ForwardedBroadcast:
+        """Raises: SendDenied, PayloadTooLarge, InvalidBroadcast."""
+        if not channel.policy.can_write_broadcast:
+            raise SendDenied
+        if len(message.payload) > self._limits.max_payload_bytes:
+            raise PayloadTooLarge
+        if isinstance(message, BroadcastPush):
+            return Broadcast(message.topic, message.user_event, message.payload, message.is_json)
+        return ForwardedBroadcast.parse(message.topic, message.payload)
 
     # -- presence
 

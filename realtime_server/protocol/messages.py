@@ -108,6 +108,7 @@ _object_frame: Final = msgspec.json.Decoder(_ObjectFrame)
 _array_frame: Final = msgspec.json.Decoder(_ArrayFrame)
 _raw: Final = msgspec.json.Decoder(msgspec.Raw)
 _object: Final = msgspec.json.Decoder(dict[str, Any])
+_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def decode_text(frame: str, format: Format) -> Message:
@@ -179,6 +180,14 @@ def loads_object(text: bytes) -> dict[str, Any] | None:
     """The JSON object in `text`; None when it holds anything else."""
     try:
         return _object.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def loads_fields(text: bytes) -> dict[str, msgspec.Raw] | None:
+    """The fields of the JSON object in `text`, each unparsed, the last one where a key is repeated; None when it holds anything else."""
+    try:
+        return _fields.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return None
 

@@ -329,10 +329,10 @@ async def test_changes_that_come_before_the_reply_follow_it(talk: Talk) -> None:
 async def test_messages_of_a_room_do_not_come_before_the_reply(talk: Talk) -> None:
     _, registration = await wait_for_changes(talk)
     room = Room("realtime:room", False)
-    talk.services.publish(room, ForwardedBroadcast("realtime:room", b'{"event":"early"}'))
+    talk.services.publish(room, ForwardedBroadcast.parse("realtime:room", b'{"event":"early"}'))
     registration.subscriber.tell_changes(SUBSCRIBED, ok=True)
     assert (await talk.hear())[3] == "phx_reply"
-    talk.services.publish(room, ForwardedBroadcast("realtime:room", b'{"event":"late"}'))
+    talk.services.publish(room, ForwardedBroadcast.parse("realtime:room", b'{"event":"late"}'))
     assert [(await talk.hear())[3] for _ in range(2)] == ["system", "presence_state"]
     assert (await talk.hear())[3:] == ["broadcast", {"event": "late"}]
     assert talk.said == []
