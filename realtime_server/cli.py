@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
 from realtime_server.errors import RealtimeError, SettingsError
+from realtime_server.logs import ClientLines
 
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
@@ -69,7 +70,7 @@ def run() -> None:
     signal.signal(signal.SIGTERM, _exit_quietly)
     signal.signal(signal.SIGINT, _exit_quietly)
     settings = config.load()
-    _configure_log(settings.log_level)
+    _configure_log(settings.log_level, settings.max_client_log_lines_per_second)
     listener = _listen(settings)
     with contextlib.closing(listener), _database(settings) as (url, shown_url):
         secret = _secret(settings)
@@ -480,7 +481,7 @@ def _without_password(url: str) -> str:
     return " ".join(f"{name}={facts[name]}" for name in ("host", "port", "dbname", "user") if name in facts)
 
 
-def _configure_log(level: str) -> None:
+def _configure_log(level: str, client_lines_per_second: float) -> None:
     """One line an event on standard error: readable on a terminal, JSON elsewhere. Other libraries' records take the same way."""
     shared: list[structlog.types.Processor] = [
         structlog.stdlib.add_log_level,
@@ -491,7 +492,13 @@ def _configure_log(level: str) -> None:
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            # Only what is written counts against the bound.
+            structlog.stdlib.filter_by_level,
+            ClientLines(client_lines_per_second),
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,

@@ -325,13 +325,13 @@ class Listener(AsyncIterator[Message | Gap]):
             if code in FINAL or (code in FINAL_FOR_TOKEN and not callable(self._client._token)):
                 raise Refused(reason)
             raise _Lost(reason)
-        place = response.get("cursor")
-        if not isinstance(place, str):
+        is_resumed = response.get("resumed") is True
+        cursor = self._cursor if is_resumed else _text(response.get("cursor"))
+        if cursor is None or is_resumed != (self._cursor is not None):
             raise Refused("this server gives no cursors, so nothing could be resumed")
-        if self._cursor is None:
-            self._cursor = place
+        self._cursor = cursor
         self._complaint = ""
-        return _Socket(web, self._client, wire_topic, token, place)
+        return _Socket(web, self._client, wire_topic, token)
 
     def _take(self, socket: _Socket, frame: str | bytes) -> Message | Gap | None:
         """What the caller is given for a frame, None for nothing. Raises: _Lost."""
@@ -373,14 +373,12 @@ class Listener(AsyncIterator[Message | Gap]):
         return Message(self.topic, event, payload, id, cursor, meta.get("replayed") is True)
 
     def _take_gap(self, socket: _Socket, problem: str, oldest: object) -> Gap:
-        if isinstance(oldest, str):
-            # The server goes on live; a new join also brings what is still stored.
-            self._cursor = oldest
-            self._lose(socket, problem)
-        else:
-            # It could not read the cursor: what follows begins at the join.
-            self._cursor = socket.place
-        return Gap(self.topic, problem, self._cursor)
+        if not isinstance(oldest, str):
+            raise _Lost(f"the server names no cursor behind a gap: {problem}")
+        # The server goes on live; a new join also brings what is still stored.
+        self._cursor = oldest
+        self._lose(socket, problem)
+        return Gap(self.topic, problem, oldest)
 
     def _is_new(self, id: str) -> bool:
         if id in self._seen:
@@ -396,10 +394,9 @@ class _Lost(Exception):
 
 
 class _Socket:
-    """One that has joined, and the task that keeps it alive. `place` is where the join was."""
+    """One that has joined, and the task that keeps it alive."""
 
-    def __init__(self, web: ClientConnection, client: Client, wire_topic: str, token: str | None, place: str) -> None:
-        self.place = place
+    def __init__(self, web: ClientConnection, client: Client, wire_topic: str, token: str | None) -> None:
         self.is_over = False
         # Has brought messages.
         self.has_served = False

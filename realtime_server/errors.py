@@ -5,7 +5,7 @@
     │                       UnknownPresenceEvent  InvalidTrack
     ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  InvalidSignature  NoSigningKey
     │                       InvalidClaims  Unauthorized  SendDenied  TrackDenied
-    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge
+    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge  PresenceTooLarge
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
     ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
@@ -259,6 +259,22 @@ class PayloadTooLarge(LimitError):
 
     code = "payload_size_exceeded"
     status = 413
+
+
+class PresenceTooLarge(LimitError):
+    """What is tracked is larger than REALTIME_MAX_PRESENCE_ENTRY_BYTES, or all entries of the socket or of the topic would be larger than
+    REALTIME_MAX_PRESENCE_BYTES_PER_SOCKET or REALTIME_MAX_PRESENCE_BYTES_PER_TOPIC. The channel keeps its former entry."""
+
+    code = "PresenceSizeExceeded"
+    status = 413
+
+    def __init__(self, subject: str, limit: int) -> None:
+        super().__init__(subject, limit)
+        self.subject = subject
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.subject} at most {self.limit} bytes"
 
 
 class Restarting(RealtimeError):

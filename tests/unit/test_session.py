@@ -147,7 +147,7 @@ async def test_who_comes_and_goes_is_not_told_to_whom_policies_have_not_answered
         await is_asked.wait()
         talk.session.revalidate("room", None)
         talk.policy = ask_again
-    talk.services.announce(room, talk.services.presence.track(room, "other", "other", {"n": 1}, "ref"))
+    talk.services.announce(room, talk.services.presence.track(room, "other", "other", b'{"n":1}', "ref"))
     await asyncio.sleep(0.01)
     assert talk.said == []
     answer.set()
@@ -377,7 +377,7 @@ async def test_channel_that_is_shut_down_by_what_was_held_is_told_once(talk: Tal
     else:
         await is_reading.wait()
     events.count(time.monotonic() - BUCKET_S, 1000)
-    talk.services.announce(room, talk.services.presence.track(room, "other", "other", {}, "ref"))
+    talk.services.announce(room, talk.services.presence.track(room, "other", "other", b"{}", "ref"))
     for number in range(3):
         talk.services.publish(room, stored(number).message)
     assert talk.said == []
