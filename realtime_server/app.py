@@ -233,8 +233,12 @@ def _services(
             max_pending_bytes=settings.max_buffered_bytes,
             max_payload_bytes=settings.max_payload_bytes,
             max_depth=settings.max_depth,
+            max_token_refreshes_per_second=settings.max_token_refreshes_per_second,
             max_presence_calls=settings.max_presence_calls,
             presence_window_s=settings.presence_window_s,
+            max_presence_entry_bytes=settings.max_presence_entry_bytes,
+            max_presence_socket_bytes=settings.max_presence_bytes_per_socket,
+            max_presence_room_bytes=settings.max_presence_bytes_per_topic,
             private_only=settings.private_only,
         ),
         rates=Rates(

@@ -80,6 +80,18 @@ class Claims:
     expires_at: float
     json: str
 
+    def is_same_identity(self, other: Claims) -> bool:
+        """Whether both say the same, apart from what tells one token from the next (`exp`, `iat`, `nbf`, `jti`)."""
+        return self.role == other.role and (
+            self.json == other.json or _lasting_claims(self.json) == _lasting_claims(other.json)
+        )
+
+
+def _lasting_claims(json: str) -> bytes:
+    claims = msgspec.json.decode(json, type=dict[str, Any])
+    lasting = {name: value for name, value in claims.items() if name not in ("exp", "iat", "nbf", "jti")}
+    return msgspec.json.encode(lasting, order="deterministic")
+
 
 @dataclass(frozen=True, slots=True)
 class Keys:

@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from realtime_server import __version__, claims, config
 from realtime_server.config import Settings
 from realtime_server.errors import AuthError, EmbeddedError, MalformedToken, RealtimeError, SettingsError
+from realtime_server.logs import ClientLines
 
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
@@ -76,7 +77,7 @@ def run() -> None:
     signal.signal(signal.SIGTERM, _exit_quietly)
     signal.signal(signal.SIGINT, _exit_quietly)
     settings = config.load()
-    _configure_log(settings.log_level)
+    _configure_log(settings.log_level, settings.max_client_log_lines_per_second)
     for name, resembled in config.unknown_variables().items():
         log.warning("variable is no setting and has no effect", variable=name, did_you_mean=resembled)
     listener = _listen(settings)
@@ -248,7 +249,7 @@ def _check_token(token: str, settings: Settings, secret: str | None) -> None:
 
     from realtime_server.tokens import Tokens
 
-    _configure_log(settings.log_level)
+    _configure_log(settings.log_level, settings.max_client_log_lines_per_second)
     facts, refusal = asyncio.run(_examine_token(token, Tokens.of(settings, secret)))
     for name, value in facts.items():
         text = "none" if value is None else str(value)
@@ -651,7 +652,7 @@ def _command() -> str:
     return f"{shlex.quote(sys.executable)} -m realtime_server.cli"
 
 
-def _configure_log(level: str) -> None:
+def _configure_log(level: str, client_lines_per_second: float) -> None:
     """One line an event on standard error: readable on a terminal, JSON elsewhere. Other libraries' records take the same way."""
     shared: list[structlog.types.Processor] = [
         structlog.stdlib.add_log_level,
@@ -662,7 +663,13 @@ def _configure_log(level: str) -> None:
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            # Only what is written counts against the bound.
+            structlog.stdlib.filter_by_level,
+            ClientLines(client_lines_per_second),
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,

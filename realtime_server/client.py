@@ -325,13 +325,13 @@ class Listener(AsyncIterator[Message | Gap]):
             if code in FINAL or (code in FINAL_FOR_TOKEN and not callable(self._client._token)):
                 raise Refused(reason)
             raise _Lost(reason)
-        place = response.get("cursor")
-        if not isinstance(place, str):
+        is_resumed = response.get("resumed") is True
+        cursor = self._cursor if is_resumed else _text(response.get("cursor"))
+        if cursor is None or is_resumed != (self._cursor is not None):
             raise Refused("this server gives no cursors, so nothing could be resumed")
-        if self._cursor is None:
-            self._cursor = place
+        self._cursor = cursor
         self._complaint = ""
-        return _Socket(web, self._client, wire_topic, token, place)
+        return _Socket(web, self._client, wire_topic, token)
 
     def _take(self, socket: _Socket, frame: str | bytes) -> Message | Gap | None:
         """What the caller is given for a frame, None for nothing. Raises: _Lost."""
@@ -342,7 +342,7 @@ class Listener(AsyncIterator[Message | Gap]):
             return self._take_broadcast(socket, message.event, payload, meta)
         match message.event:
             case messages.BROADCAST:
-                fields = {name: _parse(value) for name, value in _fields(message.payload).items()}
+                fields = {name: _parse(value) for name, value in (messages.loads_fields(message.payload) or {}).items()}
                 event, named = fields.get("event"), fields.get("meta")
                 return self._take_broadcast(
                     socket,
@@ -353,8 +353,9 @@ class Listener(AsyncIterator[Message | Gap]):
             case messages.SYSTEM:
                 content = messages.loads_object(message.payload) or {}
                 if content.get("status") == "gap" and content.get("extension") == messages.CLIENT_BROADCAST:
-                    # Nothing that is stored is missing, so the place stays.
-                    return Gap(self.topic, str(content.get("message")), self._cursor or socket.place)
+                    # Nothing that is stored is missing, so the cursor stays.
+                    assert self._cursor is not None, "set by the join"
+                    return Gap(self.topic, str(content.get("message")), self._cursor)
                 if content.get("status") == "gap":
                     return self._take_gap(socket, str(content.get("message")), content.get("cursor"))
                 if content.get("status") == "error":
@@ -382,14 +383,12 @@ class Listener(AsyncIterator[Message | Gap]):
         return Message(self.topic, event, payload, id, cursor, meta.get("replayed") is True)
 
     def _take_gap(self, socket: _Socket, problem: str, oldest: object) -> Gap:
-        if isinstance(oldest, str):
-            # The server goes on live; a new join also brings what is still stored.
-            self._cursor = oldest
-            self._lose(socket, problem)
-        else:
-            # It could not read the cursor: what follows begins at the join.
-            self._cursor = socket.place
-        return Gap(self.topic, problem, self._cursor)
+        if not isinstance(oldest, str):
+            raise _Lost(f"the server names no cursor behind a gap: {problem}")
+        # The server goes on live; a new join also brings what is still stored.
+        self._cursor = oldest
+        self._lose(socket, problem)
+        return Gap(self.topic, problem, oldest)
 
     def _is_new(self, id: str) -> bool:
         if id in self._seen:
@@ -405,10 +404,9 @@ class _Lost(Exception):
 
 
 class _Socket:
-    """One that has joined, and the task that keeps it alive. `place` is where the join was."""
+    """One that has joined, and the task that keeps it alive."""
 
-    def __init__(self, web: ClientConnection, client: Client, wire_topic: str, token: str | None, place: str) -> None:
-        self.place = place
+    def __init__(self, web: ClientConnection, client: Client, wire_topic: str, token: str | None) -> None:
         self.is_over = False
         # Has brought messages.
         self.has_served = False
@@ -527,14 +525,6 @@ def _decode(frame: str | bytes) -> messages.Message | binary.UserBroadcast:
         return binary.decode_broadcast(frame) if isinstance(frame, bytes) else messages.decode_text(frame, Format.V2)
     except MalformedFrame as error:
         raise _Lost(f"the server sent a malformed frame: {error}") from error
-
-
-def _fields(payload: bytes) -> dict[str, msgspec.Raw]:
-    """The fields of a JSON object, none where it is none; each unread, so that one that cannot be parsed leaves the others."""
-    try:
-        return msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError):
-        return {}
 
 
 def _parse(text: bytes | msgspec.Raw) -> Any:

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     )
     allowed_origins: TokenList = Field(("*",), description="origins that browsers may connect from, by comma")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
+    max_client_log_lines_per_second: float = Field(
+        50,
+        ge=0,
+        description="log lines below level error about what clients did, ten times as many at once; more are counted only; 0: no limit",
+    )
 
     max_frame_bytes: int = Field(5_000_000, ge=1_000, description="larger frames of a client close its socket (1009)")
     max_body_bytes: int = Field(8_000_000, ge=1_000, description="larger REST bodies are refused (413)")
@@ -114,6 +119,11 @@ class Settings(BaseSettings):
         description="frames of one socket, twice as many at once; more end the channel, and ten seconds' worth too many close the"
         " socket (1008); 0: no limit",
     )
+    max_token_refreshes_per_second: float = Field(
+        10,
+        ge=0,
+        description="tokens that one socket may give its channels; more wait, the newest of each channel; 0: no limit",
+    )
     max_events_per_second: float = Field(
         0,
         ge=0,
@@ -125,6 +135,15 @@ class Settings(BaseSettings):
     )
     max_presence_calls: int = Field(100, ge=0, description="presence pushes of one channel in a window; 0: no limit")
     presence_window_s: float = Field(30.0, gt=0, description="length of that window")
+    max_presence_entry_bytes: int = Field(
+        16_384, ge=100, description="larger entries of presence are refused, as JSON and without the key"
+    )
+    max_presence_bytes_per_socket: int = Field(
+        262_144, ge=100, description="entries and keys of all channels of one socket; a larger track is refused"
+    )
+    max_presence_bytes_per_topic: int = Field(
+        4_000_000, ge=100, description="entries and keys of one topic, at one server; a larger track is refused"
+    )
     max_sockets: int = Field(0, ge=0, description="sockets and event streams, more are refused (429); 0: no limit")
     max_users: int = Field(0, ge=0, description="sockets that have joined a channel, and event streams; 0: no limit")
     no_channel_timeout_s: float = Field(

@@ -5,7 +5,7 @@
     │                       UnknownPresenceEvent  InvalidTrack  TooManyParameters
     ├── AuthError           MissingKey  InvalidTicket  MalformedToken  MissingClaims  TokenExpired  TokenNotYetValid  InvalidSignature
     │                       NoSigningKey  InvalidClaims  Unauthorized  SendDenied  TrackDenied  CrossOrigin
-    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge  TooManyHeaders
+    ├── LimitError          TooManyChannels  TooManyUsers  TooManyJoins  PayloadTooLarge  TooManyHeaders  PresenceTooLarge
     ├── Restarting
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
     ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
@@ -306,6 +306,22 @@ class TooManyHeaders(LimitError):
 
     def __str__(self) -> str:
         return "the request has too many headers, or its x- headers are too long"
+
+
+class PresenceTooLarge(LimitError):
+    """What is tracked is larger than REALTIME_MAX_PRESENCE_ENTRY_BYTES, or all entries of the socket or of the topic would be larger than
+    REALTIME_MAX_PRESENCE_BYTES_PER_SOCKET or REALTIME_MAX_PRESENCE_BYTES_PER_TOPIC. The channel keeps its former entry."""
+
+    code = "PresenceSizeExceeded"
+    status = 413
+
+    def __init__(self, subject: str, limit: int) -> None:
+        super().__init__(subject, limit)
+        self.subject = subject
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.subject} at most {self.limit} bytes"
 
 
 class Restarting(RealtimeError):

@@ -1,5 +1,7 @@
 """Who is where: the presence of all channels of one process. Pure: references come in, changes come out.
 
+What members track is kept as encoded JSON.
+
 A key may be present several times in a room, once for each channel that tracks under it. Every change has a `phx_ref` of its own, by which
 clients tell metas apart. Source: Phoenix `Phoenix.Presence`, `Phoenix.Tracker`; realtime-js `RealtimePresence`.
 """
@@ -17,16 +19,32 @@ Member = Hashable
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What one member tracks under its key. `payload` is the user's object, without references."""
+    """What one member tracks under its key. `payload` is the user's object, as `encode` returns it."""
 
     key: str
     ref: str
-    payload: dict[str, Any]
+    payload: bytes
     previous_ref: str | None = None
 
+    @property
+    def size(self) -> int:
+        return size_of(self.key, self.payload)
+
     def to_json(self) -> msgspec.Raw:
-        previous = {} if self.previous_ref is None else {"phx_ref_prev": self.previous_ref}
-        return msgspec.Raw(msgspec.json.encode({**self.payload, "phx_ref": self.ref, **previous}))
+        references = {"phx_ref": self.ref} | ({} if self.previous_ref is None else {"phx_ref_prev": self.previous_ref})
+        separator = b"" if self.payload == b"{}" else b","
+        return msgspec.Raw(b"%b%b%b" % (self.payload[:-1], separator, msgspec.json.encode(references)[1:]))
+
+
+def encode(payload: dict[str, Any]) -> bytes:
+    """A user's object as it is tracked: in one spelling for equal objects, without references of the user's own."""
+    payload = {name: value for name, value in payload.items() if name not in ("phx_ref", "phx_ref_prev")}
+    return msgspec.json.encode(payload, order="deterministic")
+
+
+def size_of(key: str, payload: bytes) -> int:
+    """The bytes that an entry counts against limits."""
+    return len(key.encode()) + len(payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +66,16 @@ class Presence:
 
     def __init__(self) -> None:
         self._rooms: dict[Hashable, dict[Member, Meta]] = {}
+        self._sizes: dict[Hashable, int] = {}
 
-    def track(self, room: Hashable, member: Member, key: str, payload: dict[str, Any], ref: str) -> Diff | None:
-        """Put the member's meta in place of its former one; None when nothing changed. References in the payload are dropped."""
-        payload = {name: value for name, value in payload.items() if name not in ("phx_ref", "phx_ref_prev")}
+    def track(self, room: Hashable, member: Member, key: str, payload: bytes, ref: str) -> Diff | None:
+        """Put the member's meta in place of its former one; None when nothing changed. `payload` is encoded by `encode`."""
         members = self._rooms.setdefault(room, {})
         former = members.get(member)
         if former is not None and former.payload == payload:
             return None
         members[member] = Meta(key, ref, payload, None if former is None else former.ref)
+        self._resize(room, members[member].size - (0 if former is None else former.size))
         # Clients take what leaves by its reference alone, without the one before it.
         left = None if former is None else Meta(former.key, former.ref, former.payload)
         return Diff(joined=members[member], left=left)
@@ -67,13 +86,26 @@ class Presence:
         former = members.pop(member, None)
         if former is None:
             return None
+        self._resize(room, -former.size)
         if not members:
-            del self._rooms[room]
+            del self._rooms[room], self._sizes[room]
         return Diff(left=Meta(former.key, former.ref, former.payload))
 
     def state(self, room: Hashable) -> bytes:
         """The payload of `presence_state`."""
         return _by_key(self._rooms.get(room, {}).values())
+
+    def size(self, room: Hashable, member: Member) -> int:
+        """How many bytes the member's entry counts; 0 where it has none."""
+        meta = self._rooms.get(room, {}).get(member)
+        return 0 if meta is None else meta.size
+
+    def room_size(self, room: Hashable) -> int:
+        """How many bytes all entries of the room count."""
+        return self._sizes.get(room, 0)
+
+    def _resize(self, room: Hashable, change: int) -> None:
+        self._sizes[room] = self._sizes.get(room, 0) + change
 
     def __len__(self) -> int:
         """How many metas there are in all rooms."""

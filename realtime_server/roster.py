@@ -10,7 +10,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import structlog
@@ -19,14 +19,14 @@ from realtime_server import database
 from realtime_server.database import InvalidText, Pool
 from realtime_server.errors import RealtimeError
 from realtime_server.hub import Room
-from realtime_server.presence import Diff
+from realtime_server.presence import Diff, Meta
 from realtime_server.protocol.messages import TOPIC_PREFIX
 
 FLUSH_S: Final = 0.25
 HEARTBEAT_S: Final = 10.0
 # After a failure: where the database takes nothing, as one that is read-only, trying would be all that happens.
 RETRY_S: Final = 1.0
-# PostgreSQL's jsonb holds 256 MB, a client may track 3 MB under each of many channels.
+# PostgreSQL's jsonb holds 256 MB, less than what many clients may track together.
 MOST_BYTES: Final = 4_000_000
 # How many entries that are no more are remembered while the database is away.
 MOST_GONE: Final = 10_000
@@ -40,7 +40,7 @@ class Roster:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._node = uuid.uuid4()
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, tuple[Room, Meta]] = {}
         self._added: set[str] = set()
         self._gone: set[str] = set()
 
@@ -50,15 +50,8 @@ class Roster:
             self._added.discard(diff.left.ref)
             self._gone.add(diff.left.ref)
         if diff.joined is not None:
-            meta = diff.joined
-            self._entries[meta.ref] = {
-                "ref": meta.ref,
-                "topic": room.topic.removeprefix(TOPIC_PREFIX),
-                "private": room.private,
-                "key": meta.key,
-                "payload": meta.payload,
-            }
-            self._added.add(meta.ref)
+            self._entries[diff.joined.ref] = room, diff.joined
+            self._added.add(diff.joined.ref)
 
     async def run(self) -> None:
         """Write until cancelled, through any loss of the database."""
@@ -118,7 +111,7 @@ class Roster:
         for ref in refs:
             # Entries may go while others are being written.
             if ref in self._entries:
-                batch.append(msgspec.json.encode(self._entries[ref]))
+                batch.append(_row(*self._entries[ref]))
                 size += len(batch[-1])
             if size > MOST_BYTES:
                 yield batch
@@ -132,3 +125,16 @@ class Roster:
             (self._node, f"[{b','.join(entries).decode()}]", list(gone)),
         )
         return bool(rows[0][0])
+
+
+def _row(room: Room, meta: Meta) -> bytes:
+    """An entry as `realtime.write_presence` takes it."""
+    return msgspec.json.encode(
+        {
+            "ref": meta.ref,
+            "topic": room.topic.removeprefix(TOPIC_PREFIX),
+            "private": room.private,
+            "key": meta.key,
+            "payload": msgspec.Raw(meta.payload),
+        }
+    )

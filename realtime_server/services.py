@@ -41,8 +41,12 @@ class Limits:
     max_pending_bytes: int
     max_payload_bytes: int
     max_depth: int
+    max_token_refreshes_per_second: float
     max_presence_calls: int
     presence_window_s: float
+    max_presence_entry_bytes: int
+    max_presence_socket_bytes: int
+    max_presence_room_bytes: int
     private_only: bool
 
 

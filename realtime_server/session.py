@@ -12,12 +12,15 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeGuard
 
+import msgspec
 import structlog
 
+from realtime_server import presence
 from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
 from realtime_server.changes.reader import Reader
 from realtime_server.changes.subscriptions import Registration
@@ -30,11 +33,11 @@ from realtime_server.errors import (
     DatabaseUnavailable,
     Gap,
     InvalidBinding,
-    InvalidBroadcast,
     InvalidTrack,
     MalformedCursor,
     MalformedFrame,
     PayloadTooLarge,
+    PresenceTooLarge,
     PrivateOnly,
     RealtimeError,
     SendDenied,
@@ -51,6 +54,7 @@ from realtime_server.errors import (
 from realtime_server.follower import Follower, Hold, Shelf
 from realtime_server.history import Stored
 from realtime_server.hub import Room
+from realtime_server.limits import Bucket
 from realtime_server.protocol import bindings, join, messages
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame, PresenceDiff, decode
 from realtime_server.protocol.messages import BroadcastPush, Message, Ref
@@ -71,9 +75,15 @@ MOST_REPLAYED: Final = 25
 LATEST_TIME_MS: Final = 8_000_000_000_000_000
 DRAIN_LOOK_S: Final = 0.01
 
-MOST_BINDINGS: Final = 100
 LONGEST_TOPIC: Final = 1000
+# The channel keeps its join ref, and the answer repeats the other.
+LONGEST_REF: Final = 255
 LARGEST_JOIN_BYTES: Final = 256_000
+
+# The kind of the steps that ask policies again.
+REAUTHORIZE: Final = "reauthorize"
+# For so long, the answer of policies is taken for a new token of the same identity, too.
+POLICY_REUSE_S: Final = 60.0
 
 TOO_MANY_MESSAGES: Final = "Too many messages per second"
 
@@ -82,12 +92,12 @@ log = structlog.get_logger()
 
 class _Step(NamedTuple):
     """What is to be done for a topic, once it is not busy. `size`: bytes that it holds until then. `ends_wait`: it makes no sense to wait
-    any longer for the row changes of what was joined before. `is_doubt`: policies are to be asked again."""
+    any longer for the row changes of what was joined before. `kind`: a later step of the same kind replaces one that is pending."""
 
     action: Action
     size: int = 0
     ends_wait: bool = False
-    is_doubt: bool = False
+    kind: str | None = None
 
 
 class Channel(Follower):
@@ -109,6 +119,7 @@ class Channel(Follower):
         self.config = config
         self.claims = claims
         self.policy = policy
+        self.authorized_at = time.monotonic()
         self.token = config.token
         self.literal_join_ref = push.join_ref
         self.join_ref: Ref = push.ref if push.join_ref is None else push.join_ref
@@ -145,7 +156,7 @@ class Channel(Follower):
     def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
         # What is held is looked at when it is released, and the first of it may end the channel.
         if self.hold is None and self.session.services.rates.events.is_over(time.monotonic()):
-            self.session.shut_down_if_open(self, TOO_MANY_MESSAGES)
+            self.session.shut_down(self, TOO_MANY_MESSAGES)
         else:
             super().deliver(message, frame)
 
@@ -220,6 +231,10 @@ class Session:
         self._held: dict[str, RowReader] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._pending_bytes = 0
+        refresh_rate = self._limits.max_token_refreshes_per_second
+        # A client gives a new token to all of its channels at once.
+        refresh_burst = 2 * self._limits.max_channels
+        self._refreshes = Bucket(refresh_rate, refresh_burst, time.monotonic()) if refresh_rate else None
 
     @property
     def has_channels(self) -> bool:
@@ -235,12 +250,18 @@ class Session:
                 raise MalformedFrame(f"payload nests deeper than {self._limits.max_depth} levels")
             if len(message.topic) > LONGEST_TOPIC:
                 raise MalformedFrame(f"topic is longer than {LONGEST_TOPIC} characters")
+            if any(isinstance(ref, str) and len(ref) > LONGEST_REF for ref in (message.join_ref, message.ref)):
+                raise MalformedFrame(f"ref is longer than {LONGEST_REF} characters")
         except MalformedFrame as error:
             if not too_many:
                 log.info("frame dropped", code=error.code, problem=str(error))
             return
         ends_wait = isinstance(message, Message) and message.event in (messages.JOIN, messages.LEAVE)
-        self._do(message.topic, _Step(lambda: self._handle(message, too_many), len(message.payload), ends_wait))
+        kind = (
+            messages.ACCESS_TOKEN if isinstance(message, Message) and message.event == messages.ACCESS_TOKEN else None
+        )
+        step = _Step(lambda: self._handle(message, too_many), len(message.payload), ends_wait, kind)
+        self._do(message.topic, step)
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
         """Ask again for the rights of private channels: of one topic (without `realtime:`), of one user, or of all where None."""
@@ -251,11 +272,14 @@ class Session:
             channel = self._channels.get(wire_topic)
             if channel is not None and _is_meant(channel, subject) and channel.doubt():
                 continue
-            again = _Step(partial(self._revalidate, wire_topic, subject), is_doubt=True)
-            if wire_topic in self._busy:
-                self._busy[wire_topic].appendleft(again)
+            pending = self._busy.get(wire_topic)
+            if pending is None:
+                self._do(wire_topic, _Step(partial(self._revalidate, wire_topic, subject), kind=REAUTHORIZE))
+            elif (position := _position(pending, REAUTHORIZE)) is None:
+                pending.appendleft(_Step(partial(self._revalidate, wire_topic, subject), kind=REAUTHORIZE))
             else:
-                self._do(wire_topic, again)
+                # Both may mean the channel, or neither: it asks in any case.
+                pending[position] = _Step(partial(self._revalidate, wire_topic, None), kind=REAUTHORIZE)
 
     def tell_gap(self, problem: str, oldest: str) -> None:
         """Messages of the database are missing from here on, on every channel that receives any."""
@@ -274,17 +298,14 @@ class Session:
         self.services.users.discard(self)
 
     def shut_down(self, channel: Channel, reason: str) -> None:
-        """End a channel from this side and say why. Clients do not join again by themselves."""
+        """End a channel from this side and say why, unless it has ended. Clients do not join again by themselves."""
+        if not self._is_open(channel):
+            return
         topic = channel.room.topic
         self._forget(channel)
         log.info("channel shut down", code="ChannelShutdown", topic=topic, reason=reason)
         self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
         self.connection.push(messages.closed(topic, channel.literal_join_ref))
-
-    def shut_down_if_open(self, channel: Channel, reason: str) -> None:
-        # While the database was asked, a timer or a limit may have closed it.
-        if self._is_open(channel):
-            self.shut_down(channel, reason)
 
     def _do(self, topic: str, step: _Step) -> None:
         """Do it now, or after what the topic waits for."""
@@ -294,12 +315,17 @@ class Session:
             if work is not None:
                 self._busy[topic] = deque()
                 self._spawn(self._finish(topic, work), work)
-        elif (
-            len(waiting) < self._limits.max_pending_messages
-            and self._pending_bytes + step.size <= self._limits.max_pending_bytes
-        ):
-            self._pending_bytes += step.size
-            waiting.append(step)
+            return
+        position = _replaceable(waiting, step)
+        count, size = len(waiting) + 1, step.size
+        if position is not None:
+            count, size = count - 1, size - waiting[position].size
+        if count <= self._limits.max_pending_messages and self._pending_bytes + size <= self._limits.max_pending_bytes:
+            self._pending_bytes += size
+            if position is None:
+                waiting.append(step)
+            else:
+                waiting[position] = step
             if step.ends_wait and topic in self._held:
                 self._held[topic].stop_waiting()
         else:
@@ -400,7 +426,7 @@ class Session:
             self._admit()
             # Already now, so that a word of lost rights finds the join.
             self.services.users.add(self)
-            config = join.parse(messages.loads_object(message.payload), self.connection.format)
+            config = join.parse(join.loads(message.payload), self.connection.format)
             for problem in config.problems:
                 log.info("join field ignored", code="InvalidJoinPayload", topic=message.topic, problem=problem)
             if self._limits.private_only and not config.private:
@@ -481,10 +507,16 @@ class Session:
         self._channels[message.topic] = channel
         self.services.metrics.joins.inc()
         config, place = channel.config, self.services.place()
-        echoes = [{**binding, "id": number} for number, binding in enumerate(config.bindings, start=1)]
-        cursor = {"cursor": place.cursor} if config.with_cursor and place is not None else {}
-        self._reply(message, message.join_ref, {"postgres_changes": echoes, **cursor})
-        if config.private and any(step.is_doubt for step in self._busy[message.topic]):
+        echoes = [{**msgspec.json.decode(binding), "id": id} for id, binding in enumerate(config.bindings, start=1)]
+        response: dict[str, object] = {"postgres_changes": echoes}
+        if config.with_cursor and config.replay.get("after") is not None:
+            # No cursor: it would lie behind messages that are yet to be replayed, and a client that adopts it and loses the connection
+            # would never get them.
+            response["resumed"] = True
+        elif config.with_cursor and place is not None:
+            response["cursor"] = place.cursor
+        self._reply(message, message.join_ref, response)
+        if config.private and _position(self._busy[message.topic], REAUTHORIZE) is not None:
             # The word came after policies had answered: what was read and held since may have been written behind it.
             channel.doubt()
         after = config.replay.get("after")
@@ -499,6 +531,9 @@ class Session:
             channel.rows.release()
         elif echoes:
             self._try_to_subscribe(channel)
+        channel.config = config.settled()
+        if not self._is_open(channel):
+            return
         if config.replication_ready:
             self.tell(channel, "Replication connection established", ok=True)
         if config.presence_enabled:
@@ -523,9 +558,7 @@ class Session:
 
     def _subscribe_to_changes(self, channel: Channel, rows: RowReader) -> None:
         """Raises: InvalidBinding."""
-        if len(channel.config.bindings) > MOST_BINDINGS:
-            raise InvalidBinding(f"A channel has at most {MOST_BINDINGS} bindings of postgres_changes")
-        wanted = [(id, bindings.parse(binding)) for id, binding in enumerate(channel.config.bindings, start=1)]
+        wanted = bindings.parse_all(channel.config.bindings)
         channel.rows = rows
         entry = rows.subscribe(self.services.changes, channel.claims, wanted)
         self._spawn(self._watched(channel, entry), entry)
@@ -576,7 +609,8 @@ class Session:
         except Gap as error:
             self._tell_gap(channel, str(error), error.oldest)
         except MalformedCursor as error:
-            self._tell_gap(channel, str(error), None)
+            # What follows is what has come since the join.
+            self._tell_gap(channel, str(error), hold.begin)
 
     async def _resume(self, channel: Channel, hold: Hold, cursor: object) -> None:
         """Send what lies behind the cursor, then flip to live."""
@@ -651,16 +685,27 @@ class Session:
         return self._take_token(channel, token)
 
     async def _take_token(self, channel: Channel, token: str) -> None:
+        while self._refreshes is not None and (delay_s := self._refreshes.take(time.monotonic())) > 0:
+            await asyncio.sleep(delay_s)
+            if _position(self._busy[channel.room.topic], messages.ACCESS_TOKEN) is not None:
+                # There is a newer one by now.
+                return
+        if not self._is_open(channel):
+            return
         try:
             claims = await self.services.verify(token)
         except AuthError as error:
-            self.shut_down_if_open(channel, str(error))
+            self.shut_down(channel, str(error))
             return
-        if channel.room.private and not await self._authorize_again(channel, claims):
+        is_same = claims.is_same_identity(channel.claims)
+        reuses_policy = is_same and time.monotonic() < channel.authorized_at + POLICY_REUSE_S
+        if channel.room.private and not reuses_policy and not await self._authorize_again(channel, claims):
+            return
+        if not self._is_open(channel):
             return
         channel.token, channel.claims, channel.warned = token, claims, _is_brief(claims)
         self._watch_expiry()
-        if channel.registration is not None:
+        if channel.registration is not None and not is_same:
             change = self.services.changes.change_claims(channel.registration, claims)
             self._spawn(self._watched(channel, change), change)
 
@@ -677,14 +722,14 @@ class Session:
         lost_broadcast = old.can_read_broadcast and not new.can_read_broadcast
         lost_presence = channel.watches and old.can_read_presence and not new.can_read_presence
         if not new.can_read_broadcast and not (channel.watches and new.can_read_presence):
-            self.shut_down_if_open(channel, str(Unauthorized(topic)))
+            self.shut_down(channel, str(Unauthorized(topic)))
             return False
         if lost_broadcast or lost_presence:
-            self.shut_down_if_open(channel, f"You no longer have permission to read from this Channel topic: {topic}")
+            self.shut_down(channel, f"You no longer have permission to read from this Channel topic: {topic}")
             return False
         if not self._is_open(channel):
             return False
-        channel.policy = new
+        channel.policy, channel.authorized_at = new, time.monotonic()
         if new.can_read_broadcast:
             self.services.broadcasts.subscribe(channel.room, channel)
         if channel.config.presence_enabled and not channel.watches:
@@ -742,26 +787,25 @@ class Session:
     # -- broadcast
 
     def _broadcast(self, message: Message | BroadcastPush, channel: Channel) -> None:
-        if not channel.policy.can_write_broadcast:
+        try:
+            broadcast = self._parse_broadcast(message, channel)
+        except RealtimeError as error:
             if channel.config.ack:
-                self._refuse(message, channel.join_ref, SendDenied())
-            return
-        if len(message.payload) > self._limits.max_payload_bytes:
-            if channel.config.ack:
-                self._refuse(message, channel.join_ref, PayloadTooLarge())
-            return
-        broadcast: Broadcast | ForwardedBroadcast
-        if isinstance(message, BroadcastPush):
-            broadcast = Broadcast(message.topic, message.user_event, message.payload, message.is_json)
-        elif message.payload.startswith(b"{"):
-            broadcast = ForwardedBroadcast(message.topic, message.payload)
-        else:
-            if channel.config.ack:
-                self._refuse(message, channel.join_ref, InvalidBroadcast())
+                self._refuse(message, channel.join_ref, error)
             return
         self.services.publish(channel.room, broadcast, exclude=None if channel.config.receive_own else channel)
         if channel.config.ack:
             self._reply(message, channel.join_ref, {})
+
+    def _parse_broadcast(self, message: Message | BroadcastPush, channel: Channel) -> Broadcast | ForwardedBroadcast:
+        """Raises: SendDenied, PayloadTooLarge, InvalidBroadcast."""
+        if not channel.policy.can_write_broadcast:
+            raise SendDenied
+        if len(message.payload) > self._limits.max_payload_bytes:
+            raise PayloadTooLarge
+        if isinstance(message, BroadcastPush):
+            return Broadcast(message.topic, message.user_event, message.payload, message.is_json)
+        return ForwardedBroadcast.parse(message.topic, message.payload)
 
     # -- presence
 
@@ -783,38 +827,56 @@ class Session:
         if reason is not None:
             self.shut_down(channel, reason)
             return
-        push = messages.loads_object(message.payload)
-        event = None if push is None else push.get("event")
-        if push is None or not (event is None or isinstance(event, str)):
-            self._refuse(message, channel.join_ref, UnknownPresenceEvent())
-            return
-        match (event or "").lower():
+        push = messages.loads_presence(message.payload)
+        match None if push is None else (push.event or "").lower():
             case "":
                 self._reply(message, channel.join_ref, {})
-            case "track":
-                self._track(message, channel, push.get("payload"))
+            case "track" if push is not None:
+                self._track(message, channel, push.payload)
             case "untrack":
                 self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
                 self._reply(message, channel.join_ref, {})
             case _:
                 self._refuse(message, channel.join_ref, UnknownPresenceEvent())
 
-    def _track(self, message: Message, channel: Channel, payload: object) -> None:
-        if payload is None:
-            payload = {}
-        if not isinstance(payload, dict):
-            self._refuse(message, channel.join_ref, InvalidTrack())
-            return
-        if not channel.policy.can_write_presence:
-            self._refuse(message, channel.join_ref, TrackDenied())
+    def _track(self, message: Message, channel: Channel, payload: msgspec.Raw) -> None:
+        try:
+            entry = self._presence_entry(channel, bytes(payload))
+        except RealtimeError as error:
+            self._refuse(message, channel.join_ref, error)
             return
         self._reply(message, channel.join_ref, {})
         if not channel.watches:
             # Who tracks wants to see; the JavaScript client applies no change before it has the state.
             self._watch_presence(channel)
         ref = secrets.token_urlsafe(12)
-        diff = self.services.presence.track(channel.room, channel, channel.presence_key, payload, ref)
+        diff = self.services.presence.track(channel.room, channel, channel.presence_key, entry, ref)
         self.services.announce(channel.room, diff)
+
+    def _presence_entry(self, channel: Channel, payload: bytes) -> bytes:
+        """What is to be tracked, encoded. Raises: PresenceTooLarge, InvalidTrack, TrackDenied."""
+        limits, tracked = self._limits, self.services.presence
+        too_large = PresenceTooLarge("An entry of presence has", limits.max_presence_entry_bytes)
+        # Checked before it is parsed, too.
+        if len(payload) > limits.max_presence_entry_bytes:
+            raise too_large
+        content = {} if payload == b"null" else messages.loads_object(payload)
+        if content is None:
+            raise InvalidTrack
+        if not channel.policy.can_write_presence:
+            raise TrackDenied
+        entry = presence.encode(content)
+        if len(entry) > limits.max_presence_entry_bytes:
+            raise too_large
+        growth = presence.size_of(channel.presence_key, entry) - tracked.size(channel.room, channel)
+        if growth <= 0:
+            return entry
+        socket_bytes = sum(tracked.size(one.room, one) for one in self._channels.values())
+        if socket_bytes + growth > limits.max_presence_socket_bytes:
+            raise PresenceTooLarge("The entries of presence of one socket have", limits.max_presence_socket_bytes)
+        if tracked.room_size(channel.room) + growth > limits.max_presence_room_bytes:
+            raise PresenceTooLarge("The entries of presence of one topic have", limits.max_presence_room_bytes)
+        return entry
 
     def _presence_limit(self, message: Message, channel: Channel) -> str | None:
         now = time.monotonic()
@@ -842,8 +904,23 @@ class Session:
 
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
         self.services.metrics.count_error(error.code)
-        log.info("refused", code=error.code, topic=push.topic, reason=str(error))
+        if not isinstance(error, TooManyJoins):
+            # Over a rate, answers are all that a client may cause.
+            log.info("refused", code=error.code, topic=push.topic, reason=str(error))
         self._reply(push, join_ref, error.response, ok=False)
+
+
+def _position(pending: Sequence[_Step], kind: str) -> int | None:
+    """Where the last step of this kind is among those that are pending; None where there is none."""
+    return next((position for position in reversed(range(len(pending))) if pending[position].kind == kind), None)
+
+
+def _replaceable(pending: deque[_Step], step: _Step) -> int | None:
+    """Where a step is pending that this one makes needless: not one from before a join or a leave."""
+    position = None if step.kind is None else _position(pending, step.kind)
+    if position is None or any(later.ends_wait for later in islice(pending, position, None)):
+        return None
+    return position
 
 
 def _is_meant(channel: Channel, subject: str | None) -> bool:

@@ -6,8 +6,11 @@ where Supabase Realtime takes `_` and `%` for wildcards. Source: Supabase Realti
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+import msgspec
 
 from realtime_server.errors import InvalidBinding
 from realtime_server.protocol import filters
@@ -19,6 +22,8 @@ Event = Literal["*", "INSERT", "UPDATE", "DELETE"]
 ANY: Final = "*"
 # PostgreSQL has no table with more columns.
 MAX_SELECT: Final = 1600
+# Conditions and selected columns of all bindings of a channel.
+MAX_TERMS: Final = 2000
 
 _EVENTS: Final[dict[str, Event]] = {"INSERT": "INSERT", "UPDATE": "UPDATE", "DELETE": "DELETE"}
 
@@ -36,6 +41,24 @@ class Binding:
     conditions: tuple[Condition, ...] = ()
     select: tuple[str, ...] = ()
     leaves: bool = False
+
+
+def parse_all(elements: Iterable[bytes]) -> list[tuple[int, Binding]]:
+    """Read the bindings of one channel, each with the id that the client knows it by. Raises: InvalidBinding."""
+    parsed: list[tuple[int, Binding]] = []
+    characters = terms = 0
+    for id, element in enumerate(elements, start=1):
+        params = msgspec.json.decode(element)
+        characters += len(params["filter"]) if isinstance(params.get("filter"), str) else 0
+        # Before it is parsed, which takes time in proportion to its length.
+        if characters > filters.MAX_CHARS:
+            raise InvalidBinding(f"All filters of a channel have at most {filters.MAX_CHARS} characters")
+        binding = parse(params)
+        terms += len(binding.conditions) + len(binding.select)
+        if terms > MAX_TERMS:
+            raise InvalidBinding(f"All bindings of a channel have at most {MAX_TERMS} conditions and selected columns")
+        parsed.append((id, binding))
+    return parsed
 
 
 def parse(params: dict[str, Any]) -> Binding:

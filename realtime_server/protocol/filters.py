@@ -65,7 +65,8 @@ def parse(text: str) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
-_MARK: Final = re.compile(r'[(),"]')
+# Parentheses in runs: a filter may consist of nothing else.
+_MARK: Final = re.compile(r'\(+|\)+|[,"]')
 # Up to the closing quote, or to the end where there is none; a backslash takes the next character with it.
 _QUOTED: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _WHOLLY_QUOTED: Final = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
@@ -76,11 +77,11 @@ def _split(text: str) -> Iterator[str]:
     start = at = depth = 0
     while mark := _MARK.search(text, at):
         at = mark.end()
-        match mark[0]:
+        match mark[0][0]:
             case "(":
-                depth += 1
+                depth += len(mark[0])
             case ")":
-                depth = max(0, depth - 1)
+                depth = max(0, depth - len(mark[0]))
             case "," if depth == 0:
                 yield text[start : mark.start()]
                 start = at

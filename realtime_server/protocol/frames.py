@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 from websockets.frames import Frame as WebSocketFrame
 from websockets.frames import Opcode
 
-from realtime_server.errors import MalformedFrame
+from realtime_server.errors import InvalidBroadcast, MalformedFrame
 from realtime_server.protocol import binary
 from realtime_server.protocol.messages import (
     BROADCAST,
@@ -24,6 +23,7 @@ from realtime_server.protocol.messages import (
     decode_text,
     dumps,
     encode_text,
+    loads_fields,
 )
 
 
@@ -124,44 +124,49 @@ class Broadcast:
 _LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
-class _Named(msgspec.Struct):
-    event: Any = None
+# Keys of an envelope that only the server writes: `meta` carries cursors, and official clients take `ids` for the mark of a row change.
+_SERVER_KEYS: Final = ("meta", "ids")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ForwardedBroadcast:
-    """A broadcast that a client pushed as text: its payload object goes to the others as it came, extra keys included."""
+    """A broadcast that a client pushed as text. `envelope` is rebuilt from the parsed push: each key once, none of the server's own.
+
+    `event` is None where the push names none, `payload` is the JSON text of the push's inner payload.
+    """
 
     topic: str
-    payload: bytes
+    event: str | None
+    payload: msgspec.Raw
+    envelope: bytes
     id: None = None
     cursor: None = None
 
-    @cached_property
-    def event(self) -> str | None:
-        """Read once, however many subscribers choose by it."""
-        try:
-            event = msgspec.json.decode(self.payload, type=_Named).event
-        except (msgspec.DecodeError, RecursionError):
-            return None
-        return event if isinstance(event, str) else None
+    @classmethod
+    def parse(cls, topic: str, push: bytes) -> ForwardedBroadcast:
+        """Read the payload of a push. Raises: InvalidBroadcast."""
+        fields = loads_fields(push)
+        if fields is None:
+            raise InvalidBroadcast
+        for key in _SERVER_KEYS:
+            fields.pop(key, None)
+        return cls(topic, _text(fields.get("event")), fields.get("payload", _NULL), dumps(fields))
 
     def encode(self, encoding: Encoding) -> Frame | None:
         if encoding.format is Format.SSE:
-            # Only what belongs there: a key of the client's own could name another topic.
-            try:
-                fields = msgspec.json.decode(self.payload, type=dict[str, msgspec.Raw])
-            except (msgspec.DecodeError, RecursionError):
-                return None
-            inner = bytes(fields.get("payload", b"null"))
-            return event_frame(Broadcast(self.topic, self.event or "", inner).to_json())
-        payload = self.payload
-        if encoding.with_cursor and b'"meta"' in payload:
-            # Who keeps places takes them from `meta`: a client must not move another one's.
-            fields = msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
-            fields.pop("meta", None)
-            payload = msgspec.json.encode(fields)
-        return encode(Message(None, None, self.topic, BROADCAST, payload), encoding.format)
+            # Not the envelope: a key of the sender's own could name another topic.
+            return event_frame(Broadcast(self.topic, self.event or "", bytes(self.payload)).to_json())
+        return encode(Message(None, None, self.topic, BROADCAST, self.envelope), encoding.format)
+
+
+_NULL: Final = msgspec.Raw(b"null")
+
+
+def _text(value: msgspec.Raw | None) -> str | None:
+    try:
+        return None if value is None else msgspec.json.decode(value, type=str)
+    except msgspec.DecodeError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

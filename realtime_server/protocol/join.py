@@ -1,19 +1,47 @@
 """The payload of `phx_join`: what a client may ask for, read with the looseness that clients rely on.
 
 A field of the wrong type never fails a join: it takes its default and is named in `problems`, for the log; its siblings still apply.
+What is too large does fail it: `loads` checks sizes and counts before it parses.
+
 Source: Supabase Realtime `Realtime.Channels.Join` (schema and casts).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
-from realtime_server.protocol.messages import Format
+import msgspec
+
+from realtime_server.errors import InvalidBinding, PayloadTooLarge
+from realtime_server.protocol.messages import Format, dumps
 
 DEFAULT_WAIT_MS: Final = 15_000
 LONGEST_WAIT_MS: Final = 20_000
+
+MAX_BINDINGS: Final = 100
+# Of each field that is no string.
+MAX_FIELD_BYTES: Final = 65_536
+MAX_KEY_BYTES: Final = 255
+# The JavaScript client throws at these: it takes an object with the key `ids` for a row change, and finds the others in every object.
+_UNUSABLE_KEYS: Final = frozenset(
+    {
+        "ids",
+        "__defineGetter__",
+        "__defineSetter__",
+        "__lookupGetter__",
+        "__lookupSetter__",
+        "__proto__",
+        "constructor",
+        "hasOwnProperty",
+        "isPrototypeOf",
+        "propertyIsEnumerable",
+        "toLocaleString",
+        "toString",
+        "valueOf",
+    }
+)
 
 T = TypeVar("T")
 
@@ -21,6 +49,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Join:
     """`presence_key` is None where the server is to make one up. `replay` is what the client sent under that key, unread.
+
+    `bindings` are the elements of `postgres_changes`, each as encoded JSON.
 
     `wait_ms`: for how long the reply may wait until row changes are subscribed to; None where it does not wait.
     """
@@ -34,7 +64,7 @@ class Join:
     replay: dict[str, Any] = field(default_factory=dict)
     presence_enabled: bool = False
     presence_key: str | None = None
-    bindings: tuple[dict[str, Any], ...] = ()
+    bindings: tuple[bytes, ...] = ()
     wait_ms: int | None = None
     access_token: str | None = None
     user_token: str | None = None
@@ -46,6 +76,61 @@ class Join:
         if (self.access_token or self.user_token or "").startswith("sb_"):
             return None
         return self.user_token if self.user_token is not None else self.access_token
+
+    def settled(self) -> Join:
+        """What is needed of it once the channel is joined."""
+        return replace(self, replay={}, bindings=(), access_token=None, user_token=None, problems=())
+
+
+_NULL: Final = msgspec.Raw(b"null")
+
+
+class _Payload(msgspec.Struct):
+    config: msgspec.Raw = _NULL
+    access_token: msgspec.Raw = _NULL
+    user_token: msgspec.Raw = _NULL
+
+
+class _Config(msgspec.Struct):
+    private: msgspec.Raw = _NULL
+    broadcast: msgspec.Raw = _NULL
+    presence: msgspec.Raw = _NULL
+    postgres_changes: msgspec.Raw = _NULL
+    postgres_changes_options: msgspec.Raw = _NULL
+
+
+def loads(text: bytes) -> dict[str, Any] | None:
+    """The fields of a join payload that `parse` reads; None where it cannot be read. Raises: InvalidBinding, PayloadTooLarge."""
+    try:
+        payload = msgspec.json.decode(text, type=_Payload)
+        fields = _values(payload)
+        if bytes(payload.config).startswith(b"{"):
+            fields["config"] = _values(msgspec.json.decode(payload.config, type=_Config))
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return fields
+
+
+def _values(fields: _Payload | _Config) -> dict[str, Any]:
+    """Each field that is no object of known fields, parsed, once its size is known to be bounded."""
+    values: dict[str, Any] = {}
+    for name in fields.__struct_fields__:
+        text = bytes(getattr(fields, name))
+        if name == "config" and text.startswith(b"{"):
+            continue
+        if name == "postgres_changes" and text.startswith(b"["):
+            _check_bindings(text)
+        elif len(text) > MAX_FIELD_BYTES and not text.startswith(b'"'):
+            raise PayloadTooLarge
+        values[name] = msgspec.json.decode(text)
+    return values
+
+
+def _check_bindings(text: bytes) -> None:
+    if len(text) > MAX_FIELD_BYTES:
+        raise InvalidBinding(f"The bindings of postgres_changes of a channel have at most {MAX_FIELD_BYTES} bytes")
+    if len(msgspec.json.decode(text, type=list[msgspec.Raw])) > MAX_BINDINGS:
+        raise InvalidBinding(f"A channel has at most {MAX_BINDINGS} bindings of postgres_changes")
 
 
 def parse(payload: dict[str, Any] | None, format: Format) -> Join:
@@ -112,26 +197,28 @@ class _Reader:
         return self._default(key, value, "a whole number above 0", default)
 
     def key(self, presence: dict[str, Any]) -> str | None:
+        name: str
         match presence.get("key"):
             case None | "":
                 return None
-            case "ids":
-                # The JavaScript client takes an object with this key for a row change, and throws.
-                return self._default("key", "ids", 'anything but "ids"', None)
             case str(text):
-                return text
+                name = text
             case bool(value):
-                return "true" if value else "false"
+                name = "true" if value else "false"
             case int(number) | float(number):
-                return str(number)
+                name = str(number)
             case other:
                 return self._default("key", other, "a string or a number", None)
+        if name in _UNUSABLE_KEYS or len(name.encode()) > MAX_KEY_BYTES:
+            expected = f"at most {MAX_KEY_BYTES} bytes, and no name that objects of JavaScript have"
+            return self._default("key", name, expected, None)
+        return name
 
-    def bindings(self, config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    def bindings(self, config: dict[str, Any]) -> tuple[bytes, ...]:
         value = config.get("postgres_changes")
         if not isinstance(value, list):
             return self._default("postgres_changes", value, "a list", ())
-        return tuple(binding for binding in value if isinstance(binding, dict))
+        return tuple(dumps(binding) for binding in value if isinstance(binding, dict))
 
     def _default(self, key: str, value: object, expected: str, default: T) -> T:
         if value is not None:

@@ -110,6 +110,17 @@ _object_frame: Final = msgspec.json.Decoder(_ObjectFrame)
 _array_frame: Final = msgspec.json.Decoder(_ArrayFrame)
 _raw: Final = msgspec.json.Decoder(msgspec.Raw)
 _object: Final = msgspec.json.Decoder(dict[str, Any])
+_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class PresencePush(msgspec.Struct):
+    """The payload of a presence push; `payload` is what is tracked, as JSON text."""
+
+    event: str | None = None
+    payload: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_presence: Final = msgspec.json.Decoder(PresencePush)
 
 
 def decode_text(frame: str, format: Format) -> Message:
@@ -151,7 +162,7 @@ def system(topic: str, join_ref: Ref, message: str, *, ok: bool, extension: str 
 def gap(topic: str, join_ref: Ref, problem: str, oldest: str | None, extension: str = BROADCAST) -> Message:
     """A `system` message with status `gap`, which other clients' servers do not know: messages are missing before what follows.
 
-    `cursor` is the first one that can be read from, null where there is none to name.
+    `cursor` is where what follows begins, or what is still stored; null where there is none to name.
     """
     payload = {
         "extension": extension,
@@ -181,6 +192,22 @@ def loads_object(text: bytes) -> dict[str, Any] | None:
     """The JSON object in `text`; None when it holds anything else."""
     try:
         return _object.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def loads_fields(text: bytes) -> dict[str, msgspec.Raw] | None:
+    """The fields of the JSON object in `text`, each unparsed, the last one where a key is repeated; None when it holds anything else."""
+    try:
+        return _fields.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def loads_presence(text: bytes) -> PresencePush | None:
+    """The presence push in `text`; None when it holds anything else."""
+    try:
+        return _presence.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return None
 

@@ -275,7 +275,7 @@ async def test_channel_is_told_of_broadcasts_of_clients_that_are_missing(talk: T
     talk.policy = late
     talk.session.revalidate("room", None)
     for _ in range(MOST_HELD + 5):
-        talk.services.publish(Room("realtime:room", True), ForwardedBroadcast("realtime:room", b'{"event":"e"}'))
+        talk.services.publish(Room("realtime:room", True), ForwardedBroadcast.parse("realtime:room", b'{"event":"e"}'))
     answer.set()
     heard = [await talk.hear()]
     while heard[-1][3] == "broadcast":

@@ -383,7 +383,7 @@ async def test_callers_without_a_subject_do_not_share_idempotency_keys(
 
 def test_event_of_a_broadcast_is_read_once_for_all_streams() -> None:
     name = "a name that nothing has a reason to share"
-    message = ForwardedBroadcast("realtime:t", json.dumps({"event": name, "payload": {}}).encode())
+    message = ForwardedBroadcast.parse("realtime:t", json.dumps({"event": name, "payload": {}}).encode())
     assert message.event == name
     assert message.event is message.event
 

@@ -52,11 +52,11 @@ async def link(database: TestDatabase) -> AsyncIterator[Link]:
 
 
 def come(roster: Roster, ref: str) -> None:
-    roster.record(ROOM, Diff(joined=Meta(ref, ref, {})))
+    roster.record(ROOM, Diff(joined=Meta(ref, ref, b"{}")))
 
 
 def go(roster: Roster, ref: str) -> None:
-    roster.record(ROOM, Diff(left=Meta(ref, ref, {})))
+    roster.record(ROOM, Diff(left=Meta(ref, ref, b"{}")))
 
 
 async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(

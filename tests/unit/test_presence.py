@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from realtime_server.presence import Diff, Presence
+from realtime_server.presence import Diff, Presence, encode
 
 State = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -86,7 +86,7 @@ class PresenceMachine(RuleBasedStateMachine):
         room, number, key = member
         clean = {name: value for name, value in payload.items() if not name.startswith("phx_ref")}
         before = self.truth.get((room, number))
-        diff = self.presence.track(room, number, key, dict(payload), f"ref-{next(self.numbers)}")
+        diff = self.presence.track(room, number, key, encode(payload), f"ref-{next(self.numbers)}")
         assert (diff is None) == (before == (key, clean))
         self.truth[room, number] = (key, clean)
         self.tell(room, diff)
@@ -138,8 +138,8 @@ test_clients_agree_with_the_truth = PresenceMachine.TestCase
 
 def test_diff_of_a_first_track_an_update_and_an_untrack() -> None:
     presence = Presence()
-    first = presence.track("room", 1, "user-1", {"name": "Alice"}, "r1")
-    update = presence.track("room", 1, "user-1", {"name": "Alicia"}, "r2")
+    first = presence.track("room", 1, "user-1", encode({"name": "Alice"}), "r1")
+    update = presence.track("room", 1, "user-1", encode({"name": "Alicia"}), "r2")
     last = presence.untrack("room", 1)
     assert first is not None
     assert update is not None
@@ -156,7 +156,7 @@ def test_diff_of_a_first_track_an_update_and_an_untrack() -> None:
 @pytest.mark.parametrize("name", ["phx_ref", "phx_ref_prev"])
 def test_references_of_users_are_overwritten(name: str) -> None:
     presence = Presence()
-    presence.track("room", 1, "k", {name: "mine", "a": 1}, "r1")
+    presence.track("room", 1, "k", encode({name: "mine", "a": 1}), "r1")
     assert json.loads(presence.state("room")) == {"k": {"metas": [{"a": 1, "phx_ref": "r1"}]}}
 
 

@@ -148,7 +148,7 @@ async def test_who_comes_and_goes_is_not_told_to_whom_policies_have_not_answered
         await is_asked.wait()
         talk.session.revalidate("room", None)
         talk.policy = ask_again
-    talk.services.announce(room, talk.services.presence.track(room, "other", "other", {"n": 1}, "ref"))
+    talk.services.announce(room, talk.services.presence.track(room, "other", "other", b'{"n":1}', "ref"))
     await asyncio.sleep(0.01)
     assert talk.said == []
     answer.set()
@@ -330,10 +330,10 @@ async def test_changes_that_come_before_the_reply_follow_it(talk: Talk) -> None:
 async def test_messages_of_a_room_do_not_come_before_the_reply(talk: Talk) -> None:
     _, registration = await wait_for_changes(talk)
     room = Room("realtime:room", False)
-    talk.services.publish(room, ForwardedBroadcast("realtime:room", b'{"event":"early"}'))
+    talk.services.publish(room, ForwardedBroadcast.parse("realtime:room", b'{"event":"early"}'))
     registration.subscriber.tell_changes(SUBSCRIBED, ok=True)
     assert (await talk.hear())[3] == "phx_reply"
-    talk.services.publish(room, ForwardedBroadcast("realtime:room", b'{"event":"late"}'))
+    talk.services.publish(room, ForwardedBroadcast.parse("realtime:room", b'{"event":"late"}'))
     assert [(await talk.hear())[3] for _ in range(2)] == ["system", "presence_state"]
     assert (await talk.hear())[3:] == ["broadcast", {"event": "late"}]
     assert talk.said == []
@@ -378,7 +378,7 @@ async def test_channel_that_is_shut_down_by_what_was_held_is_told_once(talk: Tal
     else:
         await is_reading.wait()
     events.count(time.monotonic() - BUCKET_S, 1000)
-    talk.services.announce(room, talk.services.presence.track(room, "other", "other", {}, "ref"))
+    talk.services.announce(room, talk.services.presence.track(room, "other", "other", b"{}", "ref"))
     for number in range(3):
         talk.services.publish(room, stored(number).message)
     assert talk.said == []

@@ -233,7 +233,7 @@ async def test_090_two_sockets_with_one_key(shared_server: Server, wire: WireFac
     assert without_refs(await hear_state(await watcher(shared_server, wire, "090"))) == {"user": [{"device": 2}]}
 
 
-@pytest.mark.parametrize(("key", "shown"), [(7, "7"), (1.5, "1.5"), ("ü", "ü"), ("__proto__", "__proto__")])
+@pytest.mark.parametrize(("key", "shown"), [(7, "7"), (1.5, "1.5"), ("ü", "ü"), ("Constructor", "Constructor")])
 async def test_091_key_is_text(shared_server: Server, wire: WireFactory, key: Any, shown: str) -> None:
     socket = await watcher(shared_server, wire, "091", key=key)
     await hear_state(socket)
@@ -241,7 +241,7 @@ async def test_091_key_is_text(shared_server: Server, wire: WireFactory, key: An
     assert list((await hear_diff(socket))[0]) == [shown]
 
 
-@pytest.mark.parametrize("key", ["", None, {}, "ids"])
+@pytest.mark.parametrize("key", ["", None, {}, "ids", "__proto__", "constructor", "k" * 256])
 async def test_091_key_that_is_none_is_made_up(shared_server: Server, wire: WireFactory, key: Any) -> None:
     made_up = set()
     for _ in range(2):

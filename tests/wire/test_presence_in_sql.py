@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from tests.fix_server import Server
+from tests.fix_server import Server, ServerFactory
 from tests.fix_wire import Wire, WireFactory
 
 LIMIT_S = 30
@@ -68,8 +68,9 @@ async def test_entries_of_a_dead_server_are_not_shown(server: Server, wire: Wire
     assert present(server) == []
 
 
-async def test_more_than_postgresql_takes_at_once_is_seen_too(server: Server, wire: WireFactory) -> None:
-    """Nobody's presence was written any more while 256 MB were tracked, which one client may."""
+async def test_more_than_postgresql_takes_at_once_is_seen_too(start_server: ServerFactory, wire: WireFactory) -> None:
+    """Nobody's presence was written any more while 256 MB were tracked, which one client may where the limits are raised."""
+    server = await start_server(max_presence_entry_bytes="3000000", max_presence_bytes_per_socket="300000000")
     socket = await wire(server.websocket_url, server.anon_key)
     topics = [f"big:{number}" for number in range(95)]
     payload = {"type": "presence", "event": "track", "payload": {"text": "x" * 2_900_000}}
