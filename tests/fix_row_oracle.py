@@ -782,7 +782,9 @@ class RowOracle:
                     follower.bindings = self.any_bindings()
                     await follower.subscribe()
                 case 1 if follower.who.user is not None:
-                    await follower.change_claims(Who("authenticated", self.chance.choice(USERS)))
+                    # A new token of the same user is no new subscription, which would be confirmed.
+                    others = [user for user in USERS if user != follower.who.user]
+                    await follower.change_claims(Who("authenticated", self.chance.choice(others)))
         await self.confirmed()
 
     def _invite(self, db: psycopg.Connection[Any]) -> None:
