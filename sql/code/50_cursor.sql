@@ -45,13 +45,13 @@ create or replace function realtime.note_dropped(xid xid8)
 returns void
 language sql
 volatile
-as $$
+begin atomic
     update realtime.stream
     set
         dropped_xid = greatest(realtime.dropped_xid()::text::numeric, note_dropped.xid::text::numeric)::text::xid8,
         dropped_in_life = realtime.life()
-    where note_dropped.xid is not null
-$$;
+    where note_dropped.xid is not null;
+end;
 comment on function realtime.note_dropped(xid8) is 'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them.';
 revoke all on function realtime.note_dropped(xid8) from public;
 
@@ -62,7 +62,7 @@ returns text
 language sql
 immutable
 strict
-as $$
+begin atomic
     select concat_ws(
         '.',
         pg_catalog.pg_snapshot_xmin("snapshot"),
@@ -74,8 +74,8 @@ as $$
             select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
             from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
         )
-    )
-$$;
+    );
+end;
 comment on function realtime.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
 
 create or replace function realtime.snapshot_from_text(part text)
@@ -83,20 +83,20 @@ returns pg_snapshot
 language sql
 immutable
 strict
-as $$
+begin atomic
     select pg_catalog.translate(
         pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
-    )::pg_snapshot
-$$;
+    )::pg_snapshot;
+end;
 comment on function realtime.snapshot_from_text(text) is 'The reverse of realtime.snapshot_text.';
 
 create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
 returns realtime.cursor
 language sql
 immutable
-as $$
-    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor
-$$;
+begin atomic
+    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor;
+end;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
 create or replace function realtime.xid_after(xid bigint)
@@ -104,9 +104,9 @@ returns bigint
 language sql
 immutable
 strict
-as $$
-    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end
-$$;
+begin atomic
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end;
+end;
 comment on function realtime.xid_after(bigint) is
     'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
 revoke all on function realtime.xid_after(bigint) from public;
@@ -164,7 +164,16 @@ as $$
         realtime.life(),
         realtime.durable(pg_current_snapshot()),
         null,
-        coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
+        coalesce(
+            (
+                select m.seq
+                from realtime.messages as m
+                where m.xid < pg_snapshot_xmax(pg_current_snapshot())
+                order by m.xid desc
+                limit 1
+            ),
+            0
+        )
     )
 $$;
 comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
@@ -273,6 +282,7 @@ revoke all on function realtime.overlapping(pg_snapshot) from public;
 grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
 
 -- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+-- No SET clause, because the caller's policies run inside: every name and every operator is qualified.
 create or replace function realtime.messages_after(
     topic text,
     after realtime.cursor,
@@ -294,17 +304,17 @@ volatile
 as $$
 #variable_conflict use_column
 declare
-    v_life text := realtime.life();
-    v_since pg_snapshot;
-    v_until pg_snapshot;
+    v_life pg_catalog.text := realtime.life();
+    v_since pg_catalog.pg_snapshot;
+    v_until pg_catalog.pg_snapshot;
     v_seq bigint;
     v_left integer := least(greatest(max_rows, 0), 10000);
     v_found integer;
     v_is_present boolean;
-    v_overlapping xid8[];
+    v_overlapping pg_catalog.xid8[];
     -- A cursor without its last part; taken together once, because a page has many.
-    v_within text;
-    v_behind text;
+    v_within pg_catalog.text;
+    v_behind pg_catalog.text;
 begin
     select place.since, place.until, place.seq into v_since, v_until, v_seq from realtime.read_cursor(after) as place;
     perform pg_catalog.set_config('realtime.topic', messages_after.topic, true);
@@ -325,53 +335,53 @@ begin
             page.private,
             page.inserted_at,
             page.xid,
-            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end || page.seq
+            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end operator(pg_catalog.||) page.seq::pg_catalog.text
         from (
             (
                 select m.*
                 from realtime.messages as m
-                where m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and m.seq > v_seq
-                    and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                where m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and m.seq operator(pg_catalog.>) v_seq
+                    and m.xid operator(pg_catalog.>=) pg_catalog.pg_snapshot_xmax(v_since)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
             union all
             (
                 select m.*
                 from realtime.messages as m
-                where m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and (v_is_present or m.seq > v_seq)
-                    and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                where m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and (v_is_present or m.seq operator(pg_catalog.>) v_seq)
+                    and m.xid operator(pg_catalog.=) any (array(select pg_catalog.pg_snapshot_xip(v_since)))
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
             union all
             (
                 select m.*
                 from realtime.messages as m
                 where v_is_present
-                    and m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and m.seq <= v_seq
-                    and m.xid = any (v_overlapping)
+                    and m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and m.seq operator(pg_catalog.<=) v_seq
+                    and m.xid operator(pg_catalog.=) any (v_overlapping)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
         ) as page
         order by page.seq
         limit v_left;
         get diagnostics v_found = row_count;
-        v_left := v_left - v_found;
-        exit when v_is_present or v_left = 0;
+        v_left := v_left operator(pg_catalog.-) v_found;
+        exit when v_is_present or v_left operator(pg_catalog.=) 0;
         v_since := v_until;
         v_until := null;
     end loop;
@@ -386,7 +396,7 @@ create or replace function realtime.messages_between(topic text, since timestamp
 returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
 language sql
 stable
-as $$
+begin atomic
     select newest.id, newest.event, newest.payload, newest.binary_payload, newest.xid
     from (
         select m.id, m.event, m.payload, m.binary_payload, m.xid, m.seq
@@ -399,8 +409,8 @@ as $$
         order by m.seq desc
         limit max_rows
     ) as newest
-    order by newest.seq
-$$;
+    order by newest.seq;
+end;
 comment on function realtime.messages_between(text, timestamptz, integer) is
     'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
 revoke all on function realtime.messages_between(text, timestamptz, integer) from public;

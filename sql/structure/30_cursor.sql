@@ -27,3 +27,15 @@ comment on column realtime.stream.dropped_change_xid is 'The same for captured r
 comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
 alter table realtime.stream enable row level security;  -- no policies: for its owner only
 insert into realtime.stream default values;
+
+-- A row a task: its lock lets one session at a time do the work. Advisory locks would not do, any role can take those.
+create table realtime.maintenance (
+    task text primary key,
+    succeeded_at timestamptz not null default now()
+);
+comment on table realtime.maintenance is 'What the servers do from time to time, one of them at a time.';
+comment on column realtime.maintenance.task is
+    'messages: partitions and retention; changes: retention of captured row changes; capture: triggers on the tables of the publication.';
+comment on column realtime.maintenance.succeeded_at is 'When all of it was last done.';
+alter table realtime.maintenance enable row level security;  -- no policies: for its owner only
+insert into realtime.maintenance (task) values ('messages'), ('changes'), ('capture');
