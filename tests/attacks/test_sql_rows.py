@@ -319,3 +319,42 @@ async def test_the_metric_tells_when_maintenance_last_worked(shared_server: Serv
     ]
     assert [name for name, _ in lines] == ["realtime_last_maintenance_timestamp_seconds"]
     assert abs(float(lines[0][1]) - moment) < 1
+
+
+# -- the chat sample
+
+ALICE, BOB = "00000000-0000-0000-0000-00000000000a", "00000000-0000-0000-0000-00000000000b"
+AS_ALICE = f'{{"sub": "{ALICE}"}}'
+
+
+@pytest.fixture
+def thread(any_database: TestDatabase) -> TestDatabase:
+    any_database.execute("insert into chat_threads values ('a__b', 'a', 'b', %s, %s)", ALICE, BOB)
+    return any_database
+
+
+def test_a_member_cannot_send_what_looks_like_the_triggers_message(thread: TestDatabase) -> None:
+    forged = json.dumps({"table": "chat_messages", "operation": "INSERT", "record": {"sender_supabase_id": BOB}})
+    attempts: tuple[LiteralString, ...] = (
+        "select realtime.send(%s::jsonb, 'INSERT', 'chat:a__b')",
+        "insert into realtime.messages (topic, extension, event, payload, private)"
+        " select 'chat:a__b', 'broadcast', 'INSERT', %s::jsonb, true",
+    )
+    for attempt in attempts:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            execute_as(thread, "authenticated", attempt, forged, claims=AS_ALICE)
+    rights: LiteralString = "select can_write from realtime.authorize(%s, 'authenticated', %s, '{}', '{broadcast}')"
+    assert thread.execute(rights, "chat:a__b", AS_ALICE) == [(False,)]
+    assert thread.execute(rights, "typing:a__b", AS_ALICE) == [(True,)]
+
+
+@pytest.mark.parametrize(("column", "value"), [("id", BOB), ("created_at", "2000-01-01")])
+def test_a_member_chooses_neither_identity_nor_time_of_a_chat_message(
+    thread: TestDatabase, column: LiteralString, value: str
+) -> None:
+    insert: LiteralString = (
+        f"insert into chat_messages (thread_id, sender_supabase_id, sender_mongo_id, recipient_mongo_id, body, {column})"
+        " values ('a__b', %s, 'a', 'b', 'hello', %s)"
+    )
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
+        execute_as(thread, "authenticated", insert, ALICE, value, claims=AS_ALICE)
