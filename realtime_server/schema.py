@@ -5,6 +5,8 @@ In the repository it is a folder beside the package, in an installed wheel it li
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, LiteralString, cast
 
@@ -44,9 +46,17 @@ def upgrade(url: str | None, target: str, *, offline: bool = False) -> None:
     command.upgrade(alembic_config(url), target, sql=offline)
 
 
+@contextlib.contextmanager
+def _connect(url: str) -> Iterator[psycopg.Connection]:
+    """One transaction, for which names are resolved in pg_catalog: behind a transaction pooler nothing may be set for a session."""
+    with psycopg.connect(url) as db:
+        db.execute("set local search_path = pg_catalog, pg_temp")
+        yield db
+
+
 def revisions(url: str) -> list[str]:
     """The revisions that the database is at, one a branch; empty when nothing was ever installed."""
-    with psycopg.connect(url, autocommit=True) as db:
+    with _connect(url) as db:
         if db.execute("select to_regclass('realtime.alembic_version')").fetchone() == (None,):
             return []
         rows = db.execute("select version_num from realtime.alembic_version").fetchall()
@@ -94,7 +104,7 @@ def role_statements(login: str, server_version: int) -> list[str]:
 
 def missing_role_statements(url: str) -> list[str]:
     """The same, if this database needs an administrator for it; empty when the migration can do it alone or all is there."""
-    with psycopg.connect(url, autocommit=True) as db:
+    with _connect(url) as db:
         # Until PostgreSQL 15 CREATEROLE hands out every ordinary role; since 16 only those it has the ADMIN option of.
         row = db.execute(
             """

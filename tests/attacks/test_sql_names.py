@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
+from realtime_server.database import SEARCH_PATH, Pool, Target
 from tests.fix_database import Cluster, TestDatabase, act_as
 from tests.fix_server import Server, make_token
 from tests.fix_wire import WireFactory
@@ -272,6 +273,25 @@ def test_no_function_calls_what_is_planted(planted: TestDatabase, who: str) -> N
         ):
             as_user(db, statement)
             assert hits(planted) == [], statement
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+async def test_sessions_of_the_server_have_pg_catalog_alone(database: TestDatabase, is_pooled: bool) -> None:
+    """Also behind a transaction pooler, where it is set for each transaction and for nobody else."""
+    pool = Pool(Target(database.url, is_pooled), name="test", size=1, timeout_s=5, statement_timeout_s=5)
+    await pool.open()
+    try:
+        assert await pool.fetch("select current_setting('search_path')") == [(SEARCH_PATH,)]
+        # A policy's function finds what is in public all the same.
+        database.execute(
+            "create function said() returns boolean language sql as 'select true';"
+            "create function is_open() returns boolean language plpgsql as 'begin return said(); end';"
+            "create policy is_open on realtime.messages for all to authenticated using (is_open())"
+        )
+        rights = "select can_read, can_write from realtime.authorize('t', 'authenticated', '{}')"
+        assert await pool.fetch(rights) == [(True, True)] * 2
+    finally:
+        await pool.close()
 
 
 async def test_no_query_of_the_server_calls_what_is_planted(
