@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, unquote
@@ -21,14 +20,14 @@ from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from realtime_server import __version__, database
+from realtime_server import __version__
 from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, Authorization
 from realtime_server.backpressure import Backpressure
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
 from realtime_server.cursor import Place
-from realtime_server.database import Pool, Target
+from realtime_server.database import APPLICATION_SEARCH_PATH, Pool, Target
 from realtime_server.delivery import Delivery
 from realtime_server.endpoints import start
 from realtime_server.endpoints.bounds import RequestBounds
@@ -41,10 +40,10 @@ from realtime_server.endpoints.sockets import Pace, Sockets
 from realtime_server.endpoints.stream import stream_endpoint
 from realtime_server.endpoints.tickets import Tickets, ticket_endpoint
 from realtime_server.endpoints.websocket import websocket_endpoint
-from realtime_server.errors import RealtimeError
 from realtime_server.history import History
 from realtime_server.hub import Hub
 from realtime_server.limits import Rate
+from realtime_server.maintenance import Maintenance
 from realtime_server.metrics import Metrics
 from realtime_server.presence import Presence
 from realtime_server.relay import MESSAGES, Relay
@@ -55,10 +54,6 @@ from realtime_server.tokens import Tokens
 
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
-MAINTENANCE_S: Final = 3600.0
-MAINTENANCE_RETRY_S: Final = 60.0
-# Rows of the default partition are deleted one by one.
-MAINTENANCE_LIMIT_S: Final = 60.0
 # Reading from an old place, or many at once, may take a while.
 HISTORY_TIMEOUT_S: Final = 30.0
 UPKEEP_TIMEOUT_S: Final = 5.0
@@ -92,6 +87,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         size=POOL_SIZE,
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=settings.policy_timeout_s,
+        search_path=APPLICATION_SEARCH_PATH,
     )
     # Of its own, so that policies that take long do not hold up presence, nor maintenance a join.
     upkeep_pool = Pool(
@@ -103,6 +99,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     )
     relay = Relay(target, MESSAGES, name="relay", timeout_s=settings.database_timeout_s)
     roster = Roster(upkeep_pool)
+    maintenance = Maintenance(upkeep_pool, settings.retention)
     metrics = Metrics(__version__)
     changes = Feed(
         target,
@@ -139,7 +136,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
                 ("tokens", tokens.run()),
                 ("roster", roster.run()),
                 ("changes", changes.run()),
-                ("maintenance", _maintain(upkeep_pool, settings.retention)),
+                ("maintenance", maintenance.run()),
                 ("upkeep of row changes", Upkeep(upkeep_pool, lambda: changes.mode).run()),
             )
         ]
@@ -160,6 +157,11 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     metrics.watch("realtime_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     metrics.watch("realtime_relay_ready", "1 while the relay reads from the database.", lambda: relay.is_ready)
     metrics.watch("realtime_relay_asleep", "1 while the relay waits for a writer to ring.", lambda: relay.is_asleep)
+    metrics.watch(
+        "realtime_last_maintenance_timestamp_seconds",
+        "When partitions were last made and old messages dropped, by any server.",
+        lambda: maintenance.last_success,
+    )
     metrics.watch("realtime_row_change_subscribers", "Channels and streams of row changes.", lambda: len(changes))
     metrics.watch("realtime_row_changes_flow", "1 while row changes are read.", lambda: changes.mode is not None)
     metrics_secret = settings.metrics_jwt_secret.get_secret_value() if settings.metrics_jwt_secret else None
@@ -321,21 +323,6 @@ class Pages(StaticFiles):
         response = super().file_response(*arguments, **options)
         response.headers["Cache-Control"] = "no-cache"
         return response
-
-
-async def _maintain(pool: Pool, retention: timedelta) -> None:
-    """Keep partitions ahead of the days and drop what is older than the retention. Any server may; the database lets one at a time."""
-    while True:
-        try:
-            query = "select * from realtime.maintain(%s)"
-            for partition, action in await pool.fetch(query, (retention,), limit_s=MAINTENANCE_LIMIT_S):
-                log.info(f"partition {action}", partition=partition)
-            pause_s = MAINTENANCE_S
-        except (RealtimeError, database.Error) as error:
-            # Not the end of the server: the rows go to the default partition meanwhile.
-            log.error("partitions were not looked after", error=str(error.__cause__ or error))
-            pause_s = MAINTENANCE_RETRY_S
-        await asyncio.sleep(pause_s)
 
 
 async def _supervise(app: Starlette, name: str, part: Coroutine[Any, Any, None]) -> None:

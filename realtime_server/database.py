@@ -1,7 +1,7 @@
 """Connections to PostgreSQL, and the one place where its errors become ours.
 
 A statement in Python is one call of a function that lives in `sql/`. Every connection says who it is (`application_name`), speaks UTC and
-resolves names by the search path that users' policies expect.
+resolves names in pg_catalog alone: whoever may create operators or functions in another schema must not have them called by the server.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ CLOSING_S: Final = 1.0
 
 # How soon a backend notices, in the middle of a statement, that its client's connection is closed.
 CLIENT_CHECK_INTERVAL: Final = "2s"
+
+SEARCH_PATH: Final = "pg_catalog,pg_temp"
+# What filters and policies of tables are evaluated by: names in them were written for this path. The session's own schema comes last: what
+# users' functions leave there must not be found instead of what is meant.
+APPLICATION_SEARCH_PATH: Final = "public,extensions,pg_temp"
+
 # Of a stream: a quarter slower than all at once, where one by one takes twice as long.
 ROWS_AT_ONCE: Final = 10
 
@@ -49,7 +55,14 @@ class Target:
     is_pooled: bool = False
     can_check_clients: bool = True
 
-    def parameters(self, *, name: str, timeout_s: float, statement_timeout_s: float | None = None) -> str:
+    def parameters(
+        self,
+        *,
+        name: str,
+        timeout_s: float,
+        statement_timeout_s: float | None = None,
+        search_path: str = SEARCH_PATH,
+    ) -> str:
         """The URL with the settings of our connections. `name` shows in pg_stat_activity behind `realtime-server`."""
         settings: dict[str, Any] = {
             "application_name": f"realtime-server {name}",
@@ -62,9 +75,8 @@ class Target:
             "client_encoding": "UTF8",
         }
         if not self.is_pooled:
-            # The session's own schema last: what users' functions leave there must not be found instead of what is meant.
             own = conninfo.conninfo_to_dict(self.url).get("options") or ""
-            options = f"{own} -c search_path=public,extensions,pg_temp -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
+            options = f"{own} -c search_path={search_path} -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
             # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
             options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
             if self.can_check_clients:
@@ -87,7 +99,7 @@ def _examine(direct: Target, timeout_s: float) -> Target:
     try:
         with psycopg.connect(direct.parameters(name="look", timeout_s=timeout_s), autocommit=True) as db:
             db.execute("listen realtime")
-            db.execute("select pg_notify('realtime', '')")
+            db.execute("select pg_catalog.pg_notify('realtime', '')")
             # A pooler that lets our settings through gives LISTEN and NOTIFY to different sessions, or forgets the first.
             hears = any(True for _ in db.notifies(timeout=1.0, stop_after=1))
         return replace(direct, is_pooled=not hears)
@@ -125,13 +137,17 @@ class Pool:
         timeout_s: float,
         statement_timeout_s: float,
         patience_s: float | None = None,
+        search_path: str = SEARCH_PATH,
     ) -> None:
         self.size = size
+        self._search_path = search_path
         self._is_pooled = target.is_pooled
         self._statement_timeout_s = statement_timeout_s
         self._timeout_s = timeout_s
         self._pool: AsyncConnectionPool[Database] = AsyncConnectionPool(
-            target.parameters(name=name, timeout_s=timeout_s, statement_timeout_s=statement_timeout_s),
+            target.parameters(
+                name=name, timeout_s=timeout_s, statement_timeout_s=statement_timeout_s, search_path=search_path
+            ),
             kwargs=target.connection_options,
             min_size=1,
             max_size=size,
@@ -199,6 +215,9 @@ class Pool:
                         # Settings of a session would be some other client's next.
                         with hanging_up(db, self._timeout_s):
                             await stack.enter_async_context(_limited(db, self._statement_timeout_s))
+                            await db.execute(
+                                "select pg_catalog.set_config('search_path', %s, true)", (self._search_path,)
+                            )
                     yield db
                     with hanging_up(db, self._timeout_s):
                         await stack.aclose()
@@ -227,7 +246,7 @@ class Pool:
 async def _limited(db: Database, limit_s: float) -> AsyncIterator[None]:
     """A transaction in which a statement may take so long."""
     async with db.transaction():
-        await db.execute("select set_config('statement_timeout', %s, true)", (str(int(limit_s * 1000)),))
+        await db.execute("select pg_catalog.set_config('statement_timeout', %s, true)", (str(int(limit_s * 1000)),))
         yield
 
 

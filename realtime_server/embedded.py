@@ -334,7 +334,12 @@ class EmbeddedPostgres:
     @contextlib.contextmanager
     def _administer(self, database: str) -> Iterator[psycopg.Connection]:
         url = self._url(ADMINISTRATOR, database)
-        with psycopg.connect(url, autocommit=True, connect_timeout=10, options="-c statement_timeout=60s") as db:
+        with psycopg.connect(
+            url,
+            autocommit=True,
+            connect_timeout=10,
+            options="-c statement_timeout=60s -c search_path=pg_catalog,pg_temp",
+        ) as db:
             yield db
 
 

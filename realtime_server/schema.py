@@ -5,6 +5,7 @@ In the repository it is a folder beside the package, in an installed wheel it li
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, LiteralString, cast
@@ -68,6 +69,14 @@ def print_script(url: str | None, targets: list[str]) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _connect(url: str) -> Iterator[psycopg.Connection]:
+    """One transaction, for which names are resolved in pg_catalog: behind a transaction pooler nothing may be set for a session."""
+    with psycopg.connect(url) as db:
+        db.execute("set local search_path = pg_catalog, pg_temp")
+        yield db
+
+
 def revisions(url: str) -> list[str]:
     """The revisions that the database is at, one a branch; empty when nothing was ever installed."""
     script = ScriptDirectory.from_config(alembic_config())
@@ -76,7 +85,7 @@ def revisions(url: str) -> list[str]:
 
 def _heads(url: str) -> tuple[str, ...]:
     """What the version table names: only the revisions that no other installed one depends on."""
-    with psycopg.connect(url, autocommit=True) as db:
+    with _connect(url) as db:
         if db.execute("select to_regclass('realtime.alembic_version')").fetchone() == (None,):
             return ()
         return tuple(name for (name,) in db.execute("select version_num from realtime.alembic_version order by 1"))
@@ -121,7 +130,7 @@ def role_statements(login: str, server_version: int) -> list[str]:
 
 def missing_role_statements(url: str) -> list[str]:
     """The same, if this database needs an administrator for it; empty when the migration can do it alone or all is there."""
-    with psycopg.connect(url, autocommit=True) as db:
+    with _connect(url) as db:
         # Until PostgreSQL 15 CREATEROLE hands out every ordinary role; since 16 only those it has the ADMIN option of.
         row = db.execute(
             """

@@ -1,12 +1,11 @@
--- What policies ask: who is calling, and about which topic.
+-- What policies ask: who is calling, and about which topic. Functions in SQL have bodies that PostgreSQL parses when they are created: a name
+-- means the same on every search path, and PostgreSQL can still inline them.
 
 create or replace function realtime.topic()
 returns text
 language sql
 stable
-as $$
-    select nullif(pg_catalog.current_setting('realtime.topic', true), '')
-$$;
+return nullif(pg_catalog.current_setting('realtime.topic', true), '');
 comment on function realtime.topic() is 'Topic being joined or sent to; null outside of realtime. For policies on realtime.messages.';
 
 -- The helpers of schema auth belong to whoever brought them; only what is missing is made.
@@ -23,9 +22,7 @@ begin
         returns jsonb
         language sql
         stable
-        as $f$
-            select nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb
-        $f$;
+        return nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb;
         comment on function auth.jwt() is 'All claims of the current request; null when there is none.';
     end if;
 
@@ -34,12 +31,10 @@ begin
         returns uuid
         language sql
         stable
-        as $f$
-            select coalesce(
-                nullif(pg_catalog.current_setting('request.jwt.claim.sub', true), ''),
-                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
-            )::uuid
-        $f$;
+        return coalesce(
+            nullif(pg_catalog.current_setting('request.jwt.claim.sub', true), ''),
+            nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+        )::uuid;
         comment on function auth.uid() is 'Claim "sub" of the current request; null when there is none.';
     end if;
 
@@ -48,12 +43,10 @@ begin
         returns text
         language sql
         stable
-        as $f$
-            select coalesce(
-                nullif(pg_catalog.current_setting('request.jwt.claim.role', true), ''),
-                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'role'
-            )
-        $f$;
+        return coalesce(
+            nullif(pg_catalog.current_setting('request.jwt.claim.role', true), ''),
+            nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'role'
+        );
         comment on function auth.role() is 'Claim "role" of the current request; null when there is none.';
     end if;
 end

@@ -1,5 +1,73 @@
 -- Writing messages: called by applications, by their triggers and in psql, with the caller's rights.
--- No SET clause on these: the caller's policies and triggers run inside, and would see it. So every name is qualified.
+-- No SET clause on those that insert: the caller's policies and triggers run inside, and would see it. So every name and every operator in
+-- them is qualified.
+
+create or replace function realtime.stamp_message()
+returns trigger
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- A row that an UPDATE moves to another partition comes by here with those it has.
+    if new.xid is null
+        or new.seq is null
+        or new.xid >= pg_snapshot_xmax(pg_current_snapshot())
+        or new.xid = pg_current_xact_id_if_assigned()
+        or new.seq > coalesce(pg_sequence_last_value('realtime.messages_seq'), 0)
+    then
+        new.xid := pg_current_xact_id();
+        new.seq := nextval('realtime.messages_seq');
+    end if;
+    if jsonb_typeof(new.payload) = 'object' and not new.payload ? 'id' then
+        new.payload := jsonb_set(new.payload, '{id}', to_jsonb(new.id));
+    end if;
+    return new;
+end
+$$;
+comment on function realtime.stamp_message() is
+    'Sets the transaction and the number of a message that has none, or one that is yet to come, and adds the key "id" to a JSON object without it.';
+revoke all on function realtime.stamp_message() from public;
+
+-- Not for probe rows: those that realtime.authorize means to fail have a null here, and it gives the others what they need.
+create or replace trigger stamp_message
+    before insert on realtime.messages
+    for each row
+    when (new.updated_at is not null and new.inserted_at >= '1970-01-02')
+    execute function realtime.stamp_message();
+comment on trigger stamp_message on realtime.messages is 'Sets what is not for writers to choose.';
+
+create or replace function realtime.refuse_probe_row()
+returns trigger
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception using
+        errcode = 'invalid_parameter_value',
+        message = 'probe rows of authorization checks are never committed',
+        hint = 'Leave inserted_at to its default.';
+end
+$$;
+comment on function realtime.refuse_probe_row() is 'Raises at commit: a row in the partition of probe rows would be delivered and be gone afterwards.';
+revoke all on function realtime.refuse_probe_row() from public;
+
+do $$
+begin
+    if not exists (
+        select from pg_catalog.pg_trigger
+        where tgrelid = 'realtime.messages_probe'::regclass and tgname = 'refuse_probe_row'
+    ) then
+        create constraint trigger refuse_probe_row
+            after insert on realtime.messages_probe
+            deferrable initially deferred
+            for each row
+            execute function realtime.refuse_probe_row();
+        comment on trigger refuse_probe_row on realtime.messages_probe is 'Probe rows are rolled back.';
+    end if;
+end
+$$;
 
 create or replace function realtime.write_message(
     message_topic text,
@@ -13,54 +81,23 @@ language plpgsql
 volatile
 as $$
 declare
-    v_id uuid := pg_catalog.gen_random_uuid();
-    v_topic_before text := pg_catalog.current_setting('realtime.topic', true);
+    v_topic_before constant pg_catalog.text := pg_catalog.current_setting('realtime.topic', true);
 begin
-    if message_topic is null or message_topic = '' or pg_catalog.octet_length(message_topic) > 255 then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'topic must have 1 to 255 bytes',
-            hint = 'Give the name that clients join, without "realtime:" in front.';
-    elsif message_binary_payload is not null and pg_catalog.octet_length(message_topic) > 246 then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'topic of a binary message must have at most 246 bytes',
-            hint = 'Longer names do not fit into the frames that carry bytes.';
-    elsif message_event is null or message_event = '' or pg_catalog.octet_length(message_event) > 255 then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'event must have 1 to 255 bytes',
-            hint = 'Give the event name that clients listen to.';
-    elsif message_private is null then
+    if message_private is null then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'private must be true or false',
             hint = 'Public and private topics of one name are different rooms.';
-    elsif message_payload is null and message_binary_payload is null then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'payload must not be null',
-            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
-    elsif pg_catalog.jsonb_typeof(message_payload) <> 'object' then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'payload must be a JSON object',
-            hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
     end if;
-
-    if message_payload is not null and not message_payload ? 'id' then
-        message_payload := pg_catalog.jsonb_set(message_payload, '{id}', pg_catalog.to_jsonb(v_id));
-    end if;
-
-    -- INSERT policies may ask realtime.topic().
-    perform pg_catalog.set_config('realtime.topic', message_topic, true);
-    insert into realtime.messages (id, topic, event, payload, binary_payload, private, extension)
-    values (v_id, message_topic, message_event, message_payload, message_binary_payload, message_private, 'broadcast');
+    -- INSERT policies may ask realtime.topic(). A null would break NOT NULL, whose error has no hint.
+    perform pg_catalog.set_config('realtime.topic', coalesce(message_topic, ''), true);
+    insert into realtime.messages (topic, event, payload, binary_payload, private, extension)
+    values (coalesce(message_topic, ''), message_event, message_payload, message_binary_payload, message_private, 'broadcast');
     perform pg_catalog.set_config('realtime.topic', coalesce(v_topic_before, ''), true);
 end
 $$;
 comment on function realtime.write_message(text, text, jsonb, bytea, boolean) is
-    'Checks and writes one message. Internal: call realtime.send or realtime.send_binary.';
+    'Writes one message, which the table checks. Internal: call realtime.send or realtime.send_binary.';
 
 create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true)
 returns void
@@ -68,7 +105,7 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
+    if pg_catalog.current_setting('realtime.send_errors', true) operator(pg_catalog.=) 'warning' then
         begin
             perform realtime.write_message(topic, event, payload, null, private);
         exception when others then
@@ -90,7 +127,7 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
+    if pg_catalog.current_setting('realtime.send_errors', true) operator(pg_catalog.=) 'warning' then
         begin
             perform realtime.write_message(topic, event, null, payload, private);
         exception when others then
@@ -119,12 +156,12 @@ language plpgsql
 volatile
 as $$
 begin
-    if level is distinct from 'ROW' then
+    if level is null or level operator(pg_catalog.<>) 'ROW' then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'broadcast_changes works in row-level triggers only',
             hint = 'Create the trigger with "for each row".';
-    elsif operation is null or operation not in ('INSERT', 'UPDATE', 'DELETE') then
+    elsif operation is null or operation operator(pg_catalog.<>) all (array['INSERT', 'UPDATE', 'DELETE']) then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = pg_catalog.format('operation must be INSERT, UPDATE or DELETE, not %L', operation),
@@ -146,19 +183,18 @@ $$;
 comment on function realtime.broadcast_changes(text, text, text, text, text, record, record, text) is
     'Sends a changed row to a private topic; for row-level triggers: broadcast_changes(topic, TG_OP, TG_OP, TG_TABLE_NAME, TG_TABLE_SCHEMA, NEW, OLD).';
 
--- Who may write may choose the time, because tools do, but no other day: a row that is dropped early would be a gap for everybody. The probe's
--- time is allowed as well. And what is for the servers, clients do not write.
+-- Columns are granted, but what an administrator grants later, or by default to new tables, comes on top of it. A row that is dropped early
+-- would be a gap for everybody. And what is for the servers, clients do not write.
 drop policy if exists writers_keep_to_their_day on realtime.messages;
-create policy writers_keep_to_their_day on realtime.messages
+drop policy if exists writers_choose_neither_time_nor_order on realtime.messages;
+create policy writers_choose_neither_time_nor_order on realtime.messages
     as restrictive
     for insert
     to public
     with check (
         extension in ('broadcast', 'presence')
-        and (
-            inserted_at between (now() at time zone 'utc') - interval '1 day' and (now() at time zone 'utc') + interval '1 day'
-            or inserted_at = '1970-01-01'
-        )
+        and inserted_at = (now() at time zone 'utc')
+        and (xid is null or xid = pg_current_xact_id_if_assigned())
     );
 
 -- A server without BYPASSRLS for service_role is served as well.

@@ -2,10 +2,10 @@
 -- Called by the server only. SECURITY INVOKER, because a definer may not change its role.
 
 -- A write is allowed when the row passes the INSERT policies: these are checked before NOT NULL, so an insert that breaks
--- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no garbage. (The default of
--- column xid takes one transaction id a call, and that of seq a number.)
+-- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no garbage, no transaction id.
 -- RETURNING adds the SELECT policies to the same question. Only where writing is denied is a real row needed to ask for reading;
 -- it goes to an unlogged partition and is rolled back.
+-- Policies' functions find names as they were written for it, on the search path that is usual for applications; nothing of ours does.
 create or replace function realtime.authorize(
     topic text,
     role text,
@@ -16,16 +16,21 @@ create or replace function realtime.authorize(
 returns table (extension text, can_read boolean, can_write boolean, problem text)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    c_path_of_policies constant text := 'public, extensions, pg_temp';
     c_probe_time constant timestamp := '1970-01-01';
-    v_id uuid := pg_catalog.gen_random_uuid();
+    c_never_null constant text[] := '{updated_at,xid,seq}';
+    v_id uuid := gen_random_uuid();
     v_passed boolean;
     v_is_done boolean;
-    v_table text;
+    v_schema text;
+    v_column text;
+    v_constraint text;
     -- Row-level security and a missing GRANT both raise 42501: only the text tells them apart, and only where it is not translated.
-    v_is_english constant boolean := pg_catalog.current_setting('lc_messages') ~* '^(c|posix|en)([._]|$)';
+    v_is_english constant boolean := current_setting('lc_messages') ~* '^(c|posix|en)([._]|$)';
     c_denied_by_policy constant text := 'new row violates row-level security policy%';
 begin
     foreach extension in array extensions loop
@@ -44,26 +49,30 @@ begin
                 pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
                 pg_catalog.set_config('request.jwt.claim.role', authorize.role, true),
                 pg_catalog.set_config('request.headers', headers::text, true),
+                pg_catalog.set_config('search_path', c_path_of_policies, true),
                 pg_catalog.set_config('role', authorize.role, true);
+            -- From here to the end of the block, names and operators are qualified.
 
             -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
-            -- our own RT000 from one that a policy raises, the table our own broken NOT NULL from one that a policy ran into.
+            -- our own RT000 from one that a policy raises, the column or constraint what is wrong with our own row from what a policy ran into.
             v_passed := false;
             begin
-                insert into realtime.messages (topic, extension, updated_at, inserted_at)
-                values (authorize.topic, authorize.extension, null, c_probe_time);
+                insert into realtime.messages (topic, extension, updated_at)
+                values (authorize.topic, authorize.extension, null);
                 v_passed := true;
                 raise exception using errcode = 'RT000';
             exception
-                when not_null_violation then
-                    get stacked diagnostics v_table = table_name;
-                    if v_table <> 'messages_probe' then
+                when not_null_violation or invalid_parameter_value then
+                    get stacked diagnostics v_schema = schema_name, v_column = column_name, v_constraint = constraint_name;
+                    if v_schema operator(pg_catalog.<>) 'realtime'
+                        or v_column operator(pg_catalog.<>) all (c_never_null) and v_constraint operator(pg_catalog.<>) 'messages_sound'
+                    then
                         raise;
                     end if;
                     can_write := true;
                 when insufficient_privilege then
-                    if v_is_english and sqlerrm not like c_denied_by_policy then
-                        problem := sqlstate || ': ' || sqlerrm;
+                    if v_is_english and sqlerrm operator(pg_catalog.!~~) c_denied_by_policy then
+                        problem := pg_catalog.concat(sqlstate, ': ', sqlerrm);
                     end if;
                 when sqlstate 'RT000' then
                     if not v_passed then
@@ -75,21 +84,23 @@ begin
             if can_write then
                 v_passed := false;
                 begin
-                    insert into realtime.messages (topic, extension, updated_at, inserted_at)
-                    values (authorize.topic, authorize.extension, null, c_probe_time)
+                    insert into realtime.messages (topic, extension, updated_at)
+                    values (authorize.topic, authorize.extension, null)
                     returning id is not null into can_read;
                     v_passed := true;
                     raise exception using errcode = 'RT000';
                 exception
-                    when not_null_violation then
-                        get stacked diagnostics v_table = table_name;
-                        if v_table <> 'messages_probe' then
+                    when not_null_violation or invalid_parameter_value then
+                        get stacked diagnostics v_schema = schema_name, v_column = column_name, v_constraint = constraint_name;
+                        if v_schema operator(pg_catalog.<>) 'realtime'
+                            or v_column operator(pg_catalog.<>) all (c_never_null) and v_constraint operator(pg_catalog.<>) 'messages_sound'
+                        then
                             raise;
                         end if;
                         can_read := true;
                     when insufficient_privilege then
-                        if v_is_english and sqlerrm not like c_denied_by_policy then
-                            problem := sqlstate || ': ' || sqlerrm;
+                        if v_is_english and sqlerrm operator(pg_catalog.!~~) c_denied_by_policy then
+                            problem := pg_catalog.concat(sqlstate, ': ', sqlerrm);
                         end if;
                         can_read := false;
                     when sqlstate 'RT000' then
@@ -103,16 +114,20 @@ begin
                 v_passed := false;
                 begin
                     perform pg_catalog.set_config('role', 'none', true);
-                    insert into realtime.messages (id, topic, extension, inserted_at)
-                    values (v_id, authorize.topic, authorize.extension, c_probe_time);
+                    insert into realtime.messages (id, topic, extension, inserted_at, xid, seq)
+                    values (v_id, authorize.topic, authorize.extension, c_probe_time, '0', 0);
                     perform pg_catalog.set_config('role', authorize.role, true);
-                    select count(*) > 0 into can_read from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    can_read := exists (
+                        select
+                        from realtime.messages as m
+                        where m.id operator(pg_catalog.=) v_id and m.inserted_at operator(pg_catalog.=) c_probe_time
+                    );
                     v_passed := true;
                     raise exception using errcode = 'RT000';
                 exception
                     when insufficient_privilege then
                         -- Row-level security hides rows and raises nothing.
-                        problem := sqlstate || ': ' || sqlerrm;
+                        problem := pg_catalog.concat(sqlstate, ': ', sqlerrm);
                         can_read := false;
                     when sqlstate 'RT000' then
                         if not v_passed then
@@ -148,11 +163,11 @@ create or replace function realtime.authorize_batch(topics text[], roles text[],
 returns table (question bigint, extension text, can_read boolean, can_write boolean, problem text)
 language sql
 volatile
-as $$
+begin atomic
     select asked.question, answer.extension, answer.can_read, answer.can_write, answer.problem
     from unnest(topics, roles, claims, headers) with ordinality as asked (topic, role, claims, headers, question)
-    cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer
-$$;
+    cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer;
+end;
 comment on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) is
     'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
 revoke all on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;

@@ -4,9 +4,10 @@ create or replace function realtime.doorbell_key()
 returns bigint
 language sql
 immutable
-as $$
-    select 7237125663275445356  -- 'doorbell' as ASCII digits of a bigint; any fixed number would do
-$$;
+begin atomic
+    -- 'doorbell' as ASCII digits of a bigint; any fixed number would do.
+    select 7237125663275445356;
+end;
 comment on function realtime.doorbell_key() is 'Advisory lock that a relay holds while it sleeps.';
 
 -- Writers ask in passing whether a relay sleeps (it then holds the lock exclusively) and ring only then: NOTIFY in every transaction
@@ -17,7 +18,7 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+    if pg_catalog.current_setting('realtime.doorbell', true) operator(pg_catalog.=) 'off' then
         -- For transactions that are to be prepared: PREPARE TRANSACTION refuses those that notify.
         return null;
     elsif pg_catalog.pg_try_advisory_lock_shared(realtime.doorbell_key()) then
@@ -41,7 +42,7 @@ create or replace function realtime.doorbell_is_held(backend integer, key bigint
 returns boolean
 language sql
 volatile
-as $$
+begin atomic
     select exists (
         select
         from pg_catalog.pg_locks
@@ -52,8 +53,8 @@ as $$
             and objsubid = 1
             and mode = 'ExclusiveLock'
             and pid = backend
-    )
-$$;
+    );
+end;
 comment on function realtime.doorbell_is_held(integer, bigint) is
     'Whether this backend holds the lock of a doorbell or stands in the queue for it; in both cases writers ring.';
 revoke all on function realtime.doorbell_is_held(integer, bigint) from public;
@@ -75,7 +76,7 @@ returns table (
 )
 language sql
 stable
-as $$
+begin atomic
     with current as materialized (
         select pg_catalog.pg_current_snapshot() as snapshot
     ),
@@ -94,8 +95,8 @@ as $$
     union all
     select c.seq, c.id, c.topic, c.extension, c.event, c.private, c.payload::text, c.binary_payload, null
     from committed as c
-    order by 1 asc nulls first
-$$;
+    order by 1 asc nulls first;
+end;
 comment on function realtime.messages_since(pg_snapshot) is
     'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
 revoke all on function realtime.messages_since(pg_snapshot) from public;
@@ -139,71 +140,171 @@ comment on function realtime.create_partitions(integer) is
     'Makes the partitions from yesterday to days_ahead days from now (UTC) that are missing; returns their names.';
 revoke all on function realtime.create_partitions(integer) from public;
 
-create or replace function realtime.drop_old_messages(retention interval)
-returns setof text
+-- Messages of a restored dump carry transaction ids of another cluster. Ids that this one has not reached would hide them now and have them
+-- delivered as new one day, so they get the lowest one there is: written before everything else. Rows of this very transaction are its own.
+create or replace function realtime.adopt_messages()
+returns bigint
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with adopted as (
+        update realtime.messages
+        set xid = '3'
+        where xid >= pg_snapshot_xmax(pg_current_snapshot())
+            and xid is distinct from pg_current_xact_id_if_assigned()
+        returning xid
+    )
+    select count(*) from adopted
+$$;
+comment on function realtime.adopt_messages() is
+    'Gives messages whose transaction id this database has not reached, as in a restored dump, the lowest one; how many there were.';
+revoke all on function realtime.adopt_messages() from public;
+
+-- Transaction ids of another cluster are left out of what was dropped: no cursor can be behind them.
+create or replace function realtime.delete_messages(partition regclass, before timestamp, max_rows bigint)
+returns bigint
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_before timestamp := (now() at time zone 'utc') - retention;
-    v_partition record;
+    v_deleted bigint;
+    v_dropped xid8;
 begin
-    for v_partition in
-        select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
-        from pg_catalog.pg_inherits
-        join pg_catalog.pg_class as child on child.oid = inhrelid
+    -- Before anything is noted: what was noted of another life of the database goes.
+    perform realtime.note_dropped('0', true);
+    execute format(
+        'with deleted as (
+            delete from %1$s
+            where ctid = any (array(select ctid from %1$s where inserted_at < $1 limit $2))
+            returning topic, extension, xid, seq
+        ),
+        ours as (
+            select topic, extension, xid, seq from deleted where xid < pg_snapshot_xmax(pg_current_snapshot())
+        ),
+        noted as (
+            insert into realtime.dropped_topics as known (topic_hash, xid, seq)
+            select hashtextextended(topic, 0), max(xid::text::numeric)::text::xid8, max(seq)
+            from ours
+            where extension = ''broadcast''
+            group by 1
+            on conflict (topic_hash) do update set
+                xid = greatest(known.xid::text::numeric, excluded.xid::text::numeric)::text::xid8,
+                seq = greatest(known.seq, excluded.seq)
+        )
+        select (select count(*) from deleted), (select max(xid::text::numeric)::text::xid8 from ours)',
+        partition
+    ) into v_deleted, v_dropped using before, max_rows;
+    perform realtime.note_dropped(v_dropped, true);
+    perform realtime.trim_dropped_topics();
+    return v_deleted;
+end
+$$;
+comment on function realtime.delete_messages(regclass, timestamp, bigint) is
+    'Deletes messages written before this time (UTC) from a partition, at most so many; how many it were. Waits for no reader.';
+revoke all on function realtime.delete_messages(regclass, timestamp, bigint) from public;
+
+-- To drop a partition takes a lock that waits for every transaction that has read a message, and that every writer and reader then waits
+-- for. So it is waited for only for a moment and tried again later. Any client role can keep such a transaction open for ever: an hour after
+-- its time the messages are deleted all the same, which waits for nobody, and the empty partition is dropped some other time.
+create or replace function realtime.drop_old_messages(retention interval)
+returns table (partition text, action text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '0.2s'
+as $$
+#variable_conflict use_column
+declare
+    c_most_rows constant bigint := 1000000;
+    v_before constant timestamp := (now() at time zone 'utc') - retention;
+    v_day date;
+begin
+    for partition, v_day in
+        select child.relname::text, to_date(right(child.relname, 10), 'YYYY_MM_DD')
+        from pg_inherits
+        join pg_class as child on child.oid = inhrelid
         where inhparent = 'realtime.messages'::regclass
             and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
         order by child.relname
     loop
-        continue when v_partition.day + 1 > v_before;
-        -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
-        execute format('lock table realtime.%I in share mode', v_partition.relname);
-        perform realtime.note_dropped_topics(format('realtime.%I', v_partition.relname)::regclass, 'infinity');
-        execute format('drop table realtime.%I', v_partition.relname);
-        return next v_partition.relname;
+        continue when v_day + 1 > v_before;
+        begin
+            -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
+            execute format('lock table realtime.%I in share mode', partition);
+            perform realtime.note_dropped_topics(format('realtime.%I', partition)::regclass);
+            execute format('drop table realtime.%I', partition);
+            action := 'dropped';
+        exception when lock_not_available then
+            action := case
+                when v_day + 1 >= v_before - interval '1 hour' then 'waiting'
+                when realtime.delete_messages(format('realtime.%I', partition)::regclass, 'infinity', c_most_rows) < c_most_rows then 'emptied'
+                else 'waiting'
+            end;
+        end;
+        return next;
     end loop;
-
-    if exists (select from realtime.messages_default where inserted_at < v_before) then
-        lock table realtime.messages_default in share row exclusive mode;
-        perform realtime.note_dropped_topics('realtime.messages_default', v_before);
-        delete from realtime.messages_default
-        where inserted_at < v_before;
+    if realtime.delete_messages('realtime.messages_default', v_before, c_most_rows) = c_most_rows then
+        partition := 'messages_default';
+        action := 'waiting';
+        return next;
     end if;
-
-    -- Probes are rolled back; what is here somebody put by hand.
-    delete from realtime.messages_probe;
 end
 $$;
 comment on function realtime.drop_old_messages(interval) is
-    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
+    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; what was done to which: dropped, waiting (for a transaction that has read messages, or because there is more to delete), emptied (that transaction has gone on for an hour: the messages were deleted). Cursors before them get a gap.';
 revoke all on function realtime.drop_old_messages(interval) from public;
 
--- Called by every server; one at a time does the work. A lock that is not had within the timeout is for the next time: the drop of a
--- partition would otherwise stand in the queue before all writers.
+-- Called by every server; one at a time does the work, by a lock on a row that nobody else can reach.
 create or replace function realtime.maintain(retention interval default '72 hours')
 returns table (partition text, action text)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '2s'
+set lock_timeout = '0.2s'
 as $$
+#variable_conflict use_column
+declare
+    v_is_complete boolean := true;
 begin
-    if not pg_catalog.pg_try_advisory_xact_lock(realtime.doorbell_key() + 1) then
+    perform from realtime.maintenance as m where m.task = 'messages' for update skip locked;
+    if not found then
         return;
     end if;
-    return query select created, 'created' from realtime.create_partitions() as created;
+    perform realtime.adopt_messages();
     begin
-        return query select dropped, 'dropped' from realtime.drop_old_messages(retention) as dropped;
+        return query select created, 'created' from realtime.create_partitions() as created;
     exception when lock_not_available then
-        raise warning 'old messages are in use and were not dropped; the next run tries again';
+        -- Meanwhile the rows go to the default partition.
+        partition := 'messages_default';
+        action := 'waiting';
+        v_is_complete := false;
+        return next;
     end;
+    for partition, action in select dropped.partition, dropped.action from realtime.drop_old_messages(retention) as dropped loop
+        v_is_complete := v_is_complete and action <> 'waiting';
+        return next;
+    end loop;
+    if v_is_complete then
+        update realtime.maintenance as m set succeeded_at = now() where m.task = 'messages';
+    end if;
 end
 $$;
 comment on function realtime.maintain(interval) is
-    'Makes partitions ahead and drops what is older than the retention; what was done. Safe to call at any time.';
+    'Makes partitions ahead and drops what is older than the retention; what was done: created, dropped, emptied or waiting, as realtime.drop_old_messages tells it. No row: nothing was to do, or another session is at it. Safe to call at any time.';
 revoke all on function realtime.maintain(interval) from public;
+
+create or replace function realtime.last_maintenance()
+returns timestamptz
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select m.succeeded_at from realtime.maintenance as m where m.task = 'messages'
+$$;
+comment on function realtime.last_maintenance() is 'When realtime.maintain last did all that was to do.';
+revoke all on function realtime.last_maintenance() from public;
 
 create or replace view realtime.partitions as
 select

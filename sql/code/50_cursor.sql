@@ -45,7 +45,7 @@ create or replace function realtime.note_dropped(xid xid8, is_covered boolean de
 returns void
 language sql
 volatile
-as $$
+begin atomic
     -- Transaction ids of another life mean nothing.
     delete from realtime.dropped_topics
     where note_dropped.xid is not null
@@ -58,14 +58,13 @@ as $$
             case when is_covered then 0 else note_dropped.xid::text::numeric end
         )::text::xid8,
         dropped_in_life = realtime.life()
-    where note_dropped.xid is not null
-$$;
+    where note_dropped.xid is not null;
+end;
 comment on function realtime.note_dropped(xid8, boolean) is
     'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them. is_covered: realtime.dropped_topics says of which topics.';
 revoke all on function realtime.note_dropped(xid8, boolean) from public;
 
--- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
-create or replace function realtime.note_dropped_topics(messages regclass, before timestamp)
+create or replace function realtime.note_dropped_topics(messages regclass)
 returns void
 language plpgsql
 volatile
@@ -73,9 +72,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_xid xid8;
-    v_left_out xid8;
 begin
-    execute format('select xid from %s where inserted_at < $1 order by xid desc limit 1', messages) into v_xid using before;
+    execute format('select xid from %s where xid < pg_snapshot_xmax(pg_current_snapshot()) order by xid desc limit 1', messages) into v_xid;
     -- To read all of a large partition would hold up maintenance: 1 GB takes seconds.
     if pg_relation_size(messages) > 256 * 1024 * 1024 then
         perform realtime.note_dropped(v_xid);
@@ -85,23 +83,35 @@ begin
     execute format(
         'insert into realtime.dropped_topics as known (topic_hash, xid, seq)'
         ' select hashtextextended(topic, 0), max(xid::text::numeric)::text::xid8, max(seq)'
-        ' from %s where inserted_at < $1 and extension = ''broadcast'' group by 1'
+        ' from %s where extension = ''broadcast'' and xid < pg_snapshot_xmax(pg_current_snapshot()) group by 1'
         ' on conflict (topic_hash) do update set'
         ' xid = greatest(known.xid::text::numeric, excluded.xid::text::numeric)::text::xid8, seq = greatest(known.seq, excluded.seq)',
         messages
-    ) using before;
+    );
+    perform realtime.trim_dropped_topics();
+end
+$$;
+comment on function realtime.note_dropped_topics(regclass) is
+    'Remembers of which topics the messages of a partition are no longer kept, in the transaction that drops it.';
+revoke all on function realtime.note_dropped_topics(regclass) from public;
+
+-- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
+create or replace function realtime.trim_dropped_topics()
+returns void
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
     with left_out as (
         delete from realtime.dropped_topics
         where topic_hash in (select topic_hash from realtime.dropped_topics order by xid desc offset 100000)
         returning xid
     )
-    select max(xid::text::numeric)::text::xid8 into v_left_out from left_out;
-    perform realtime.note_dropped(v_left_out);
-end
+    select realtime.note_dropped(max(xid::text::numeric)::text::xid8) from left_out
 $$;
-comment on function realtime.note_dropped_topics(regclass, timestamp) is
-    'Remembers of which topics the messages of a partition before a time (UTC) are no longer kept, in the transaction that drops them.';
-revoke all on function realtime.note_dropped_topics(regclass, timestamp) from public;
+comment on function realtime.trim_dropped_topics() is
+    'Keeps realtime.dropped_topics within its bound: what does not fit counts as dropped of all topics.';
+revoke all on function realtime.trim_dropped_topics() from public;
 
 -- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
 -- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
@@ -110,7 +120,7 @@ returns text
 language sql
 immutable
 strict
-as $$
+begin atomic
     select concat_ws(
         '.',
         pg_catalog.pg_snapshot_xmin("snapshot"),
@@ -122,8 +132,8 @@ as $$
             select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
             from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
         )
-    )
-$$;
+    );
+end;
 comment on function realtime.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
 
 create or replace function realtime.snapshot_from_text(part text)
@@ -131,20 +141,20 @@ returns pg_snapshot
 language sql
 immutable
 strict
-as $$
+begin atomic
     select pg_catalog.translate(
         pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
-    )::pg_snapshot
-$$;
+    )::pg_snapshot;
+end;
 comment on function realtime.snapshot_from_text(text) is 'The reverse of realtime.snapshot_text.';
 
 create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
 returns realtime.cursor
 language sql
 immutable
-as $$
-    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor
-$$;
+begin atomic
+    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor;
+end;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
 create or replace function realtime.xid_after(xid bigint)
@@ -152,9 +162,9 @@ returns bigint
 language sql
 immutable
 strict
-as $$
-    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end
-$$;
+begin atomic
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end;
+end;
 comment on function realtime.xid_after(bigint) is
     'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
 revoke all on function realtime.xid_after(bigint) from public;
@@ -212,7 +222,16 @@ as $$
         realtime.life(),
         realtime.durable(pg_current_snapshot()),
         null,
-        coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
+        coalesce(
+            (
+                select m.seq
+                from realtime.messages as m
+                where m.xid < pg_snapshot_xmax(pg_current_snapshot())
+                order by m.xid desc
+                limit 1
+            ),
+            0
+        )
     )
 $$;
 comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
@@ -357,6 +376,7 @@ revoke all on function realtime.overlapping(pg_snapshot) from public;
 grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
 
 -- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+-- No SET clause, because the caller's policies run inside: every name and every operator is qualified.
 create or replace function realtime.messages_after(
     topic text,
     after realtime.cursor,
@@ -378,18 +398,18 @@ volatile
 as $$
 #variable_conflict use_column
 declare
-    v_life text := realtime.life();
-    v_since pg_snapshot;
-    v_until pg_snapshot;
+    v_life pg_catalog.text := realtime.life();
+    v_since pg_catalog.pg_snapshot;
+    v_until pg_catalog.pg_snapshot;
     v_seq bigint;
     v_left integer := least(greatest(max_rows, 0), 10000);
     v_found integer;
     v_is_present boolean;
-    v_overlapping xid8[];
+    v_overlapping pg_catalog.xid8[];
     -- A cursor without its last part; taken together once, because a page has many.
-    v_within text;
-    v_behind text;
-    v_is_trusted boolean := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, text)', 'execute');
+    v_within pg_catalog.text;
+    v_behind pg_catalog.text;
+    v_is_trusted pg_catalog.bool := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, pg_catalog.text)', 'execute');
 begin
     if v_is_trusted then
         select place.since, place.until, place.seq into v_since, v_until, v_seq
@@ -415,53 +435,53 @@ begin
             page.private,
             page.inserted_at,
             page.xid,
-            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end || page.seq
+            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end operator(pg_catalog.||) page.seq::pg_catalog.text
         from (
             (
                 select m.*
                 from realtime.messages as m
-                where m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and m.seq > v_seq
-                    and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                where m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and m.seq operator(pg_catalog.>) v_seq
+                    and m.xid operator(pg_catalog.>=) pg_catalog.pg_snapshot_xmax(v_since)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
             union all
             (
                 select m.*
                 from realtime.messages as m
-                where m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and (v_is_present or m.seq > v_seq)
-                    and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                where m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and (v_is_present or m.seq operator(pg_catalog.>) v_seq)
+                    and m.xid operator(pg_catalog.=) any (array(select pg_catalog.pg_snapshot_xip(v_since)))
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
             union all
             (
                 select m.*
                 from realtime.messages as m
                 where v_is_present
-                    and m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and m.seq <= v_seq
-                    and m.xid = any (v_overlapping)
+                    and m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and m.seq operator(pg_catalog.<=) v_seq
+                    and m.xid operator(pg_catalog.=) any (v_overlapping)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
         ) as page
         order by page.seq
         limit v_left;
         get diagnostics v_found = row_count;
-        v_left := v_left - v_found;
-        exit when v_is_present or v_left = 0;
+        v_left := v_left operator(pg_catalog.-) v_found;
+        exit when v_is_present or v_left operator(pg_catalog.=) 0;
         v_since := v_until;
         v_until := null;
     end loop;
@@ -480,7 +500,7 @@ create or replace function realtime.messages_between(topic text, since timestamp
 returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
 language sql
 stable
-as $$
+begin atomic
     select newest.id, newest.event, newest.payload, newest.binary_payload, newest.xid
     from (
         select m.id, m.event, m.payload, m.binary_payload, m.xid, m.seq
@@ -493,8 +513,8 @@ as $$
         order by m.seq desc
         limit max_rows
     ) as newest
-    order by newest.seq
-$$;
+    order by newest.seq;
+end;
 comment on function realtime.messages_between(text, timestamptz, integer) is
     'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
 revoke all on function realtime.messages_between(text, timestamptz, integer) from public;

@@ -18,6 +18,7 @@ create or replace function realtime.write_presence(node uuid, entries jsonb, gon
 returns boolean
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_is_new boolean;

@@ -1110,7 +1110,9 @@ declare
     v_end bigint := least(drop_old_changes.from_block + drop_old_changes.blocks, 4294967295);
     v_xid xid8;
 begin
-    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
+    -- A lock on a row that only the owner can reach; an advisory lock is for any role to take.
+    perform from realtime.maintenance as m where m.task = 'changes' for update skip locked;
+    if not found then
         return;
     end if;
     with gone as (
@@ -1120,11 +1122,17 @@ begin
             and c.changed_at < now() - drop_old_changes.retention
         returning c.xid
     )
-    select count(*), max(gone.xid::text::numeric)::text::xid8 into dropped, v_xid from gone;
+    select
+        count(*),
+        -- Not those of another cluster, as in a restored dump: nobody reads by them.
+        max(gone.xid::text::numeric) filter (where gone.xid < pg_snapshot_xmax(pg_current_snapshot()))
+    into dropped, v_xid
+    from gone;
     perform realtime.note_dropped_change(v_xid);
     next_block := v_end;
     if v_end * current_setting('block_size')::bigint >= pg_relation_size('realtime.changes') then
         next_block := null;
+        update realtime.maintenance as m set succeeded_at = now() where m.task = 'changes';
     end if;
     return next;
 end
@@ -1261,8 +1269,8 @@ begin
         return;
     end if;
     begin
-        -- Servers that look at the same time do it once. Oids of users' tables begin far above what is added for other locks.
-        perform pg_advisory_xact_lock(realtime.doorbell_key() + capture_table.relation::bigint);
+        -- Servers that look at the same time do it once. A row that only the owner can lock; an advisory lock is for any role to take.
+        perform from realtime.maintenance as m where m.task = 'capture' for update;
         perform set_config('lock_timeout', greatest(1, extract(epoch from patience) * 1000)::integer::text, true);
         for v_present in
             select t.name
@@ -1333,7 +1341,11 @@ begin
     if realtime.has_change_reader() or exists (select from realtime.capture_triggers()) then
         return false;
     end if;
-    select c.xid into v_xid from realtime.changes as c order by c.xid desc limit 1;
+    select c.xid into v_xid
+    from realtime.changes as c
+    where c.xid < pg_snapshot_xmax(pg_current_snapshot())
+    order by c.xid desc
+    limit 1;
     perform realtime.note_dropped_change(v_xid);
     truncate realtime.changes;
     return true;

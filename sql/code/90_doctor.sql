@@ -225,6 +225,29 @@ $$;
 comment on function realtime.doctor_partitions() is 'For realtime.doctor: whether messages of today and tomorrow have a partition.';
 revoke all on function realtime.doctor_partitions() from public;
 
+create or replace function realtime.doctor_maintenance()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        'maintenance',
+        case
+            when exists (select from realtime.nodes where last_seen_at > now() - interval '30 seconds') then 'problem'
+            else 'note'
+        end,
+        format(
+            'the last maintenance that did all there was to do was at %s: old messages are kept, or days have no partition',
+            to_char(realtime.last_maintenance() at time zone 'utc', 'YYYY-MM-DD HH24:MI "UTC"')
+        ),
+        'select * from realtime.maintain(); where it says "waiting", end the transaction that has read messages, which has the oldest xact_start in pg_stat_activity'
+    -- A server does it every hour.
+    where realtime.last_maintenance() < now() - interval '3 hours'
+$$;
+comment on function realtime.doctor_maintenance() is 'For realtime.doctor: whether partitions are made and old messages dropped.';
+revoke all on function realtime.doctor_maintenance() from public;
+
 -- As the server chooses. To another server a slot that is read is an obstacle; here it is a sign of health.
 create or replace function realtime.doctor_obstacle(obstacle text)
 returns text
@@ -819,6 +842,7 @@ begin
     return query select * from realtime.doctor_roles(doctor.roles);
     return query select * from realtime.doctor_policies(doctor.roles);
     return query select * from realtime.doctor_partitions();
+    return query select * from realtime.doctor_maintenance();
     if doctor.changes <> 'trigger' then
         v_obstacle := realtime.doctor_obstacle(doctor.obstacle);
     end if;

@@ -43,3 +43,15 @@ comment on column realtime.dropped_topics.topic_hash is 'hashtextextended(topic,
 comment on column realtime.dropped_topics.xid is 'Highest transaction id among dropped messages of the topic.';
 comment on column realtime.dropped_topics.seq is 'Highest sequence number among dropped messages of the topic.';
 alter table realtime.dropped_topics enable row level security;  -- no policies: for its owner only
+
+-- A row a task: its lock lets one session at a time do the work. Advisory locks would not do, any role can take those.
+create table realtime.maintenance (
+    task text primary key,
+    succeeded_at timestamptz not null default now()
+);
+comment on table realtime.maintenance is 'What the servers do from time to time, one of them at a time.';
+comment on column realtime.maintenance.task is
+    'messages: partitions and retention; changes: retention of captured row changes; capture: triggers on the tables of the publication.';
+comment on column realtime.maintenance.succeeded_at is 'When all of it was last done.';
+alter table realtime.maintenance enable row level security;  -- no policies: for its owner only
+insert into realtime.maintenance (task) values ('messages'), ('changes'), ('capture');

@@ -292,33 +292,41 @@ def test_a_temporary_table_with_the_name_of_ours_does_not_help(chat: TestDatabas
     assert_nothing_written(chat)
 
 
-def rights(database: TestDatabase, user: str | None, topic: str, role: str = "authenticated") -> set[tuple[bool, bool]]:
+Rights = dict[str, tuple[bool, bool]]
+
+NOTHING: Rights = {"broadcast": (False, False), "presence": (False, False)}
+EVERYTHING: Rights = {"broadcast": (True, True), "presence": (True, True)}
+# The trigger's messages are nobody else's to send.
+MEMBERS: Rights = {"broadcast": (True, False), "presence": (True, True)}
+
+
+def rights(database: TestDatabase, user: str | None, topic: str, role: str = "authenticated") -> Rights:
     rows = database.execute(
-        "select can_read, can_write, problem from realtime.authorize(%s, %s, %s)",
+        "select extension, can_read, can_write, problem from realtime.authorize(%s, %s, %s)",
         topic,
         role,
         json.dumps({"sub": user} if user else {}),
     )
-    assert len(rows) == 2
     assert {problem for *_, problem in rows} == {None}
-    return {(can_read, can_write) for can_read, can_write, _ in rows}
+    return {extension: (can_read, can_write) for extension, can_read, can_write, _ in rows}
 
 
 @pytest.mark.parametrize(
     ("user", "role", "may"),
     [
-        (ALICE, "authenticated", True),
-        (BOB, "authenticated", True),
-        (CAROL, "authenticated", False),
-        (None, "authenticated", False),
-        (ALICE, "anon", False),
-        (None, "service_role", True),
+        (ALICE, "authenticated", MEMBERS),
+        (BOB, "authenticated", MEMBERS),
+        (CAROL, "authenticated", NOTHING),
+        (None, "authenticated", NOTHING),
+        (ALICE, "anon", NOTHING),
+        (None, "service_role", EVERYTHING),
     ],
 )
-def test_members_may_join_the_topic_of_their_thread_and_send_to_it(
-    chat: TestDatabase, user: str | None, role: str, may: bool
+def test_members_may_join_the_topic_of_their_thread_and_send_to_each_other(
+    chat: TestDatabase, user: str | None, role: str, may: Rights
 ) -> None:
-    assert rights(chat, user, f"chat:{THREAD}", role) == {(may, may)}
+    assert rights(chat, user, f"chat:{THREAD}", role) == may
+    assert rights(chat, user, f"typing:{THREAD}", role) == (EVERYTHING if may == MEMBERS else may)
 
 
 @pytest.mark.parametrize(
@@ -327,22 +335,22 @@ def test_members_may_join_the_topic_of_their_thread_and_send_to_it(
      f"chat:{THREAD}:1", f" chat:{THREAD}", "chat:%", "chat:alice__%", "chat:alice___ob", "room:1", f"chaat:{THREAD}"],
 )  # fmt: skip
 def test_a_topic_that_names_no_thread_is_nobodys(chat: TestDatabase, topic: str) -> None:
-    assert rights(chat, ALICE, topic) == {(False, False)}
+    assert rights(chat, ALICE, topic) == NOTHING
 
 
 @pytest.mark.parametrize("thread", ["a'b\"c", "ä__ö", "a:b:c", " ", "%", "\\", "🙂__\u202e", "x" * 250, "a\nb", "$1"])
 def test_odd_thread_ids_work_like_any_other(chat: TestDatabase, thread: str) -> None:
     chat.execute("insert into chat_threads values (%s, 'a', 'b', %s, %s)", thread, ALICE, BOB)
-    assert rights(chat, ALICE, f"chat:{thread}") == {(True, True)}
-    assert rights(chat, CAROL, f"chat:{thread}") == {(False, False)}
+    assert rights(chat, ALICE, f"chat:{thread}") == MEMBERS
+    assert rights(chat, CAROL, f"chat:{thread}") == NOTHING
     with chat.connect() as db:
         say(db, ALICE, thread, "a", "b", "hello")
     assert chat.execute("select topic from realtime.messages") == [(f"chat:{thread}",)]
 
 
 def test_the_trigger_tells_the_thread_whatever_the_sender_may_send(chat: TestDatabase) -> None:
-    chat.execute("drop policy chat_members_send on realtime.messages")
-    assert rights(chat, ALICE, f"chat:{THREAD}") == {(True, False)}
+    chat.execute("drop policy chat_members_are_present on realtime.messages")
+    assert rights(chat, ALICE, f"chat:{THREAD}") == {"broadcast": (True, False), "presence": (True, False)}
     with chat.connect() as db:
         say(db, ALICE, THREAD, "alice", "bob", "hello")
     assert chat.execute("select topic from realtime.messages") == [(f"chat:{THREAD}",)]

@@ -229,7 +229,7 @@ CAUSES = [
         "are in realtime.messages_default",
         (
             "select realtime.drop_old_messages('-2 days')",
-            "insert into realtime.messages (topic, extension) values ('t', 'broadcast')",
+            "select realtime.send('{}', 'e', 't')",
             "select realtime.maintain()",
         ),
         ("delete from realtime.messages", "select realtime.maintain()"),

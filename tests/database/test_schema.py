@@ -50,6 +50,7 @@ FOR_EVERYBODY = PLACES | {
     "realtime.send_binary(bytea,text,text,boolean)",
     "realtime.broadcast_changes(text,text,text,text,text,record,record,text)",
     "realtime.write_message(text,text,jsonb,bytea,boolean)",
+    "realtime.check_message(text,text,jsonb,bytea)",
     "realtime.ring_doorbell()",
     "realtime.doorbell_key()",
     "realtime.base_type(oid)",

@@ -281,7 +281,9 @@ def test_who_wrote_and_in_which_order_is_not_for_users_to_say(
         with db.transaction():
             act_as(db, role)
             db.execute("select set_config('realtime.topic', 'open:1', true)")
-            db.execute("insert into realtime.messages (topic, extension) values ('open:1', 'broadcast')")
+            db.execute(
+                "insert into realtime.messages (topic, extension, event, payload) values ('open:1', 'broadcast', 'e', '{}')"
+            )
 
 
 def test_broadcast_changes_tells_of_each_row_that_a_trigger_sees(db: Connection) -> None:
@@ -465,15 +467,16 @@ def test_who_may_write_to_a_topic_may_not_choose_another_day_or_speak_to_the_ser
     any_database.execute(
         "create policy all_may on realtime.messages for all to authenticated using (true) with check (true)"
     )
-    insert = (
-        "insert into realtime.messages (topic, extension, event, payload, inserted_at)"
-        " values ('t', %s, 'e', '{}', coalesce(%s::timestamp, now() at time zone 'utc'))"
-    )
+    insert = "insert into realtime.messages (topic, extension, event, payload) values ('t', %s, 'e', '{}')"
+    arguments: tuple[str, ...] = (extension,)
+    if inserted_at is not None:
+        chosen = "insert into realtime.messages (topic, extension, event, payload, inserted_at) values ('t', %s, 'e', '{}', %s)"
+        arguments += (inserted_at,)
     with any_database.connect() as db:
         with db.transaction():
             act_as(db, "authenticated")
-            db.execute(insert, ("broadcast", None))
+            db.execute(insert, ("broadcast",))
         db.autocommit = False
         act_as(db, "authenticated")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            db.execute(insert, (extension, inserted_at))
+            db.execute(insert if inserted_at is None else chosen, arguments)

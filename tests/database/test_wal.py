@@ -26,7 +26,7 @@ from realtime_server.changes import pgoutput, wal
 from realtime_server.changes.change import Change, Image
 from realtime_server.changes.pgoutput import Begin, Insert
 from realtime_server.changes.wal import SourceLost, WalSource
-from realtime_server.database import Pool, Target
+from realtime_server.database import APPLICATION_SEARCH_PATH, Pool, Target
 from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.errors import EmbeddedError
 from tests.database.test_relay import until
@@ -531,7 +531,8 @@ async def test_values_of_every_type_are_as_postgresql_writes_them_and_reads_them
         with (
             psycopg.connect(source_database.url, autocommit=True, options=PLAIN) as plain_session,
             psycopg.connect(
-                Target(source_database.url).parameters(name="pool", timeout_s=5), autocommit=True
+                Target(source_database.url).parameters(name="pool", timeout_s=5, search_path=APPLICATION_SEARCH_PATH),
+                autocommit=True,
             ) as odd_session,
         ):
             for number, row in enumerate(written):

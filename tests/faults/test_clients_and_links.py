@@ -120,7 +120,9 @@ async def test_slow_readers(fault_server: ServerOf, oracle_of: OracleFactory, si
         for topic in oracle.topics:
             oracle.write_one(copies=150, topic=topic, filler=30_000)
     entries = oracle.ledger()
-    await until(lambda: all(one.count == len(entries) for one in quick), "quick readers to have everything", limit_s=120)
+    await until(
+        lambda: all(one.count == len(entries) for one in quick), "quick readers to have everything", limit_s=120
+    )
     assert slow_wire.count < len(entries)
     slow_wire.nap_s = slow_stream.nap_s = 0.001
     await oracle.verdict(limit_s=120)

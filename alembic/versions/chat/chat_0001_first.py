@@ -16,7 +16,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     for statement in (
         "drop policy chat_members_receive on realtime.messages",
-        "drop policy chat_members_send on realtime.messages",
+        "drop policy chat_members_are_present on realtime.messages",
+        "drop policy chat_members_type on realtime.messages",
         "drop function public.insert_chat_message(text, text, text, text)",
         "drop table public.chat_messages",
         "drop table public.chat_threads",

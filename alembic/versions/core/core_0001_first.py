@@ -35,8 +35,11 @@ def downgrade() -> None:
             loop
                 execute 'drop domain ' || v_name || ' cascade';
             end loop;
-            for v_name in select oid::regprocedure from pg_catalog.pg_proc where pronamespace = 'realtime'::regnamespace loop
-                execute 'drop function ' || v_name || ' cascade';
+            -- All names first: a function goes with another one that it calls.
+            foreach v_name in array array(
+                select oid::regprocedure::text from pg_catalog.pg_proc where pronamespace = 'realtime'::regnamespace
+            ) loop
+                execute 'drop function if exists ' || v_name || ' cascade';
             end loop;
         end
         $$

@@ -40,6 +40,57 @@ $$;
 grant usage on schema realtime to anon, authenticated, service_role;
 -- The outbox: every message for clients is a row here, written in the transaction of the data it tells of.
 
+-- What a message must be, whoever writes it: one truth for realtime.send and for inserts.
+create function realtime.check_message(topic text, event text, payload jsonb, binary_payload bytea)
+returns boolean
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if topic = '' or octet_length(topic) > 255 then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'topic must have 1 to 255 bytes',
+            hint = 'Give the name that clients join, without "realtime:" in front.';
+    elsif binary_payload is not null and octet_length(topic) > 246 then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'topic of a binary message must have at most 246 bytes',
+            hint = 'Longer names do not fit into the frames that carry bytes.';
+    elsif event is null or event = '' or octet_length(event) > 255 then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'event must have 1 to 255 bytes',
+            hint = 'Give the event name that clients listen to.';
+    elsif payload is null and binary_payload is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'payload must not be null',
+            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
+    elsif jsonb_typeof(payload) <> 'object' then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'payload must be a JSON object',
+            hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
+    -- Only a longer text can have a number in it with so many digits.
+    elsif octet_length(payload::text) > 308
+        and jsonb_path_exists(
+            payload,
+            '$.** ? (@.type() == "number" && (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))'
+        )
+    then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'numbers in payload must be in the range of double precision',
+            hint = 'Clients read numbers of JSON as such; send larger ones as strings.';
+    end if;
+    return true;
+end
+$$;
+comment on function realtime.check_message(text, text, jsonb, bytea) is
+    'True for a message that clients can receive; raises what is wrong with another one.';
+
 create sequence realtime.messages_seq as bigint;
 comment on sequence realtime.messages_seq is 'Order of writing over all topics. Cache must stay 1, or order between sessions is lost.';
 
@@ -48,15 +99,22 @@ create table realtime.messages (
     extension text not null,
     payload jsonb,
     event text,
-    private boolean default false,
+    private boolean not null default false,
     updated_at timestamp not null default (now() at time zone 'utc'),
     inserted_at timestamp not null default (now() at time zone 'utc'),
     id uuid not null default gen_random_uuid(),
     binary_payload bytea,
-    xid xid8 not null default pg_current_xact_id(),
-    seq bigint not null default nextval('realtime.messages_seq'),
+    xid xid8 not null,
+    seq bigint not null,
     constraint messages_pkey primary key (id, inserted_at),
-    constraint messages_payload_exclusive check (payload is null or binary_payload is null)
+    constraint messages_payload_exclusive check (payload is null or binary_payload is null),
+    constraint messages_extension check (extension in ('broadcast', 'presence', 'revalidate')),
+    -- Not what is for the servers, and not the probe rows of authorization checks.
+    constraint messages_sound check (
+        extension = 'revalidate'
+        or inserted_at < '1970-01-02'
+        or realtime.check_message(topic, event, payload, binary_payload)
+    )
 ) partition by range (inserted_at);
 
 alter sequence realtime.messages_seq owned by realtime.messages.seq;
@@ -72,8 +130,8 @@ comment on column realtime.messages.updated_at is 'UTC; equal to inserted_at. Ke
 comment on column realtime.messages.inserted_at is 'UTC, start of the writing transaction; chooses the partition.';
 comment on column realtime.messages.id is 'Clients see it as meta.id and may drop what they have seen.';
 comment on column realtime.messages.binary_payload is 'Bytes for the clients; null when payload is set.';
-comment on column realtime.messages.xid is 'Transaction that wrote the row: the relay reads by it. Never set by writers.';
-comment on column realtime.messages.seq is 'Order of writing. Never set by writers.';
+comment on column realtime.messages.xid is 'Transaction that wrote the row: the relay reads by it. Set by the trigger stamp_message.';
+comment on column realtime.messages.seq is 'Order of writing. Set by the trigger stamp_message.';
 
 create index messages_xid_idx on realtime.messages (xid);
 create index messages_topic_idx on realtime.messages (topic, seq) where extension = 'broadcast';
@@ -92,9 +150,11 @@ alter table realtime.messages enable row level security;
 alter table realtime.messages_default enable row level security;
 alter table realtime.messages_probe enable row level security;
 
--- Writers choose neither xid nor seq, so these columns are not granted.
+-- Writers choose neither identity nor time nor order of a message, so these columns are not granted. What default privileges have granted
+-- on top of it is taken back.
+revoke all on realtime.messages from anon, authenticated, service_role;
 grant select on realtime.messages to anon, authenticated, service_role;
-grant insert (topic, extension, payload, event, private, updated_at, inserted_at, id, binary_payload)
+grant insert (topic, extension, payload, event, private, updated_at, binary_payload)
     on realtime.messages to anon, authenticated, service_role;
 grant usage on sequence realtime.messages_seq to anon, authenticated, service_role;
 -- Places in the stream of messages: what clients and workers hand back in order to go on where they stopped.
@@ -142,6 +202,18 @@ comment on column realtime.dropped_topics.topic_hash is 'hashtextextended(topic,
 comment on column realtime.dropped_topics.xid is 'Highest transaction id among dropped messages of the topic.';
 comment on column realtime.dropped_topics.seq is 'Highest sequence number among dropped messages of the topic.';
 alter table realtime.dropped_topics enable row level security;  -- no policies: for its owner only
+
+-- A row a task: its lock lets one session at a time do the work. Advisory locks would not do, any role can take those.
+create table realtime.maintenance (
+    task text primary key,
+    succeeded_at timestamptz not null default now()
+);
+comment on table realtime.maintenance is 'What the servers do from time to time, one of them at a time.';
+comment on column realtime.maintenance.task is
+    'messages: partitions and retention; changes: retention of captured row changes; capture: triggers on the tables of the publication.';
+comment on column realtime.maintenance.succeeded_at is 'When all of it was last done.';
+alter table realtime.maintenance enable row level security;  -- no policies: for its owner only
+insert into realtime.maintenance (task) values ('messages'), ('changes'), ('capture');
 -- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
 
 create unlogged table realtime.nodes (
@@ -215,15 +287,14 @@ comment on column realtime.changes.columns is 'Names of the columns, in the orde
 
 create index changes_xid_idx on realtime.changes (xid);
 alter table realtime.changes enable row level security;  -- no policies: for its owner only
--- What policies ask: who is calling, and about which topic.
+-- What policies ask: who is calling, and about which topic. Functions in SQL have bodies that PostgreSQL parses when they are created: a name
+-- means the same on every search path, and PostgreSQL can still inline them.
 
 create or replace function realtime.topic()
 returns text
 language sql
 stable
-as $$
-    select nullif(pg_catalog.current_setting('realtime.topic', true), '')
-$$;
+return nullif(pg_catalog.current_setting('realtime.topic', true), '');
 comment on function realtime.topic() is 'Topic being joined or sent to; null outside of realtime. For policies on realtime.messages.';
 
 -- The helpers of schema auth belong to whoever brought them; only what is missing is made.
@@ -240,9 +311,7 @@ begin
         returns jsonb
         language sql
         stable
-        as $f$
-            select nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb
-        $f$;
+        return nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb;
         comment on function auth.jwt() is 'All claims of the current request; null when there is none.';
     end if;
 
@@ -251,12 +320,10 @@ begin
         returns uuid
         language sql
         stable
-        as $f$
-            select coalesce(
-                nullif(pg_catalog.current_setting('request.jwt.claim.sub', true), ''),
-                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
-            )::uuid
-        $f$;
+        return coalesce(
+            nullif(pg_catalog.current_setting('request.jwt.claim.sub', true), ''),
+            nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+        )::uuid;
         comment on function auth.uid() is 'Claim "sub" of the current request; null when there is none.';
     end if;
 
@@ -265,18 +332,84 @@ begin
         returns text
         language sql
         stable
-        as $f$
-            select coalesce(
-                nullif(pg_catalog.current_setting('request.jwt.claim.role', true), ''),
-                nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'role'
-            )
-        $f$;
+        return coalesce(
+            nullif(pg_catalog.current_setting('request.jwt.claim.role', true), ''),
+            nullif(pg_catalog.current_setting('request.jwt.claims', true), '')::jsonb ->> 'role'
+        );
         comment on function auth.role() is 'Claim "role" of the current request; null when there is none.';
     end if;
 end
 $$;
 -- Writing messages: called by applications, by their triggers and in psql, with the caller's rights.
--- No SET clause on these: the caller's policies and triggers run inside, and would see it. So every name is qualified.
+-- No SET clause on those that insert: the caller's policies and triggers run inside, and would see it. So every name and every operator in
+-- them is qualified.
+
+create or replace function realtime.stamp_message()
+returns trigger
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- A row that an UPDATE moves to another partition comes by here with those it has.
+    if new.xid is null
+        or new.seq is null
+        or new.xid >= pg_snapshot_xmax(pg_current_snapshot())
+        or new.xid = pg_current_xact_id_if_assigned()
+        or new.seq > coalesce(pg_sequence_last_value('realtime.messages_seq'), 0)
+    then
+        new.xid := pg_current_xact_id();
+        new.seq := nextval('realtime.messages_seq');
+    end if;
+    if jsonb_typeof(new.payload) = 'object' and not new.payload ? 'id' then
+        new.payload := jsonb_set(new.payload, '{id}', to_jsonb(new.id));
+    end if;
+    return new;
+end
+$$;
+comment on function realtime.stamp_message() is
+    'Sets the transaction and the number of a message that has none, or one that is yet to come, and adds the key "id" to a JSON object without it.';
+revoke all on function realtime.stamp_message() from public;
+
+-- Not for probe rows: those that realtime.authorize means to fail have a null here, and it gives the others what they need.
+create or replace trigger stamp_message
+    before insert on realtime.messages
+    for each row
+    when (new.updated_at is not null and new.inserted_at >= '1970-01-02')
+    execute function realtime.stamp_message();
+comment on trigger stamp_message on realtime.messages is 'Sets what is not for writers to choose.';
+
+create or replace function realtime.refuse_probe_row()
+returns trigger
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception using
+        errcode = 'invalid_parameter_value',
+        message = 'probe rows of authorization checks are never committed',
+        hint = 'Leave inserted_at to its default.';
+end
+$$;
+comment on function realtime.refuse_probe_row() is 'Raises at commit: a row in the partition of probe rows would be delivered and be gone afterwards.';
+revoke all on function realtime.refuse_probe_row() from public;
+
+do $$
+begin
+    if not exists (
+        select from pg_catalog.pg_trigger
+        where tgrelid = 'realtime.messages_probe'::regclass and tgname = 'refuse_probe_row'
+    ) then
+        create constraint trigger refuse_probe_row
+            after insert on realtime.messages_probe
+            deferrable initially deferred
+            for each row
+            execute function realtime.refuse_probe_row();
+        comment on trigger refuse_probe_row on realtime.messages_probe is 'Probe rows are rolled back.';
+    end if;
+end
+$$;
 
 create or replace function realtime.write_message(
     message_topic text,
@@ -290,54 +423,23 @@ language plpgsql
 volatile
 as $$
 declare
-    v_id uuid := pg_catalog.gen_random_uuid();
-    v_topic_before text := pg_catalog.current_setting('realtime.topic', true);
+    v_topic_before constant pg_catalog.text := pg_catalog.current_setting('realtime.topic', true);
 begin
-    if message_topic is null or message_topic = '' or pg_catalog.octet_length(message_topic) > 255 then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'topic must have 1 to 255 bytes',
-            hint = 'Give the name that clients join, without "realtime:" in front.';
-    elsif message_binary_payload is not null and pg_catalog.octet_length(message_topic) > 246 then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'topic of a binary message must have at most 246 bytes',
-            hint = 'Longer names do not fit into the frames that carry bytes.';
-    elsif message_event is null or message_event = '' or pg_catalog.octet_length(message_event) > 255 then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'event must have 1 to 255 bytes',
-            hint = 'Give the event name that clients listen to.';
-    elsif message_private is null then
+    if message_private is null then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'private must be true or false',
             hint = 'Public and private topics of one name are different rooms.';
-    elsif message_payload is null and message_binary_payload is null then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'payload must not be null',
-            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
-    elsif pg_catalog.jsonb_typeof(message_payload) <> 'object' then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = 'payload must be a JSON object',
-            hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
     end if;
-
-    if message_payload is not null and not message_payload ? 'id' then
-        message_payload := pg_catalog.jsonb_set(message_payload, '{id}', pg_catalog.to_jsonb(v_id));
-    end if;
-
-    -- INSERT policies may ask realtime.topic().
-    perform pg_catalog.set_config('realtime.topic', message_topic, true);
-    insert into realtime.messages (id, topic, event, payload, binary_payload, private, extension)
-    values (v_id, message_topic, message_event, message_payload, message_binary_payload, message_private, 'broadcast');
+    -- INSERT policies may ask realtime.topic(). A null would break NOT NULL, whose error has no hint.
+    perform pg_catalog.set_config('realtime.topic', coalesce(message_topic, ''), true);
+    insert into realtime.messages (topic, event, payload, binary_payload, private, extension)
+    values (coalesce(message_topic, ''), message_event, message_payload, message_binary_payload, message_private, 'broadcast');
     perform pg_catalog.set_config('realtime.topic', coalesce(v_topic_before, ''), true);
 end
 $$;
 comment on function realtime.write_message(text, text, jsonb, bytea, boolean) is
-    'Checks and writes one message. Internal: call realtime.send or realtime.send_binary.';
+    'Writes one message, which the table checks. Internal: call realtime.send or realtime.send_binary.';
 
 create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true)
 returns void
@@ -345,7 +447,7 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
+    if pg_catalog.current_setting('realtime.send_errors', true) operator(pg_catalog.=) 'warning' then
         begin
             perform realtime.write_message(topic, event, payload, null, private);
         exception when others then
@@ -367,7 +469,7 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.current_setting('realtime.send_errors', true) = 'warning' then
+    if pg_catalog.current_setting('realtime.send_errors', true) operator(pg_catalog.=) 'warning' then
         begin
             perform realtime.write_message(topic, event, null, payload, private);
         exception when others then
@@ -396,12 +498,12 @@ language plpgsql
 volatile
 as $$
 begin
-    if level is distinct from 'ROW' then
+    if level is null or level operator(pg_catalog.<>) 'ROW' then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'broadcast_changes works in row-level triggers only',
             hint = 'Create the trigger with "for each row".';
-    elsif operation is null or operation not in ('INSERT', 'UPDATE', 'DELETE') then
+    elsif operation is null or operation operator(pg_catalog.<>) all (array['INSERT', 'UPDATE', 'DELETE']) then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = pg_catalog.format('operation must be INSERT, UPDATE or DELETE, not %L', operation),
@@ -423,19 +525,18 @@ $$;
 comment on function realtime.broadcast_changes(text, text, text, text, text, record, record, text) is
     'Sends a changed row to a private topic; for row-level triggers: broadcast_changes(topic, TG_OP, TG_OP, TG_TABLE_NAME, TG_TABLE_SCHEMA, NEW, OLD).';
 
--- Who may write may choose the time, because tools do, but no other day: a row that is dropped early would be a gap for everybody. The probe's
--- time is allowed as well. And what is for the servers, clients do not write.
+-- Columns are granted, but what an administrator grants later, or by default to new tables, comes on top of it. A row that is dropped early
+-- would be a gap for everybody. And what is for the servers, clients do not write.
 drop policy if exists writers_keep_to_their_day on realtime.messages;
-create policy writers_keep_to_their_day on realtime.messages
+drop policy if exists writers_choose_neither_time_nor_order on realtime.messages;
+create policy writers_choose_neither_time_nor_order on realtime.messages
     as restrictive
     for insert
     to public
     with check (
         extension in ('broadcast', 'presence')
-        and (
-            inserted_at between (now() at time zone 'utc') - interval '1 day' and (now() at time zone 'utc') + interval '1 day'
-            or inserted_at = '1970-01-01'
-        )
+        and inserted_at = (now() at time zone 'utc')
+        and (xid is null or xid = pg_current_xact_id_if_assigned())
     );
 
 -- A server without BYPASSRLS for service_role is served as well.
@@ -449,10 +550,10 @@ create policy service_role_may_do_everything on realtime.messages
 -- Called by the server only. SECURITY INVOKER, because a definer may not change its role.
 
 -- A write is allowed when the row passes the INSERT policies: these are checked before NOT NULL, so an insert that breaks
--- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no garbage. (The default of
--- column xid takes one transaction id a call, and that of seq a number.)
+-- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no garbage, no transaction id.
 -- RETURNING adds the SELECT policies to the same question. Only where writing is denied is a real row needed to ask for reading;
 -- it goes to an unlogged partition and is rolled back.
+-- Policies' functions find names as they were written for it, on the search path that is usual for applications; nothing of ours does.
 create or replace function realtime.authorize(
     topic text,
     role text,
@@ -463,16 +564,21 @@ create or replace function realtime.authorize(
 returns table (extension text, can_read boolean, can_write boolean, problem text)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    c_path_of_policies constant text := 'public, extensions, pg_temp';
     c_probe_time constant timestamp := '1970-01-01';
-    v_id uuid := pg_catalog.gen_random_uuid();
+    c_never_null constant text[] := '{updated_at,xid,seq}';
+    v_id uuid := gen_random_uuid();
     v_passed boolean;
     v_is_done boolean;
-    v_table text;
+    v_schema text;
+    v_column text;
+    v_constraint text;
     -- Row-level security and a missing GRANT both raise 42501: only the text tells them apart, and only where it is not translated.
-    v_is_english constant boolean := pg_catalog.current_setting('lc_messages') ~* '^(c|posix|en)([._]|$)';
+    v_is_english constant boolean := current_setting('lc_messages') ~* '^(c|posix|en)([._]|$)';
     c_denied_by_policy constant text := 'new row violates row-level security policy%';
 begin
     foreach extension in array extensions loop
@@ -491,26 +597,30 @@ begin
                 pg_catalog.set_config('request.jwt.claim.sub', coalesce(claims ->> 'sub', ''), true),
                 pg_catalog.set_config('request.jwt.claim.role', authorize.role, true),
                 pg_catalog.set_config('request.headers', headers::text, true),
+                pg_catalog.set_config('search_path', c_path_of_policies, true),
                 pg_catalog.set_config('role', authorize.role, true);
+            -- From here to the end of the block, names and operators are qualified.
 
             -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
-            -- our own RT000 from one that a policy raises, the table our own broken NOT NULL from one that a policy ran into.
+            -- our own RT000 from one that a policy raises, the column or constraint what is wrong with our own row from what a policy ran into.
             v_passed := false;
             begin
-                insert into realtime.messages (topic, extension, updated_at, inserted_at)
-                values (authorize.topic, authorize.extension, null, c_probe_time);
+                insert into realtime.messages (topic, extension, updated_at)
+                values (authorize.topic, authorize.extension, null);
                 v_passed := true;
                 raise exception using errcode = 'RT000';
             exception
-                when not_null_violation then
-                    get stacked diagnostics v_table = table_name;
-                    if v_table <> 'messages_probe' then
+                when not_null_violation or invalid_parameter_value then
+                    get stacked diagnostics v_schema = schema_name, v_column = column_name, v_constraint = constraint_name;
+                    if v_schema operator(pg_catalog.<>) 'realtime'
+                        or v_column operator(pg_catalog.<>) all (c_never_null) and v_constraint operator(pg_catalog.<>) 'messages_sound'
+                    then
                         raise;
                     end if;
                     can_write := true;
                 when insufficient_privilege then
-                    if v_is_english and sqlerrm not like c_denied_by_policy then
-                        problem := sqlstate || ': ' || sqlerrm;
+                    if v_is_english and sqlerrm operator(pg_catalog.!~~) c_denied_by_policy then
+                        problem := pg_catalog.concat(sqlstate, ': ', sqlerrm);
                     end if;
                 when sqlstate 'RT000' then
                     if not v_passed then
@@ -522,21 +632,23 @@ begin
             if can_write then
                 v_passed := false;
                 begin
-                    insert into realtime.messages (topic, extension, updated_at, inserted_at)
-                    values (authorize.topic, authorize.extension, null, c_probe_time)
+                    insert into realtime.messages (topic, extension, updated_at)
+                    values (authorize.topic, authorize.extension, null)
                     returning id is not null into can_read;
                     v_passed := true;
                     raise exception using errcode = 'RT000';
                 exception
-                    when not_null_violation then
-                        get stacked diagnostics v_table = table_name;
-                        if v_table <> 'messages_probe' then
+                    when not_null_violation or invalid_parameter_value then
+                        get stacked diagnostics v_schema = schema_name, v_column = column_name, v_constraint = constraint_name;
+                        if v_schema operator(pg_catalog.<>) 'realtime'
+                            or v_column operator(pg_catalog.<>) all (c_never_null) and v_constraint operator(pg_catalog.<>) 'messages_sound'
+                        then
                             raise;
                         end if;
                         can_read := true;
                     when insufficient_privilege then
-                        if v_is_english and sqlerrm not like c_denied_by_policy then
-                            problem := sqlstate || ': ' || sqlerrm;
+                        if v_is_english and sqlerrm operator(pg_catalog.!~~) c_denied_by_policy then
+                            problem := pg_catalog.concat(sqlstate, ': ', sqlerrm);
                         end if;
                         can_read := false;
                     when sqlstate 'RT000' then
@@ -550,16 +662,20 @@ begin
                 v_passed := false;
                 begin
                     perform pg_catalog.set_config('role', 'none', true);
-                    insert into realtime.messages (id, topic, extension, inserted_at)
-                    values (v_id, authorize.topic, authorize.extension, c_probe_time);
+                    insert into realtime.messages (id, topic, extension, inserted_at, xid, seq)
+                    values (v_id, authorize.topic, authorize.extension, c_probe_time, '0', 0);
                     perform pg_catalog.set_config('role', authorize.role, true);
-                    select count(*) > 0 into can_read from realtime.messages as m where m.id = v_id and m.inserted_at = c_probe_time;
+                    can_read := exists (
+                        select
+                        from realtime.messages as m
+                        where m.id operator(pg_catalog.=) v_id and m.inserted_at operator(pg_catalog.=) c_probe_time
+                    );
                     v_passed := true;
                     raise exception using errcode = 'RT000';
                 exception
                     when insufficient_privilege then
                         -- Row-level security hides rows and raises nothing.
-                        problem := sqlstate || ': ' || sqlerrm;
+                        problem := pg_catalog.concat(sqlstate, ': ', sqlerrm);
                         can_read := false;
                     when sqlstate 'RT000' then
                         if not v_passed then
@@ -595,11 +711,11 @@ create or replace function realtime.authorize_batch(topics text[], roles text[],
 returns table (question bigint, extension text, can_read boolean, can_write boolean, problem text)
 language sql
 volatile
-as $$
+begin atomic
     select asked.question, answer.extension, answer.can_read, answer.can_write, answer.problem
     from unnest(topics, roles, claims, headers) with ordinality as asked (topic, role, claims, headers, question)
-    cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer
-$$;
+    cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer;
+end;
 comment on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) is
     'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
 revoke all on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;
@@ -609,9 +725,10 @@ create or replace function realtime.doorbell_key()
 returns bigint
 language sql
 immutable
-as $$
-    select 7237125663275445356  -- 'doorbell' as ASCII digits of a bigint; any fixed number would do
-$$;
+begin atomic
+    -- 'doorbell' as ASCII digits of a bigint; any fixed number would do.
+    select 7237125663275445356;
+end;
 comment on function realtime.doorbell_key() is 'Advisory lock that a relay holds while it sleeps.';
 
 -- Writers ask in passing whether a relay sleeps (it then holds the lock exclusively) and ring only then: NOTIFY in every transaction
@@ -622,7 +739,7 @@ language plpgsql
 volatile
 as $$
 begin
-    if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
+    if pg_catalog.current_setting('realtime.doorbell', true) operator(pg_catalog.=) 'off' then
         -- For transactions that are to be prepared: PREPARE TRANSACTION refuses those that notify.
         return null;
     elsif pg_catalog.pg_try_advisory_lock_shared(realtime.doorbell_key()) then
@@ -646,7 +763,7 @@ create or replace function realtime.doorbell_is_held(backend integer, key bigint
 returns boolean
 language sql
 volatile
-as $$
+begin atomic
     select exists (
         select
         from pg_catalog.pg_locks
@@ -657,8 +774,8 @@ as $$
             and objsubid = 1
             and mode = 'ExclusiveLock'
             and pid = backend
-    )
-$$;
+    );
+end;
 comment on function realtime.doorbell_is_held(integer, bigint) is
     'Whether this backend holds the lock of a doorbell or stands in the queue for it; in both cases writers ring.';
 revoke all on function realtime.doorbell_is_held(integer, bigint) from public;
@@ -680,7 +797,7 @@ returns table (
 )
 language sql
 stable
-as $$
+begin atomic
     with current as materialized (
         select pg_catalog.pg_current_snapshot() as snapshot
     ),
@@ -699,8 +816,8 @@ as $$
     union all
     select c.seq, c.id, c.topic, c.extension, c.event, c.private, c.payload::text, c.binary_payload, null
     from committed as c
-    order by 1 asc nulls first
-$$;
+    order by 1 asc nulls first;
+end;
 comment on function realtime.messages_since(pg_snapshot) is
     'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
 revoke all on function realtime.messages_since(pg_snapshot) from public;
@@ -744,71 +861,171 @@ comment on function realtime.create_partitions(integer) is
     'Makes the partitions from yesterday to days_ahead days from now (UTC) that are missing; returns their names.';
 revoke all on function realtime.create_partitions(integer) from public;
 
-create or replace function realtime.drop_old_messages(retention interval)
-returns setof text
+-- Messages of a restored dump carry transaction ids of another cluster. Ids that this one has not reached would hide them now and have them
+-- delivered as new one day, so they get the lowest one there is: written before everything else. Rows of this very transaction are its own.
+create or replace function realtime.adopt_messages()
+returns bigint
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with adopted as (
+        update realtime.messages
+        set xid = '3'
+        where xid >= pg_snapshot_xmax(pg_current_snapshot())
+            and xid is distinct from pg_current_xact_id_if_assigned()
+        returning xid
+    )
+    select count(*) from adopted
+$$;
+comment on function realtime.adopt_messages() is
+    'Gives messages whose transaction id this database has not reached, as in a restored dump, the lowest one; how many there were.';
+revoke all on function realtime.adopt_messages() from public;
+
+-- Transaction ids of another cluster are left out of what was dropped: no cursor can be behind them.
+create or replace function realtime.delete_messages(partition regclass, before timestamp, max_rows bigint)
+returns bigint
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_before timestamp := (now() at time zone 'utc') - retention;
-    v_partition record;
+    v_deleted bigint;
+    v_dropped xid8;
 begin
-    for v_partition in
-        select child.relname, to_date(right(child.relname, 10), 'YYYY_MM_DD') as day
-        from pg_catalog.pg_inherits
-        join pg_catalog.pg_class as child on child.oid = inhrelid
+    -- Before anything is noted: what was noted of another life of the database goes.
+    perform realtime.note_dropped('0', true);
+    execute format(
+        'with deleted as (
+            delete from %1$s
+            where ctid = any (array(select ctid from %1$s where inserted_at < $1 limit $2))
+            returning topic, extension, xid, seq
+        ),
+        ours as (
+            select topic, extension, xid, seq from deleted where xid < pg_snapshot_xmax(pg_current_snapshot())
+        ),
+        noted as (
+            insert into realtime.dropped_topics as known (topic_hash, xid, seq)
+            select hashtextextended(topic, 0), max(xid::text::numeric)::text::xid8, max(seq)
+            from ours
+            where extension = ''broadcast''
+            group by 1
+            on conflict (topic_hash) do update set
+                xid = greatest(known.xid::text::numeric, excluded.xid::text::numeric)::text::xid8,
+                seq = greatest(known.seq, excluded.seq)
+        )
+        select (select count(*) from deleted), (select max(xid::text::numeric)::text::xid8 from ours)',
+        partition
+    ) into v_deleted, v_dropped using before, max_rows;
+    perform realtime.note_dropped(v_dropped, true);
+    perform realtime.trim_dropped_topics();
+    return v_deleted;
+end
+$$;
+comment on function realtime.delete_messages(regclass, timestamp, bigint) is
+    'Deletes messages written before this time (UTC) from a partition, at most so many; how many it were. Waits for no reader.';
+revoke all on function realtime.delete_messages(regclass, timestamp, bigint) from public;
+
+-- To drop a partition takes a lock that waits for every transaction that has read a message, and that every writer and reader then waits
+-- for. So it is waited for only for a moment and tried again later. Any client role can keep such a transaction open for ever: an hour after
+-- its time the messages are deleted all the same, which waits for nobody, and the empty partition is dropped some other time.
+create or replace function realtime.drop_old_messages(retention interval)
+returns table (partition text, action text)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '0.2s'
+as $$
+#variable_conflict use_column
+declare
+    c_most_rows constant bigint := 1000000;
+    v_before constant timestamp := (now() at time zone 'utc') - retention;
+    v_day date;
+begin
+    for partition, v_day in
+        select child.relname::text, to_date(right(child.relname, 10), 'YYYY_MM_DD')
+        from pg_inherits
+        join pg_class as child on child.oid = inhrelid
         where inhparent = 'realtime.messages'::regclass
             and child.relname ~ '^messages_[0-9]{4}_[0-9]{2}_[0-9]{2}$'
         order by child.relname
     loop
-        continue when v_partition.day + 1 > v_before;
-        -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
-        execute format('lock table realtime.%I in share mode', v_partition.relname);
-        perform realtime.note_dropped_topics(format('realtime.%I', v_partition.relname)::regclass, 'infinity');
-        execute format('drop table realtime.%I', v_partition.relname);
-        return next v_partition.relname;
+        continue when v_day + 1 > v_before;
+        begin
+            -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
+            execute format('lock table realtime.%I in share mode', partition);
+            perform realtime.note_dropped_topics(format('realtime.%I', partition)::regclass);
+            execute format('drop table realtime.%I', partition);
+            action := 'dropped';
+        exception when lock_not_available then
+            action := case
+                when v_day + 1 >= v_before - interval '1 hour' then 'waiting'
+                when realtime.delete_messages(format('realtime.%I', partition)::regclass, 'infinity', c_most_rows) < c_most_rows then 'emptied'
+                else 'waiting'
+            end;
+        end;
+        return next;
     end loop;
-
-    if exists (select from realtime.messages_default where inserted_at < v_before) then
-        lock table realtime.messages_default in share row exclusive mode;
-        perform realtime.note_dropped_topics('realtime.messages_default', v_before);
-        delete from realtime.messages_default
-        where inserted_at < v_before;
+    if realtime.delete_messages('realtime.messages_default', v_before, c_most_rows) = c_most_rows then
+        partition := 'messages_default';
+        action := 'waiting';
+        return next;
     end if;
-
-    -- Probes are rolled back; what is here somebody put by hand.
-    delete from realtime.messages_probe;
 end
 $$;
 comment on function realtime.drop_old_messages(interval) is
-    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; returns the names. Cursors before them get a gap.';
+    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; what was done to which: dropped, waiting (for a transaction that has read messages, or because there is more to delete), emptied (that transaction has gone on for an hour: the messages were deleted). Cursors before them get a gap.';
 revoke all on function realtime.drop_old_messages(interval) from public;
 
--- Called by every server; one at a time does the work. A lock that is not had within the timeout is for the next time: the drop of a
--- partition would otherwise stand in the queue before all writers.
+-- Called by every server; one at a time does the work, by a lock on a row that nobody else can reach.
 create or replace function realtime.maintain(retention interval default '72 hours')
 returns table (partition text, action text)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '2s'
+set lock_timeout = '0.2s'
 as $$
+#variable_conflict use_column
+declare
+    v_is_complete boolean := true;
 begin
-    if not pg_catalog.pg_try_advisory_xact_lock(realtime.doorbell_key() + 1) then
+    perform from realtime.maintenance as m where m.task = 'messages' for update skip locked;
+    if not found then
         return;
     end if;
-    return query select created, 'created' from realtime.create_partitions() as created;
+    perform realtime.adopt_messages();
     begin
-        return query select dropped, 'dropped' from realtime.drop_old_messages(retention) as dropped;
+        return query select created, 'created' from realtime.create_partitions() as created;
     exception when lock_not_available then
-        raise warning 'old messages are in use and were not dropped; the next run tries again';
+        -- Meanwhile the rows go to the default partition.
+        partition := 'messages_default';
+        action := 'waiting';
+        v_is_complete := false;
+        return next;
     end;
+    for partition, action in select dropped.partition, dropped.action from realtime.drop_old_messages(retention) as dropped loop
+        v_is_complete := v_is_complete and action <> 'waiting';
+        return next;
+    end loop;
+    if v_is_complete then
+        update realtime.maintenance as m set succeeded_at = now() where m.task = 'messages';
+    end if;
 end
 $$;
 comment on function realtime.maintain(interval) is
-    'Makes partitions ahead and drops what is older than the retention; what was done. Safe to call at any time.';
+    'Makes partitions ahead and drops what is older than the retention; what was done: created, dropped, emptied or waiting, as realtime.drop_old_messages tells it. No row: nothing was to do, or another session is at it. Safe to call at any time.';
 revoke all on function realtime.maintain(interval) from public;
+
+create or replace function realtime.last_maintenance()
+returns timestamptz
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select m.succeeded_at from realtime.maintenance as m where m.task = 'messages'
+$$;
+comment on function realtime.last_maintenance() is 'When realtime.maintain last did all that was to do.';
+revoke all on function realtime.last_maintenance() from public;
 
 create or replace view realtime.partitions as
 select
@@ -878,7 +1095,7 @@ create or replace function realtime.note_dropped(xid xid8, is_covered boolean de
 returns void
 language sql
 volatile
-as $$
+begin atomic
     -- Transaction ids of another life mean nothing.
     delete from realtime.dropped_topics
     where note_dropped.xid is not null
@@ -891,14 +1108,13 @@ as $$
             case when is_covered then 0 else note_dropped.xid::text::numeric end
         )::text::xid8,
         dropped_in_life = realtime.life()
-    where note_dropped.xid is not null
-$$;
+    where note_dropped.xid is not null;
+end;
 comment on function realtime.note_dropped(xid8, boolean) is
     'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them. is_covered: realtime.dropped_topics says of which topics.';
 revoke all on function realtime.note_dropped(xid8, boolean) from public;
 
--- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
-create or replace function realtime.note_dropped_topics(messages regclass, before timestamp)
+create or replace function realtime.note_dropped_topics(messages regclass)
 returns void
 language plpgsql
 volatile
@@ -906,9 +1122,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_xid xid8;
-    v_left_out xid8;
 begin
-    execute format('select xid from %s where inserted_at < $1 order by xid desc limit 1', messages) into v_xid using before;
+    execute format('select xid from %s where xid < pg_snapshot_xmax(pg_current_snapshot()) order by xid desc limit 1', messages) into v_xid;
     -- To read all of a large partition would hold up maintenance: 1 GB takes seconds.
     if pg_relation_size(messages) > 256 * 1024 * 1024 then
         perform realtime.note_dropped(v_xid);
@@ -918,23 +1133,35 @@ begin
     execute format(
         'insert into realtime.dropped_topics as known (topic_hash, xid, seq)'
         ' select hashtextextended(topic, 0), max(xid::text::numeric)::text::xid8, max(seq)'
-        ' from %s where inserted_at < $1 and extension = ''broadcast'' group by 1'
+        ' from %s where extension = ''broadcast'' and xid < pg_snapshot_xmax(pg_current_snapshot()) group by 1'
         ' on conflict (topic_hash) do update set'
         ' xid = greatest(known.xid::text::numeric, excluded.xid::text::numeric)::text::xid8, seq = greatest(known.seq, excluded.seq)',
         messages
-    ) using before;
+    );
+    perform realtime.trim_dropped_topics();
+end
+$$;
+comment on function realtime.note_dropped_topics(regclass) is
+    'Remembers of which topics the messages of a partition are no longer kept, in the transaction that drops it.';
+revoke all on function realtime.note_dropped_topics(regclass) from public;
+
+-- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
+create or replace function realtime.trim_dropped_topics()
+returns void
+language sql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
     with left_out as (
         delete from realtime.dropped_topics
         where topic_hash in (select topic_hash from realtime.dropped_topics order by xid desc offset 100000)
         returning xid
     )
-    select max(xid::text::numeric)::text::xid8 into v_left_out from left_out;
-    perform realtime.note_dropped(v_left_out);
-end
+    select realtime.note_dropped(max(xid::text::numeric)::text::xid8) from left_out
 $$;
-comment on function realtime.note_dropped_topics(regclass, timestamp) is
-    'Remembers of which topics the messages of a partition before a time (UTC) are no longer kept, in the transaction that drops them.';
-revoke all on function realtime.note_dropped_topics(regclass, timestamp) from public;
+comment on function realtime.trim_dropped_topics() is
+    'Keeps realtime.dropped_topics within its bound: what does not fit counts as dropped of all topics.';
+revoke all on function realtime.trim_dropped_topics() from public;
 
 -- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
 -- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
@@ -943,7 +1170,7 @@ returns text
 language sql
 immutable
 strict
-as $$
+begin atomic
     select concat_ws(
         '.',
         pg_catalog.pg_snapshot_xmin("snapshot"),
@@ -955,8 +1182,8 @@ as $$
             select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
             from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
         )
-    )
-$$;
+    );
+end;
 comment on function realtime.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
 
 create or replace function realtime.snapshot_from_text(part text)
@@ -964,20 +1191,20 @@ returns pg_snapshot
 language sql
 immutable
 strict
-as $$
+begin atomic
     select pg_catalog.translate(
         pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
-    )::pg_snapshot
-$$;
+    )::pg_snapshot;
+end;
 comment on function realtime.snapshot_from_text(text) is 'The reverse of realtime.snapshot_text.';
 
 create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
 returns realtime.cursor
 language sql
 immutable
-as $$
-    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor
-$$;
+begin atomic
+    select pg_catalog.concat_ws('-', '1', life, realtime.snapshot_text(since), realtime.snapshot_text(until), seq)::realtime.cursor;
+end;
 comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
 
 create or replace function realtime.xid_after(xid bigint)
@@ -985,9 +1212,9 @@ returns bigint
 language sql
 immutable
 strict
-as $$
-    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end
-$$;
+begin atomic
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end;
+end;
 comment on function realtime.xid_after(bigint) is
     'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
 revoke all on function realtime.xid_after(bigint) from public;
@@ -1045,7 +1272,16 @@ as $$
         realtime.life(),
         realtime.durable(pg_current_snapshot()),
         null,
-        coalesce((select m.seq from realtime.messages as m order by m.xid desc limit 1), 0)
+        coalesce(
+            (
+                select m.seq
+                from realtime.messages as m
+                where m.xid < pg_snapshot_xmax(pg_current_snapshot())
+                order by m.xid desc
+                limit 1
+            ),
+            0
+        )
     )
 $$;
 comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
@@ -1190,6 +1426,7 @@ revoke all on function realtime.overlapping(pg_snapshot) from public;
 grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
 
 -- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+-- No SET clause, because the caller's policies run inside: every name and every operator is qualified.
 create or replace function realtime.messages_after(
     topic text,
     after realtime.cursor,
@@ -1211,18 +1448,18 @@ volatile
 as $$
 #variable_conflict use_column
 declare
-    v_life text := realtime.life();
-    v_since pg_snapshot;
-    v_until pg_snapshot;
+    v_life pg_catalog.text := realtime.life();
+    v_since pg_catalog.pg_snapshot;
+    v_until pg_catalog.pg_snapshot;
     v_seq bigint;
     v_left integer := least(greatest(max_rows, 0), 10000);
     v_found integer;
     v_is_present boolean;
-    v_overlapping xid8[];
+    v_overlapping pg_catalog.xid8[];
     -- A cursor without its last part; taken together once, because a page has many.
-    v_within text;
-    v_behind text;
-    v_is_trusted boolean := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, text)', 'execute');
+    v_within pg_catalog.text;
+    v_behind pg_catalog.text;
+    v_is_trusted pg_catalog.bool := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, pg_catalog.text)', 'execute');
 begin
     if v_is_trusted then
         select place.since, place.until, place.seq into v_since, v_until, v_seq
@@ -1248,53 +1485,53 @@ begin
             page.private,
             page.inserted_at,
             page.xid,
-            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end || page.seq
+            case when pg_catalog.lead(page.seq) over (order by page.seq) is null then v_behind else v_within end operator(pg_catalog.||) page.seq::pg_catalog.text
         from (
             (
                 select m.*
                 from realtime.messages as m
-                where m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and m.seq > v_seq
-                    and m.xid >= pg_catalog.pg_snapshot_xmax(v_since)
+                where m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and m.seq operator(pg_catalog.>) v_seq
+                    and m.xid operator(pg_catalog.>=) pg_catalog.pg_snapshot_xmax(v_since)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
             union all
             (
                 select m.*
                 from realtime.messages as m
-                where m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and (v_is_present or m.seq > v_seq)
-                    and m.xid = any (array(select pg_catalog.pg_snapshot_xip(v_since)))
+                where m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and (v_is_present or m.seq operator(pg_catalog.>) v_seq)
+                    and m.xid operator(pg_catalog.=) any (array(select pg_catalog.pg_snapshot_xip(v_since)))
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
             union all
             (
                 select m.*
                 from realtime.messages as m
                 where v_is_present
-                    and m.topic = messages_after.topic
-                    and m.extension = 'broadcast'
-                    and m.seq <= v_seq
-                    and m.xid = any (v_overlapping)
+                    and m.topic operator(pg_catalog.=) messages_after.topic
+                    and m.extension operator(pg_catalog.=) 'broadcast'
+                    and m.seq operator(pg_catalog.<=) v_seq
+                    and m.xid operator(pg_catalog.=) any (v_overlapping)
                     and pg_catalog.pg_visible_in_snapshot(m.xid, v_until)
-                    and (messages_after.private is null or m.private = messages_after.private)
+                    and (messages_after.private is null or m.private operator(pg_catalog.=) messages_after.private)
                 order by m.seq
-                limit v_left + 1
+                limit v_left operator(pg_catalog.+) 1
             )
         ) as page
         order by page.seq
         limit v_left;
         get diagnostics v_found = row_count;
-        v_left := v_left - v_found;
-        exit when v_is_present or v_left = 0;
+        v_left := v_left operator(pg_catalog.-) v_found;
+        exit when v_is_present or v_left operator(pg_catalog.=) 0;
         v_since := v_until;
         v_until := null;
     end loop;
@@ -1313,7 +1550,7 @@ create or replace function realtime.messages_between(topic text, since timestamp
 returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
 language sql
 stable
-as $$
+begin atomic
     select newest.id, newest.event, newest.payload, newest.binary_payload, newest.xid
     from (
         select m.id, m.event, m.payload, m.binary_payload, m.xid, m.seq
@@ -1326,8 +1563,8 @@ as $$
         order by m.seq desc
         limit max_rows
     ) as newest
-    order by newest.seq
-$$;
+    order by newest.seq;
+end;
 comment on function realtime.messages_between(text, timestamptz, integer) is
     'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
 revoke all on function realtime.messages_between(text, timestamptz, integer) from public;
@@ -1381,6 +1618,7 @@ create or replace function realtime.write_presence(node uuid, entries jsonb, gon
 returns boolean
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_is_new boolean;
@@ -2512,7 +2750,9 @@ declare
     v_end bigint := least(drop_old_changes.from_block + drop_old_changes.blocks, 4294967295);
     v_xid xid8;
 begin
-    if not pg_try_advisory_xact_lock(realtime.doorbell_key() + 3) then
+    -- A lock on a row that only the owner can reach; an advisory lock is for any role to take.
+    perform from realtime.maintenance as m where m.task = 'changes' for update skip locked;
+    if not found then
         return;
     end if;
     with gone as (
@@ -2522,11 +2762,17 @@ begin
             and c.changed_at < now() - drop_old_changes.retention
         returning c.xid
     )
-    select count(*), max(gone.xid::text::numeric)::text::xid8 into dropped, v_xid from gone;
+    select
+        count(*),
+        -- Not those of another cluster, as in a restored dump: nobody reads by them.
+        max(gone.xid::text::numeric) filter (where gone.xid < pg_snapshot_xmax(pg_current_snapshot()))
+    into dropped, v_xid
+    from gone;
     perform realtime.note_dropped_change(v_xid);
     next_block := v_end;
     if v_end * current_setting('block_size')::bigint >= pg_relation_size('realtime.changes') then
         next_block := null;
+        update realtime.maintenance as m set succeeded_at = now() where m.task = 'changes';
     end if;
     return next;
 end
@@ -2663,8 +2909,8 @@ begin
         return;
     end if;
     begin
-        -- Servers that look at the same time do it once. Oids of users' tables begin far above what is added for other locks.
-        perform pg_advisory_xact_lock(realtime.doorbell_key() + capture_table.relation::bigint);
+        -- Servers that look at the same time do it once. A row that only the owner can lock; an advisory lock is for any role to take.
+        perform from realtime.maintenance as m where m.task = 'capture' for update;
         perform set_config('lock_timeout', greatest(1, extract(epoch from patience) * 1000)::integer::text, true);
         for v_present in
             select t.name
@@ -2735,7 +2981,11 @@ begin
     if realtime.has_change_reader() or exists (select from realtime.capture_triggers()) then
         return false;
     end if;
-    select c.xid into v_xid from realtime.changes as c order by c.xid desc limit 1;
+    select c.xid into v_xid
+    from realtime.changes as c
+    where c.xid < pg_snapshot_xmax(pg_current_snapshot())
+    order by c.xid desc
+    limit 1;
     perform realtime.note_dropped_change(v_xid);
     truncate realtime.changes;
     return true;
@@ -3214,6 +3464,29 @@ as $$
 $$;
 comment on function realtime.doctor_partitions() is 'For realtime.doctor: whether messages of today and tomorrow have a partition.';
 revoke all on function realtime.doctor_partitions() from public;
+
+create or replace function realtime.doctor_maintenance()
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        'maintenance',
+        case
+            when exists (select from realtime.nodes where last_seen_at > now() - interval '30 seconds') then 'problem'
+            else 'note'
+        end,
+        format(
+            'the last maintenance that did all there was to do was at %s: old messages are kept, or days have no partition',
+            to_char(realtime.last_maintenance() at time zone 'utc', 'YYYY-MM-DD HH24:MI "UTC"')
+        ),
+        'select * from realtime.maintain(); where it says "waiting", end the transaction that has read messages, which has the oldest xact_start in pg_stat_activity'
+    -- A server does it every hour.
+    where realtime.last_maintenance() < now() - interval '3 hours'
+$$;
+comment on function realtime.doctor_maintenance() is 'For realtime.doctor: whether partitions are made and old messages dropped.';
+revoke all on function realtime.doctor_maintenance() from public;
 
 -- As the server chooses. To another server a slot that is read is an obstacle; here it is a sign of health.
 create or replace function realtime.doctor_obstacle(obstacle text)
@@ -3809,6 +4082,7 @@ begin
     return query select * from realtime.doctor_roles(doctor.roles);
     return query select * from realtime.doctor_policies(doctor.roles);
     return query select * from realtime.doctor_partitions();
+    return query select * from realtime.doctor_maintenance();
     if doctor.changes <> 'trigger' then
         v_obstacle := realtime.doctor_obstacle(doctor.obstacle);
     end if;

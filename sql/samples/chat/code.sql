@@ -62,13 +62,30 @@ create policy chat_members_receive on realtime.messages
         and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 6))
     );
 
+-- What the trigger tells must be the trigger's: no client sends to the topic of a thread, where an event INSERT of its own would look like a
+-- message of the table, from anybody. Members may be present there, and have typing:<thread_id> for what they tell each other.
 drop policy if exists chat_members_send on realtime.messages;
-create policy chat_members_send on realtime.messages
+drop policy if exists chat_members_are_present on realtime.messages;
+create policy chat_members_are_present on realtime.messages
     for insert
     to authenticated
     with check (
-        starts_with(topic, 'chat:')
+        extension = 'presence'
+        and starts_with(topic, 'chat:')
         and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 6))
+    );
+
+drop policy if exists chat_members_type on realtime.messages;
+create policy chat_members_type on realtime.messages
+    for all
+    to authenticated
+    using (
+        starts_with(topic, 'typing:')
+        and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 8))
+    )
+    with check (
+        starts_with(topic, 'typing:')
+        and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 8))
     );
 
 -- Definer: what the table tells its members does not depend on the writer's right to send.
@@ -105,10 +122,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     perform realtime.revalidate(topic => 'chat:' || old.thread_id);
+    perform realtime.revalidate(topic => 'typing:' || old.thread_id);
     return null;
 end
 $$;
-comment on function public.revalidate_chat_thread() is 'Asks again who may be in the thread''s topic.';
+comment on function public.revalidate_chat_thread() is 'Asks again who may be in the thread''s topics.';
 revoke all on function public.revalidate_chat_thread() from public;
 
 create or replace trigger revalidate_chat_thread

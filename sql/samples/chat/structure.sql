@@ -45,5 +45,7 @@ alter table public.chat_threads enable row level security;
 alter table public.chat_messages enable row level security;
 
 grant select on public.chat_threads to authenticated;
-grant select, insert on public.chat_messages to authenticated;
+-- Neither identity nor time is for the writer to choose.
+grant select on public.chat_messages to authenticated;
+grant insert (thread_id, sender_supabase_id, sender_mongo_id, recipient_mongo_id, body) on public.chat_messages to authenticated;
 grant select, insert, update, delete on public.chat_threads, public.chat_messages to service_role;
