@@ -1,9 +1,10 @@
 """Backpressure: who reads from a log goes on only as fast as its readers take it, so that the log is the buffer and not this process.
 
 After each burst it waits for the readers that are behind. While more than half of them are, it waits for the median, up to
-`LONGEST_WAIT_S`. Where only a minority is behind, all these waits together may take a tenth of the time, so that slow readers hardly slow
-the others. A reader that was waited for in vain does not count until it has caught up. Nothing here closes a socket: that is for the
-bound on what it buffers, which readers as fast as the median do not reach.
+`LONGEST_WAIT_S`. Where only a minority is behind, it waits for those of them that go on reading, for each at most a tenth of the time, so
+that slow readers hardly slow the others, and one that is always slow takes nothing from one that is slow for a moment. A reader that was
+waited for in vain does not count until it has caught up. Nothing here closes a socket: that is for the bound on what it buffers, which
+readers as fast as the median do not reach.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ BURST_BYTES_OF_ALL: Final = 4_000_000
 BURST_SHARE: Final = 8
 POLL_S: Final = 0.002
 LONGEST_WAIT_S: Final = 2.0
-# For a minority: a share of the time, and seconds at once.
-MINORITY_SHARE: Final = 0.1
-MINORITY_AT_ONCE_S: Final = 0.25
+# For one reader of a minority: a share of the time, and seconds at once. If it takes nothing for so long it is not waited for.
+READER_SHARE: Final = 0.1
+READER_AT_ONCE_S: Final = 1.0
+STUCK_S: Final = 0.1
+# For all of them, however many there are.
+MINORITY_SHARE: Final = 0.5
+MINORITY_AT_ONCE_S: Final = 2.0
 # A reader counts for the median so long after it was sent something, and up to twice as long.
 RECENT_S: Final = 1.0
 
 
 class Reader(Protocol):
     @property
-    def is_behind(self) -> bool:
-        """Whether so much waits for the client that more had better wait, too."""
+    def backlog(self) -> int:
+        """Bytes that wait for the client, where these are so many that more had better wait, too; else 0."""
 
 
 class Backpressure:
@@ -48,6 +53,8 @@ class Backpressure:
         self._period_ends_at = 0.0
         self._given_up: set[Reader] = set()
         self._minority = Bucket(MINORITY_SHARE, MINORITY_AT_ONCE_S, time.monotonic())
+        # Of those who were waited for lately.
+        self._allowances: dict[Reader, Bucket] = {}
 
     def sent(self, room: Hashable, readers: Collection[Reader], size: int) -> None:
         """Count a message of `size` bytes that was sent to all readers of a room."""
@@ -68,18 +75,41 @@ class Backpressure:
         self._sent_bytes = self._sent_bytes_of_all = 0
         begun = now = time.monotonic()
         readers = self._readers(now)
-        behind = [reader for reader in readers if reader.is_behind]
-        self._given_up.intersection_update(behind)
+        backlogs = {reader: reader.backlog for reader in readers}
+        self._given_up = {reader for reader in self._given_up if backlogs.get(reader)}
         counted = len(readers) - len(self._given_up)
-        awaited = [reader for reader in behind if reader not in self._given_up]
+        # Each with its backlog and when it last took something.
+        awaited = {
+            reader: (backlog, now) for reader, backlog in backlogs.items() if backlog and reader not in self._given_up
+        }
         while awaited:
-            is_minority = 2 * len(awaited) <= counted
-            if self._minority.take(now, POLL_S) > 0 if is_minority else now - begun >= LONGEST_WAIT_S:
+            if 2 * len(awaited) > counted:
+                is_over = now - begun >= LONGEST_WAIT_S
+            else:
+                slow = {
+                    reader
+                    for reader, (_, taken_at) in awaited.items()
+                    if now - taken_at >= STUCK_S or self._allowance(reader, now).take(now, POLL_S) > 0
+                }
+                self._given_up |= slow
+                awaited = {reader: state for reader, state in awaited.items() if reader not in slow}
+                is_over = bool(awaited) and self._minority.take(now, POLL_S) > 0
+            if is_over:
                 self._given_up.update(awaited)
                 return
             await asyncio.sleep(POLL_S)
             now = time.monotonic()
-            awaited = [reader for reader in awaited if reader.is_behind]
+            awaited = {
+                reader: (backlog, taken_at if backlog >= before else now)
+                for reader, (before, taken_at) in awaited.items()
+                if (backlog := reader.backlog)
+            }
+
+    def _allowance(self, reader: Reader, now: float) -> Bucket:
+        """For how long one reader may still be waited for where most others are not behind."""
+        if reader not in self._allowances:
+            self._allowances[reader] = Bucket(READER_SHARE, READER_AT_ONCE_S, now)
+        return self._allowances[reader]
 
     def _readers(self, now: float) -> set[Reader]:
         """Those who were sent something lately."""
@@ -88,4 +118,5 @@ class Backpressure:
         }
         if now >= self._period_ends_at:
             self._earlier, self._recent, self._period_ends_at = self._recent, {}, now + RECENT_S
+            self._allowances = {reader: left for reader, left in self._allowances.items() if reader in readers}
         return readers

@@ -130,9 +130,10 @@ class Connection:
         return self._buffered > self._behind_bytes // 2
 
     @property
-    def is_behind(self) -> bool:
-        """Whether who reads a log for this client and others had better wait."""
-        return not self.is_closed and self._buffered > self._behind_bytes
+    def backlog(self) -> int:
+        """Bytes that wait for the client; 0 where they are few enough that a reader of a log need not wait for it."""
+        buffered = 0 if self.is_closed else self._buffered
+        return buffered if buffered > self._behind_bytes else 0
 
     @property
     def _buffered(self) -> int:

@@ -137,7 +137,7 @@ class Hold:
 
 class Follower:
     """Of one room, for one client. `send` must not wait; `place` is where the relay is; all followers of the client have one `shelf`;
-    `is_behind` tells whether so much waits for the client that more had better wait, too.
+    `backlog` tells how many bytes wait for the client, where more had better wait, too.
 
     While `hold` is set, what is delivered goes there.
     """
@@ -149,7 +149,7 @@ class Follower:
         send: Callable[[Frame], None],
         place: Callable[[], Place | None],
         shelf: Shelf,
-        is_behind: Callable[[], bool] = lambda: False,
+        backlog: Callable[[], int] = lambda: 0,
     ) -> None:
         self.room = room
         self.encoding = encoding
@@ -157,15 +157,15 @@ class Follower:
         self.shelf = shelf
         self.hold: Hold | None = None
         self._send = send
-        self._is_behind = is_behind
+        self._backlog = backlog
         # Ids that were read and may come again, with their transactions, until the relay has passed the newest transaction among them.
         self._seen: dict[str, int] = {}
         self._seen_xid = 0
 
     @property
-    def is_behind(self) -> bool:
+    def backlog(self) -> int:
         # Older messages are read for it at its own pace.
-        return self.hold is None and self._is_behind()
+        return self._backlog() if self.hold is None else 0
 
     def deliver(self, message: Message, frame: Frame) -> None:
         if self.hold is not None:

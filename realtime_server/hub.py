@@ -35,8 +35,8 @@ class Subscriber(Protocol[M_contra]):
     def encoding(self) -> Encoding: ...
 
     @property
-    def is_behind(self) -> bool:
-        """Whether so much waits for the client that more had better wait, too."""
+    def backlog(self) -> int:
+        """Bytes that wait for the client, where these are so many that more had better wait, too; else 0."""
 
     def deliver(self, message: M_contra, frame: Frame) -> None:
         """Take the message, whose finished frame is `frame`. Must not wait."""

@@ -111,7 +111,7 @@ class Channel(Follower):
             connection.send,
             session.services.place,
             session.shelf,
-            lambda: connection.is_behind,
+            lambda: connection.backlog,
         )
         self.session = session
         self.watcher = Watcher(self)
@@ -170,8 +170,8 @@ class Watcher:
         self._channel = channel
 
     @property
-    def is_behind(self) -> bool:
-        return self._channel.session.connection.is_behind
+    def backlog(self) -> int:
+        return self._channel.session.connection.backlog
 
     def deliver(self, message: PresenceDiff, frame: Frame) -> None:
         if self._channel.is_in_doubt:

@@ -269,9 +269,9 @@ class EventStream:
         return len(self._waiting) > self._behind_bytes // 2
 
     @property
-    def is_behind(self) -> bool:
-        """Whether who reads a log for this client and others had better wait."""
-        return not self._is_over and len(self._waiting) > self._behind_bytes
+    def backlog(self) -> int:
+        """Bytes that wait for the client; 0 where they are few enough that a reader of a log need not wait for it."""
+        return len(self._waiting) if not self._is_over and len(self._waiting) > self._behind_bytes else 0
 
     def close(self, code: int, reason: str = "") -> None:
         """End the stream; code and reason are for sockets."""
@@ -402,7 +402,7 @@ class _Topic(Follower):
     def __init__(
         self, stream: EventStream, room: Room, services: Services, events: frozenset[str], shelf: Shelf
     ) -> None:
-        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf, lambda: stream.is_behind)
+        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf, lambda: stream.backlog)
         self._events = events
 
     def deliver(self, message: Message, frame: Frame) -> None:

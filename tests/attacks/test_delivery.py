@@ -17,7 +17,14 @@ import pytest
 
 from realtime_server import backpressure, cli
 from realtime_server.authorization import EVERYTHING, Policy
-from realtime_server.backpressure import BURST_BYTES, LONGEST_WAIT_S, MINORITY_AT_ONCE_S, MINORITY_SHARE, Backpressure
+from realtime_server.backpressure import (
+    BURST_BYTES,
+    LONGEST_WAIT_S,
+    READER_AT_ONCE_S,
+    READER_SHARE,
+    STUCK_S,
+    Backpressure,
+)
 from realtime_server.client import Client, Message
 from realtime_server.cursor import Place, Snapshot
 from realtime_server.follower import MOST_HELD, Follower, Hold, Shelf
@@ -116,14 +123,15 @@ class Clock:
 
 @dataclass(eq=False)
 class Reader:
-    """Is behind until a time."""
+    """Is behind until a time, and takes a megabyte a second until then, unless that is never."""
 
     clock: Clock
     until: float = 0.0
 
     @property
-    def is_behind(self) -> bool:
-        return self.clock.now < self.until
+    def backlog(self) -> int:
+        left_s = self.until - self.clock.now
+        return int(min(max(0.0, left_s), 1e6) * 1e6)
 
 
 @pytest.fixture
@@ -176,7 +184,18 @@ async def test_minority_takes_a_small_share_of_the_time(clock: Clock) -> None:
             slow.until = clock.now + 0.05
         waited_s += await burst(pace, readers)
         clock.now += 0.06
-    assert 0 < waited_s < MINORITY_AT_ONCE_S + (MINORITY_SHARE + 0.01) * clock.now
+    assert 0 < waited_s < READER_AT_ONCE_S + (READER_SHARE + 0.01) * clock.now
+
+
+async def test_one_of_many_who_reads_nothing_is_hardly_waited_for(clock: Clock) -> None:
+    pace = Backpressure(8_000_000)
+    stuck, readers = Reader(clock, float("inf")), [Reader(clock) for _ in range(3)]
+    assert await burst(pace, [*readers, stuck]) == pytest.approx(STUCK_S, abs=0.01)
+    assert await burst(pace, [*readers, stuck]) == 0.0
+    # One that is always slow takes nothing from one that is slow for a moment.
+    for slow in readers[:2]:
+        slow.until = clock.now + READER_AT_ONCE_S / 2
+        assert await burst(pace, [*readers, stuck]) == pytest.approx(READER_AT_ONCE_S / 2, abs=0.01)
 
 
 async def test_who_reads_nothing_is_waited_for_once(clock: Clock) -> None:

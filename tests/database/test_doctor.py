@@ -132,7 +132,10 @@ CAUSES = [
         "policies",
         "note",
         "no policy on realtime.messages lets role authenticated receive",
-        ("drop policy chat_members_receive on realtime.messages",),
+        (
+            "drop policy chat_members_receive on realtime.messages",
+            "drop policy chat_members_type on realtime.messages",
+        ),
         ("create policy everybody on realtime.messages for all to public using (true)",),
     ),
     Cause("policy_rights", "problem", DENIED, MEMBERS, ("grant select on members to authenticated",)),

@@ -33,7 +33,7 @@ class Reader:
     encoding: Encoding = V2
     got: list[Letter] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
-    is_behind: bool = False
+    backlog: int = 0
 
     def deliver(self, message: Letter, frame: Frame) -> None:
         self.got.append(message)

@@ -1306,15 +1306,15 @@ create or replace function realtime.sees_dropped("snapshot" pg_snapshot, xid xid
 returns boolean
 language sql
 stable
-as $$
+begin atomic
     -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
     select pg_catalog.pg_snapshot_xmax("snapshot") > xid
         and not exists (
             select
             from pg_catalog.pg_snapshot_xip("snapshot") as xip
             where xip <= xid and pg_catalog.pg_visible_in_snapshot(xip, pg_catalog.pg_current_snapshot())
-        )
-$$;
+        );
+end;
 comment on function realtime.sees_dropped(pg_snapshot, xid8) is 'Whether a snapshot sees all that was dropped of transactions up to this one.';
 revoke all on function realtime.sees_dropped(pg_snapshot, xid8) from public;
 
