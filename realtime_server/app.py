@@ -83,11 +83,19 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     )
     changes_pool = Pool(
         target,
+        name="catalog",
+        size=2,
+        timeout_s=settings.database_timeout_s,
+        statement_timeout_s=settings.policy_timeout_s,
+    )
+    judge_pool = Pool(
+        target,
         name="judge",
         size=POOL_SIZE,
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=settings.policy_timeout_s,
         search_path=APPLICATION_SEARCH_PATH,
+        runs_user_code=True,
     )
     # Of its own, so that policies that take long do not hold up presence, nor maintenance a join.
     upkeep_pool = Pool(
@@ -104,6 +112,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     changes = Feed(
         target,
         changes_pool,
+        judge_pool,
         mode=settings.changes,
         roles=settings.roles,
         strict_deletes=settings.strict_deletes,
@@ -125,7 +134,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        pools = (pool, history_pool, changes_pool, upkeep_pool)
+        pools = (pool, history_pool, changes_pool, judge_pool, upkeep_pool)
         for one in pools:
             await one.open()
         parts = [

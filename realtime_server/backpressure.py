@@ -27,7 +27,7 @@ LONGEST_WAIT_S: Final = 2.0
 # For one reader of a minority: a share of the time, and seconds at once. If it takes nothing for so long it is not waited for.
 READER_SHARE: Final = 0.1
 READER_AT_ONCE_S: Final = 1.0
-STUCK_S: Final = 0.1
+STUCK_S: Final = 0.5
 # For all of them, however many there are.
 MINORITY_SHARE: Final = 0.5
 MINORITY_AT_ONCE_S: Final = 2.0

@@ -125,7 +125,9 @@ class Pool:
     """Connections for short questions, each answered within `statement_timeout_s`.
 
     `timeout_s`: how long it may take to connect, and how long a line may be silent beyond what the database takes for an answer at most;
-    `patience_s`: how long to wait for a connection that others have, by default no longer than that.
+    `patience_s`: how long to wait for a connection that others have, by default no longer than that. `runs_user_code`: policies and other
+    code of users runs in the sessions. Prepared statements and session-level locks outlive a rollback, so the server prepares none that
+    could be replaced, and whatever is left behind is dropped before the next question.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Pool:
         statement_timeout_s: float,
         patience_s: float | None = None,
         search_path: str = SEARCH_PATH,
+        runs_user_code: bool = False,
     ) -> None:
         self.size = size
         self._search_path = search_path
@@ -148,7 +151,8 @@ class Pool:
             target.parameters(
                 name=name, timeout_s=timeout_s, statement_timeout_s=statement_timeout_s, search_path=search_path
             ),
-            kwargs=target.connection_options,
+            kwargs=target.connection_options | ({"prepare_threshold": None} if runs_user_code else {}),
+            reset=self._reset if runs_user_code and not target.is_pooled else None,
             min_size=1,
             max_size=size,
             timeout=timeout_s if patience_s is None else patience_s,
@@ -230,6 +234,11 @@ class Pool:
                 # Not the pool's own `connection`: it forgets one whose return is cancelled, as happens to clients that leave while others
                 # wait, until it has none to give.
                 await asyncio.shield(self._pool.putconn(db))
+
+    async def _reset(self, db: Database) -> None:
+        # In one round trip, and without DISCARD ALL, which would drop what the session knows of the catalog.
+        with hanging_up(db, self._timeout_s):
+            await db.execute("deallocate all; reset all; select pg_catalog.pg_advisory_unlock_all()")
 
     async def _check(self, db: Database) -> None:
         try:

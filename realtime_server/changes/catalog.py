@@ -42,7 +42,8 @@ NOTHING = Access(frozenset(), True)
 class Table:
     """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, of all partitions, too, so that clients are told old rows,
     not only their keys. `is_captured`: it has a trigger that writes its changes to the outbox. `columns` are the published ones;
-    `unpublished` are told nobody, but policies may read them."""
+    `unpublished` are told nobody, but policies may read them.
+    `policy_columns` are those without which no row can be judged."""
 
     relation: int
     schema: str
@@ -55,6 +56,7 @@ class Table:
     columns: tuple[Column, ...]
     unpublished: tuple[Column, ...]
     access: Mapping[str, Access]
+    policy_columns: frozenset[str]
 
     def access_of(self, role: str) -> Access:
         return self.access.get(role, NOTHING)
@@ -137,7 +139,8 @@ class Catalog:
 
 
 def _table(row: tuple[Any, ...]) -> Table:
-    relation, schema, name, has_row_security, has_whole_old, row_filter, is_captured, events, columns, access = row
+    relation, schema, name, has_row_security, has_whole_old, row_filter, is_captured, events, *more = row
+    columns, access, policy_columns = more
     all_columns = msgspec.convert(columns, tuple[Column, ...])
     return Table(
         relation=relation,
@@ -151,4 +154,5 @@ def _table(row: tuple[Any, ...]) -> Table:
         columns=tuple(column for column in all_columns if column.is_published),
         unpublished=tuple(column for column in all_columns if not column.is_published),
         access=msgspec.convert(access, dict[str, Access]),
+        policy_columns=frozenset(policy_columns),
     )

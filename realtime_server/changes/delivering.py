@@ -145,7 +145,7 @@ class Courier:
     async def _try(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
         """Raises: Unreadable, DatabaseUnavailable."""
         problem = ""
-        for _ in range(2):
+        for is_last_try in (False, True):
             table = self._catalog.tables.get(relation)
             if table is None:
                 # It has left the publication. That is told to who subscribed to it, but perhaps it is back by then; and what is in the log
@@ -160,6 +160,7 @@ class Courier:
                 is_captured=self._sources.triggers is not None,
                 strict_deletes=self._strict_deletes,
                 left_out=self._quarantine.of_table(relation),
+                is_last_try=is_last_try,
             )
             try:
                 verdicts = await round.decide(changes)

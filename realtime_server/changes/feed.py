@@ -23,12 +23,13 @@ from realtime_server.tasks import together
 
 
 class Feed:
-    """Row changes for one process. `run` must run; `roles` are those that tokens may have."""
+    """Row changes for one process. `run` must run; `roles` are those that tokens may have. In `judge_pool` code of users runs."""
 
     def __init__(
         self,
         target: Target,
         pool: Pool,
+        judge_pool: Pool,
         *,
         mode: Mode,
         roles: Iterable[str],
@@ -37,7 +38,7 @@ class Feed:
         timeout_s: float,
     ) -> None:
         catalog = Catalog(pool, roles)
-        judge = Judge(pool)
+        judge = Judge(judge_pool)
         quarantine = Quarantine()
         self._subscriptions = Subscriptions()
         self._sources = Sources(target, pool, catalog, self._subscriptions, mode=mode, timeout_s=timeout_s)

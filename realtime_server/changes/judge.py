@@ -31,6 +31,8 @@ LIMIT_ALONE_S: Final = 0.25
 LIMIT_ALL_ALONE_S: Final = 5.0
 # Clients choose what is checked and matched, so it may take less time than policies.
 LIMIT_FILTERS_S: Final = 1.0
+# Of one large row, for all clients.
+LIMIT_LARGE_S: Final = 1.0
 TOO_LONG: Final = "57014: it took too long"
 
 log = structlog.get_logger()
@@ -58,8 +60,15 @@ class TookTooLong(Rejected):
     """It may be the filter, or the database at this moment."""
 
 
+class Question(NamedTuple):
+    """A condition, and the images that it is to be evaluated on; None: on all."""
+
+    condition: Condition
+    images: tuple[int, ...] | None = None
+
+
 class Matches(NamedTuple):
-    """`found`: pairs of an image and a condition that it satisfies. `problems`: conditions that could not be evaluated, and why."""
+    """`found`: pairs of an image and a question whose condition it satisfies. `problems`: questions that could not be answered, and why."""
 
     found: frozenset[tuple[int, int]]
     problems: dict[int, str]
@@ -104,34 +113,34 @@ class Judge:
                 answers[number] = frozenset(text for text in texts or () if text is not None)
         return answers
 
-    async def match(self, table: Table, role: str, images: bytes, conditions: Sequence[Condition]) -> Matches:
-        """Which images satisfy which conditions, by PostgreSQL's own comparison."""
+    async def match(self, table: Table, role: str, images: bytes, questions: Sequence[Question]) -> Matches:
+        """Which of its images satisfy each condition, by PostgreSQL's own comparison."""
         found: set[tuple[int, int]] = set()
         problems: dict[int, str] = {}
         size = max(FEWEST_CONDITIONS_AT_ONCE, BYTES_MATCHED_AT_ONCE // len(images))
-        for start in range(0, len(conditions), size):
-            matches = await self._match(table, role, images, conditions[start : start + size])
+        for start in range(0, len(questions), size):
+            matches = await self._match(table, role, images, questions[start : start + size])
             found.update((image, start + number) for image, number in matches.found)
             problems |= {start + number: problem for number, problem in matches.problems.items()}
         return Matches(frozenset(found), problems)
 
-    async def _match(self, table: Table, role: str, images: bytes, conditions: Sequence[Condition]) -> Matches:
-        async def ask(some: Sequence[Condition], limit_s: float) -> list[tuple[Any, ...]]:
+    async def _match(self, table: Table, role: str, images: bytes, questions: Sequence[Question]) -> Matches:
+        async def ask(some: Sequence[Question], limit_s: float) -> list[tuple[Any, ...]]:
             return await self._ask(
                 "select image, condition from realtime.match_changes(%s, %s, %s::jsonb, %s::jsonb)",
                 table.relation,
                 role,
                 images,
-                _json(some),
+                _json([question.condition for question in some], [question.images for question in some]),
                 limit_s=limit_s,
             )
 
         try:
-            return Matches(frozenset(await ask(conditions, LIMIT_FILTERS_S)), {})
+            return Matches(frozenset(await ask(questions, LIMIT_FILTERS_S)), {})
         except (QueryCanceled, database.Error) as error:
             await self._blame(table, images, error)
         # One expensive pattern, one value that its operator refuses: the others are asked without it.
-        answers = await _each_alone(conditions, lambda one: ask([one], LIMIT_ALONE_S))
+        answers = await _each_alone(questions, lambda one: ask([one], LIMIT_ALONE_S))
         return Matches(
             frozenset(
                 (image, number) for number, rows in enumerate(answers) if not isinstance(rows, str) for image, _ in rows
@@ -151,6 +160,15 @@ class Judge:
                 for answer in answers:
                     sights += [Sight(frozenset(), problem=answer)] if isinstance(answer, str) else answer
         return sights
+
+    async def see_large(
+        self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
+    ) -> list[Sight]:
+        """The same of rows that may take long by themselves. In `LIMIT_LARGE_S`, or nobody is answered."""
+        try:
+            return await self._see(table, images, wanted, LIMIT_LARGE_S)
+        except (QueryCanceled, database.Error) as error:
+            return [Sight(frozenset(), problem=_problem(error))] * len(wanted)
 
     async def _see(
         self,
@@ -173,7 +191,12 @@ class Judge:
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
         """The images as `to_jsonb` writes them. Raises: QueryCanceled."""
-        rows = await self._ask("select realtime.render_changes(%s, %s::jsonb)", table.relation, images)
+        rows = await self._ask(
+            "select (select jsonb_object_agg(v.key, v.value::text)::text from jsonb_each(image::jsonb) as v)"
+            " from realtime.render_changes(%s, %s::jsonb) as image",
+            table.relation,
+            images,
+        )
         return [_image(text) for (text,) in rows]
 
     async def complete(self, table: Table, images: bytes) -> list[Image]:
@@ -228,17 +251,25 @@ async def _each_alone(questions: Sequence[Q], ask: Callable[[Q], Awaitable[A]]) 
     return answers
 
 
-def _json(conditions: Sequence[Condition]) -> str:
+def _json(conditions: Sequence[Condition], images: Sequence[tuple[int, ...] | None] | None = None) -> str:
     return msgspec.json.encode(
         [
-            {"column": one.column, "operator": one.operator, "is_negated": one.is_negated, "value": one.value}
-            for one in conditions
+            {
+                "column": one.column,
+                "operator": one.operator,
+                "is_negated": one.is_negated,
+                "value": one.value,
+                "images": None if images is None else images[number],
+            }
+            for number, one in enumerate(conditions)
         ]
     ).decode()
 
 
 def _image(text: str) -> Image:
-    return msgspec.json.decode(text, type=Image)
+    """From the texts of its values, however deep these are nested."""
+    values = msgspec.json.decode(text, type=dict[str, str])
+    return {name: msgspec.Raw(value.encode()) for name, value in values.items()}
 
 
 def _problem(error: Exception) -> str:

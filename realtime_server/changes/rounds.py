@@ -1,20 +1,37 @@
-"""One table's share of a piece of changes: who is to be told what of each."""
+"""One table's share of a piece of changes: who is to be told what of each.
+
+**Visibility comes before filters.** For those whom row-level security binds, a condition is evaluated only on images that they may see, so
+that neither an error nor the time that it takes tells of hidden rows. Candidates are narrowed beforehand by the index of `Subscriptions`
+alone: equality of texts, which is leakproof in PostgreSQL's sense. Those whom nothing binds are asked about their filters only.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
+import structlog
 
+from realtime_server import database
 from realtime_server.changes.catalog import Table
 from realtime_server.changes.change import Action, Change, Image
-from realtime_server.changes.judge import BLIND, Identity, Judge, Sight
+from realtime_server.changes.judge import Identity, Judge, Question
 from realtime_server.changes.payload import NO_KEY, UNAUTHORIZED, View
 from realtime_server.changes.subscriptions import Entry, Subscriptions
+from realtime_server.errors import QueryCanceled
 from realtime_server.protocol.filters import Condition
+
+# What policies read of a row: above the first bound it is judged apart, and above the second not at all.
+LARGE_IMAGE_BYTES: Final = 1_048_576
+MOST_JUDGED_BYTES: Final = 16 * 1_048_576
+# Changes that cannot be rendered are found one by one, in so much time together.
+LIMIT_RENDERING_S: Final = 5.0
+
+log = structlog.get_logger()
 
 
 class Outdated(Exception):
@@ -24,11 +41,13 @@ class Outdated(Exception):
 @dataclass(slots=True, eq=False)
 class Picture:
     """A row as it was. `told` is what clients may be told of it; `known` what it is judged by, which is more where an UPDATE left large
-    values alone. Not `is_whole`: only the replica identity is known, and nobody can judge it."""
+    values alone. Not `is_whole`: only the replica identity is known, and nobody can judge it. Not `is_judgeable`: it lacks a column that
+    policies read, or has too much of it."""
 
     told: Image
     known: Image
     is_whole: bool
+    is_judgeable: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -68,13 +87,22 @@ class _Wish:
     image: Image
     is_leaving: bool = False
     is_told: bool = True
+    is_fulfilled: bool = False
+
+    @property
+    def picture(self) -> Picture:
+        """The row that the filter looks at."""
+        picture = self.verdict.old if self.is_leaving else self.verdict.new or self.verdict.old
+        assert picture is not None, "a change has a row"
+        return picture
 
 
 class Round:
     """`is_captured`: the changes come from triggers, which know nothing of the publication's row filters and column lists.
 
     `left_out`: identities that are not to be asked about. `strict_deletes`: where the deleted row is not known, and so nobody can say who
-    saw it, those whom row-level security binds are not even told its key.
+    saw it, those whom row-level security binds are not even told its key. `is_last_try`: changes that cannot be rendered are told as
+    missing.
 
     Afterwards, `judged` are the identities that policies were asked about; `unjudged` those among them for whom they could not be
     evaluated, and `unmatched` entries whose filter could not, each with the reason. `missed` are entries to be told of a gap: for their
@@ -90,6 +118,7 @@ class Round:
         is_captured: bool,
         strict_deletes: bool,
         left_out: Collection[Identity],
+        is_last_try: bool,
     ) -> None:
         self._judge = judge
         self._subscriptions = subscriptions
@@ -97,6 +126,8 @@ class Round:
         self._is_captured = is_captured
         self._strict_deletes = strict_deletes
         self._left_out = left_out
+        self._is_last_try = is_last_try
+        self._seen: dict[Identity, set[int]] = defaultdict(set)
         self.judged: set[Identity] = set()
         self.unjudged: dict[Identity, str] = {}
         self.unmatched: dict[Entry, str] = {}
@@ -107,14 +138,14 @@ class Round:
         verdicts = [self._verdict(change) for change in changes]
         if self._is_captured and self._table.row_filter is not None:
             verdicts = await self._filter_rows(verdicts)
-        if self._table.generated:
-            # Filters may read them.
-            await self._complete(verdicts)
+        await self._complete(verdicts)
+        self._miss_unknown(verdicts)
         wishes = self._wishes(verdicts)
         if wishes:
-            if not self._table.generated:
-                await self._complete(verdicts)
-            await self._see(await self._match(wishes))
+            await self._see(wishes)
+            for wish in await self._match([wish for wish in wishes if self._may_match(wish)]):
+                wish.is_fulfilled = True
+            self._decide(wishes)
         await self._render([verdict for verdict in verdicts if verdict.told])
         return verdicts
 
@@ -177,9 +208,16 @@ class Round:
             if new is None:
                 assert old is not None, "a change without a new row has an old one"
                 image = {name: value for name, value in old.told.items() if name in self._table.identity}
-                for want, entries in wants(image):
-                    if want.event in ("*", action) and self._table.access_of(want.identity.role).columns:
-                        wishes.append(_Wish(verdict, want, entries, image))
+                # A row that nobody can judge tells those whom policies bind nothing but its key.
+                key = image if old.is_whole else {name: image[name] for name in image.keys() & self._table.key}
+                for is_bound, known_image in ((False, image), (True, key)):
+                    for want, entries in wants(known_image):
+                        if (
+                            self._is_bound(want.identity) is is_bound
+                            and want.event in ("*", action)
+                            and self._table.access_of(want.identity.role).columns
+                        ):
+                            wishes.append(_Wish(verdict, want, entries, known_image))
                 continue
             self._refuse(verdict)
             may_leave = action is Action.UPDATE and old is not None and old.is_whole
@@ -221,17 +259,19 @@ class Round:
         """Find out generated columns, and what the log leaves out: columns that are not published, large values that an UPDATE left alone.
         Those are not told, but policies may read them."""
         names, generated = self._table.all_names, self._table.generated
-        album = Album()
+        needed = names if self._table.has_generated else self._table.policy_columns
         lacking = [
             picture
             for verdict in verdicts
             for picture in _pictures(verdict)
             # To a trigger, virtual columns are null.
             if picture.is_whole
-            and (len(picture.known) < len(names) or (self._table.has_generated and self._is_captured))
+            and (not needed <= picture.known.keys() or (self._table.has_generated and self._is_captured))
+            and _size(picture.known, names) <= MOST_JUDGED_BYTES
         ]
         if not lacking:
             return
+        album = Album()
         for picture in lacking:
             album.add(picture.known)
         known = await self._judge.complete(self._table, album.json())
@@ -239,84 +279,151 @@ class Round:
             picture.known = {name: value for name, value in known[number].items() if name in names}
             picture.told |= {name: value for name, value in picture.known.items() if name in generated}
 
+    def _miss_unknown(self, verdicts: Iterable[Verdict]) -> None:
+        """Tell of a gap where policies read what is not known, whatever the filters say: to compare would be to tell of the row. What is
+        too large to be judged is nobody's fault, and is told of to nobody."""
+        columns = self._table.policy_columns
+        for verdict in verdicts:
+            for picture in _pictures(verdict):
+                if not picture.is_whole:
+                    continue
+                is_known = columns <= picture.known.keys()
+                is_too_large = _size(picture.known, columns) > MOST_JUDGED_BYTES
+                picture.is_judgeable = is_known and not is_too_large
+                if is_too_large:
+                    log.warning("a row is too large to be judged", table=str(self._table))
+                elif not is_known and self._table.has_row_security:
+                    self._miss(verdict, is_leaving=picture is verdict.old and verdict.new is not None)
+
+    def _miss(self, verdict: Verdict, *, is_leaving: bool) -> None:
+        for entry in self._subscriptions.of_table(self._table.relation):
+            identity, binding = Identity.of(entry.claims), entry.binding
+            is_wanted = binding.event in ("*", Action.DELETE if is_leaving else verdict.action)
+            if (
+                is_wanted
+                and (binding.leaves or not is_leaving)
+                and self._is_bound(identity)
+                and identity not in self._left_out
+                and self._may_read_filter(entry)
+                and self._may_read_key(identity.role)
+                and not entry.registration.is_past(verdict.change.xid)
+            ):
+                self.missed.add(entry)
+
+    # -- who may see it
+
+    async def _see(self, wishes: list[_Wish]) -> None:
+        """Ask policies once for each role and claims."""
+        usual = Album(self._table.policy_columns)
+        large: dict[int, tuple[Picture, list[Identity]]] = {}
+        asked: dict[Identity, dict[int, Picture]] = defaultdict(dict)
+        for wish in wishes:
+            identity = wish.want.identity
+            if self._is_bound(identity) and identity not in self._left_out:
+                for picture in _pictures(wish.verdict):
+                    if picture.is_whole and picture.is_judgeable:
+                        asked[identity][id(picture)] = picture
+        wanted: dict[Identity, dict[int, Picture]] = defaultdict(dict)
+        for identity, pictures in asked.items():
+            for picture in pictures.values():
+                if _size(picture.known, self._table.policy_columns) > LARGE_IMAGE_BYTES:
+                    large.setdefault(id(picture), (picture, []))[1].append(identity)
+                else:
+                    wanted[identity][usual.add(picture.known)] = picture
+        questions = list(wanted.items())
+        if questions:
+            sights = await self._judge.see(self._table, usual.json(), questions)
+            for (identity, numbered), sight in zip(questions, sights, strict=True):
+                self._seen[identity].update(id(numbered[number]) for number in sight.images)
+                self.judged.add(identity)
+                if sight.problem is not None:
+                    self.unjudged[identity] = sight.problem
+                if sight.unknown:
+                    self._note_unknown(wishes, identity, {id(numbered[number]) for number in sight.unknown})
+        for picture, identities in large.values():
+            await self._see_large(picture, identities)
+
+    async def _see_large(self, picture: Picture, identities: list[Identity]) -> None:
+        """What is asked about a large row costs it alone: who cannot be answered is not told of it, and is judged as before."""
+        album = Album(self._table.policy_columns)
+        number = album.add(picture.known)
+        for identity, sight in zip(
+            identities,
+            await self._judge.see_large(self._table, album.json(), [(identity, (number,)) for identity in identities]),
+            strict=True,
+        ):
+            if number in sight.images:
+                self._seen[identity].add(id(picture))
+            elif sight.problem is not None:
+                log.warning("a large row was not judged", table=str(self._table), problem=sight.problem[:5])
+
+    def _note_unknown(self, wishes: Iterable[_Wish], identity: Identity, pictures: Collection[int]) -> None:
+        """A domain turned out to refuse null."""
+        for wish in wishes:
+            if wish.want.identity == identity and id(wish.picture) in pictures:
+                self.missed.update(_present(wish))
+
+    def _sees(self, wish: _Wish, picture: Picture | None) -> bool:
+        if picture is None or not self._is_bound(wish.want.identity):
+            return picture is not None
+        return id(picture) in self._seen[wish.want.identity]
+
     # -- whether it fits
 
+    def _may_match(self, wish: _Wish) -> bool:
+        return self._sees(wish, wish.picture) or (wish.verdict.new is None and self._is_told_of_unknown(wish))
+
     async def _match(self, wishes: list[_Wish]) -> list[_Wish]:
-        """Those wishes whose conditions are fulfilled."""
+        """Those wishes whose conditions are fulfilled. Each condition is evaluated on the images of those who may see them."""
         by_role = defaultdict(list)
         for wish in wishes:
             if wish.want.rest:
                 by_role[wish.want.identity.role].append(wish)
         unfulfilled: set[_Wish] = set()
         for role, asked in by_role.items():
-            album = Album()
+            album = Album({condition.column for wish in asked for condition in wish.want.rest})
+            images: dict[tuple[Identity, Condition], set[int]] = defaultdict(set)
             for wish in asked:
-                album.add(wish.image)
-            conditions = list(dict.fromkeys(condition for wish in asked for condition in wish.want.rest))
-            numbers = {condition: number for number, condition in enumerate(conditions)}
-            matches = await self._judge.match(self._table, role, album.json(), conditions)
+                number = album.add(wish.image)
+                for condition in wish.want.rest:
+                    images[wish.want.identity, condition].add(number)
+            questions = {
+                key: Question(key[1], tuple(sorted(numbers)) if len(numbers) < len(album) else None)
+                for key, numbers in images.items()
+            }
+            numbers = {question: number for number, question in enumerate(dict.fromkeys(questions.values()))}
+            matches = await self._judge.match(self._table, role, album.json(), list(numbers))
             for wish in asked:
                 image = album.number_of(wish.image)
-                if not all((image, numbers[condition]) in matches.found for condition in wish.want.rest):
+                own = [numbers[questions[wish.want.identity, condition]] for condition in wish.want.rest]
+                if not all((image, number) in matches.found for number in own):
                     unfulfilled.add(wish)
-                for number, problem in matches.problems.items():
-                    if conditions[number] in wish.want.rest:
-                        self.unmatched |= dict.fromkeys(wish.entries, problem)
+                for number in own:
+                    if number in matches.problems:
+                        self.unmatched |= dict.fromkeys(wish.entries, matches.problems[number])
         return [wish for wish in wishes if wish not in unfulfilled]
 
-    # -- who may see it
+    # -- what each is told
 
-    async def _see(self, wishes: list[_Wish]) -> None:
-        """Ask policies once for each role and claims, and note what each is told."""
-        album = Album()
-        wanted: dict[Identity, set[int]] = defaultdict(set)
-        for wish in wishes:
-            identity = wish.want.identity
-            if self._is_bound(identity) and identity not in self._left_out:
-                for picture in _pictures(wish.verdict):
-                    if picture.is_whole:
-                        wanted[identity].add(album.add(picture.known))
-        questions = list(wanted.items())
-        seen: dict[Identity, Sight] = {}
-        if questions:
-            sights = await self._judge.see(self._table, album.json(), questions)
-            for (identity, _), sight in zip(questions, sights, strict=True):
-                seen[identity] = sight
-                self.judged.add(identity)
-                if sight.problem is not None:
-                    self.unjudged[identity] = sight.problem
-
-        def sees(wish: _Wish, picture: Picture | None) -> bool:
-            if picture is None or not self._is_bound(wish.want.identity):
-                return picture is not None
-            return picture.is_whole and album.number_of(picture.known) in seen.get(wish.want.identity, BLIND).images
-
-        def is_unknown(wish: _Wish) -> bool:
-            decisive = wish.verdict.new or wish.verdict.old
-            asked = _pictures(wish.verdict) if wish.is_leaving else [decisive] if decisive else []
-            unknown = seen.get(wish.want.identity, BLIND).unknown
-            return any(album.number_of(picture.known) in unknown for picture in asked)
-
+    def _decide(self, wishes: list[_Wish]) -> None:
         # Leaving comes after staying: who still has the row is not told that it is gone.
         staying: dict[Verdict, set[Entry]] = {wish.verdict: set() for wish in wishes if wish.is_leaving}
         for wish in sorted(wishes, key=lambda wish: wish.is_leaving):
             verdict = wish.verdict
-            if is_unknown(wish):
-                self.missed.update(_present(wish))
-            elif wish.is_leaving:
-                if sees(wish, verdict.old):
-                    self._tell(wish, Action.DELETE, self._table.key, but=staying[verdict])
+            if not wish.is_fulfilled:
+                continue
+            if wish.is_leaving:
+                self._tell(wish, Action.DELETE, self._table.key, but=staying[verdict])
             elif verdict.new is None:
-                if sees(wish, verdict.old) or self._is_told_of_unknown(wish):
-                    self._tell(
-                        wish, Action.DELETE, self._table.key if self._table.has_row_security else self._table.identity
-                    )
-            elif sees(wish, verdict.new):
+                self._tell(
+                    wish, Action.DELETE, self._table.key if self._table.has_row_security else self._table.identity
+                )
+            else:
                 if verdict in staying:
                     staying[verdict].update(wish.entries)
                 if wish.is_told:
                     # Who sees the row now may not have seen it before.
-                    is_known = sees(wish, verdict.old)
+                    is_known = self._sees(wish, verdict.old)
                     self._tell(wish, verdict.action, self._table.identity if is_known else self._table.key)
 
     def _is_told_of_unknown(self, wish: _Wish) -> bool:
@@ -343,8 +450,26 @@ class Round:
     # -- how it looks
 
     async def _render(self, verdicts: list[Verdict]) -> None:
-        """Put what is told as `to_jsonb` writes it."""
-        pictures = [picture for verdict in verdicts for picture in _pictures(verdict)]
+        """Put what is told as `to_jsonb` writes it. Where that cannot be done, those who were to be told are told of a gap."""
+        try:
+            await self._render_together(verdicts)
+        except (QueryCanceled, database.Error):
+            if not self._is_last_try:
+                raise
+            ends_at = time.monotonic() + LIMIT_RENDERING_S
+            for verdict in verdicts:
+                try:
+                    if time.monotonic() > ends_at:
+                        raise QueryCanceled from None
+                    await self._render_together([verdict])
+                except (QueryCanceled, database.Error):
+                    self.missed.update(
+                        entry for view, entries in verdict.told if view.error is None for entry in entries
+                    )
+                    verdict.told = [(view, entries) for view, entries in verdict.told if view.error is not None]
+
+    async def _render_together(self, verdicts: Sequence[Verdict]) -> None:
+        pictures = [picture for verdict in verdicts if _is_shown(verdict) for picture in _pictures(verdict)]
         if not pictures:
             return
         album = Album()
@@ -356,9 +481,10 @@ class Round:
 
 
 class Album:
-    """Images that are sent to the database together, each once, numbered from 0."""
+    """Images that are sent to the database together, each once, numbered from 0; only these `columns` of them, if they are given."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Collection[str] | None = None) -> None:
+        self._columns = columns
         # Dictionaries cannot be keys; these live as long as the album.
         self._numbers: dict[int, int] = {}
         self._images: list[Image] = []
@@ -369,11 +495,18 @@ class Album:
             self._images.append(image)
         return number
 
+    def __len__(self) -> int:
+        return len(self._images)
+
     def number_of(self, image: Image) -> int:
         return self._numbers.get(id(image), -1)
 
     def json(self) -> bytes:
-        return msgspec.json.encode(self._images)
+        if self._columns is None:
+            return msgspec.json.encode(self._images)
+        return msgspec.json.encode(
+            [{name: value for name, value in image.items() if name in self._columns} for image in self._images]
+        )
 
 
 def _present(wish: _Wish) -> list[Entry]:
@@ -383,3 +516,13 @@ def _present(wish: _Wish) -> list[Entry]:
 
 def _pictures(verdict: Verdict) -> Iterable[Picture]:
     return [picture for picture in (verdict.new, verdict.old) if picture is not None]
+
+
+def _is_shown(verdict: Verdict) -> bool:
+    """Whether anybody is told values."""
+    return any(view.error is None for view, _ in verdict.told)
+
+
+def _size(image: Image, columns: Collection[str]) -> int:
+    """Bytes of these columns, as they are sent."""
+    return sum(len(bytes(value)) for name, value in image.items() if name in columns)

@@ -22,7 +22,7 @@ from psycopg import sql
 from realtime_server.changes import judge
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.change import Image, Row, image_of, text_of
-from realtime_server.changes.judge import Judge, Rejected
+from realtime_server.changes.judge import Judge, Question, Rejected
 from realtime_server.changes.trigger import captured_row
 from realtime_server.database import Pool, Target
 from realtime_server.protocol.filters import Condition, Operator
@@ -382,7 +382,9 @@ async def test_filter_gives_the_answer_of_postgresql(
                 assert None in answers or raises_for_another_row(things.db, condition, kind), f"refused: {condition}"
     accepted = [condition for condition in expected if texts[condition] != "refused"]
     for form, images in forms.items():
-        matches = await things.judge.match(things.table, ROLE, msgspec.json.encode(images), accepted)
+        matches = await things.judge.match(
+            things.table, ROLE, msgspec.json.encode(images), list(map(Question, accepted))
+        )
         for at, condition in enumerate(accepted):
             found = [(number, at) in matches.found for number in range(len(rows))]
             event(f"{condition.operator}{' matched' * any(found)}")
@@ -410,7 +412,7 @@ async def test_column_that_is_absent_satisfies_nothing_and_one_that_is_null_only
         if operator not in (Operator.LIKE, Operator.ILIKE, Operator.MATCH, Operator.IMATCH)
     ]
     images = b'[{"small": "1"}, {"whole": null}, {"whole": "1"}]'
-    matches = await things.judge.match(things.table, ROLE, images, conditions)
+    matches = await things.judge.match(things.table, ROLE, images, list(map(Question, conditions)))
     satisfied = [
         {(conditions[at].operator, conditions[at].is_negated) for number, at in matches.found if number == image}
         for image in range(3)
@@ -433,7 +435,7 @@ async def test_condition_that_postgresql_cannot_answer_hides_no_other(things: Th
     # What was accepted when a column was of another type gets here nevertheless.
     assert [await texts_for(things, one) == "refused" for one in conditions] == [False, True, True, False]
     images = b'[{"words": "ab", "whole": "1", "places": "{\\"(0,0)\\"}"}, {"words": "b", "whole": "0", "places": null}]'
-    matches = await things.judge.match(things.table, ROLE, images, conditions)
+    matches = await things.judge.match(things.table, ROLE, images, list(map(Question, conditions)))
     assert matches.found == {(0, 0), (0, 3)}
     assert set(matches.problems) == {1, 2}
 
@@ -444,7 +446,7 @@ async def test_conditions_are_not_to_blame_for_being_many(things: Things, monkey
     monkeypatch.setattr(judge, "BYTES_MATCHED_AT_ONCE", 0)
     conditions = [Condition("words", Operator.ILIKE, False, f"%many {number}") for number in range(1000)]
     images = [{"words": "lorem ipsum " * 40}] * 499 + [{"words": "Many 999"}]
-    matches = await things.judge.match(things.table, ROLE, msgspec.json.encode(images), conditions)
+    matches = await things.judge.match(things.table, ROLE, msgspec.json.encode(images), list(map(Question, conditions)))
     assert matches.problems == {}
     assert matches.found == {(499, 999)}
 

@@ -21,7 +21,7 @@ class Slow:
         await gate.wait()
         if "table_marks" in query:
             return [(1, name)]
-        return [(1, "public", name, False, False, None, False, ["INSERT"], [], {})]
+        return [(1, "public", name, False, False, None, False, ["INSERT"], [], {}, [])]
 
 
 async def test_a_late_answer_does_not_take_back_a_newer_one() -> None:

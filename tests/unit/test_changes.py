@@ -52,6 +52,7 @@ TABLE = Table(
     columns=(column("id", "int8", is_key=True), column("title"), column("raw", "bytea", is_bytea=True)),
     unpublished=(),
     access={"authenticated": Access(ALL, False)},
+    policy_columns=frozenset(),
 )
 
 

@@ -35,6 +35,7 @@ TABLE = Table(
     columns=(Column("id", "int8", False, False, True, True, False, True),),
     unpublished=(),
     access={"anon": Access(frozenset({"id"}), False)},
+    policy_columns=frozenset(),
 )
 CLAIMS = Claims(role="anon", subject=None, expires_at=0, json="{}")
 BINDING = Binding("*", "public", "todos")

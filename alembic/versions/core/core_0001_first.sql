@@ -1672,6 +1672,27 @@ as $$
 $$;
 comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
 
+create or replace function realtime.is_inert(type oid)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive part as (
+        select t.oid, t.typtype, t.typelem from pg_type as t where t.oid = is_inert.type
+        union all
+        select t.oid, t.typtype, t.typelem from pg_type as t join part on t.oid = part.typelem and part.oid >= 16384
+    )
+    select bool_and(part.oid < 16384 or part.typtype = 'e' or part.typelem <> 0)
+        and not exists (
+            select from pg_cast as c where c.castsource in (select part.oid from part) and c.casttarget = 114 and c.oid >= 16384
+        )
+    from part
+$$;
+comment on function realtime.is_inert(oid) is
+    'Whether values of a type are read, compared and written by PostgreSQL alone: built-in types, enums and arrays of both. For other types functions of users may be called.';
+revoke all on function realtime.is_inert(oid) from public;
+
 create or replace function realtime.declared_type(relation oid, attnum smallint)
 returns text
 language sql
@@ -1694,11 +1715,11 @@ comment on function realtime.declared_type(oid, smallint) is
 revoke all on function realtime.declared_type(oid, smallint) from public;
 
 -- A row of which only some columns are known is none of its table, where a domain among the others does not allow null.
-create or replace function realtime.populated(relation oid, image text)
+create or replace function realtime.populated(relation oid, image text, only_key boolean default false)
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
     select pg_catalog.format(
         '(select %s from pg_catalog.jsonb_to_record(%s) as image (%s)) as row',
@@ -1718,10 +1739,16 @@ as $$
     cross join lateral (
         select base, pg_catalog.format_type(base, -1) as type from realtime.base_type(t.oid) as base
     ) as known
-    where a.attrelid = populated.relation and a.attnum > 0 and not a.attisdropped
+    where a.attrelid = populated.relation
+        and a.attnum > 0
+        and not a.attisdropped
+        and (
+            not only_key
+            or exists (select from pg_catalog.pg_index as i where i.indrelid = a.attrelid and i.indisprimary and a.attnum = any (i.indkey::int2[]))
+        )
 $$;
-comment on function realtime.populated(oid, text) is 'A lateral item for FROM: "row", of a table''s columns, from an expression that is an image. Columns that are absent become null.';
-revoke all on function realtime.populated(oid, text) from public;
+comment on function realtime.populated(oid, text, boolean) is 'A lateral item for FROM: "row", of a table''s columns or those of its primary key, from an expression that is an image. Columns that are absent become null.';
+revoke all on function realtime.populated(oid, text, boolean) from public;
 
 -- Only by its text does a whole row become one of its table's type, which policies may ask for, with each value read as it was written.
 create or replace function realtime.row_texts(relation oid, images jsonb)
@@ -1758,6 +1785,79 @@ $$;
 comment on function realtime.written(anyelement) is 'The text that the type of a value writes for it, which a cast to text is not always.';
 revoke all on function realtime.written(anyelement) from public;
 
+-- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given. And no row can be made
+-- without a value that its domain insists on.
+create or replace function realtime.policy_columns(relation oid)
+returns text[]
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array(
+        select a.attname::text
+        from pg_attribute as a
+        where a.attrelid = policy_columns.relation
+            and a.attnum > 0
+            and not a.attisdropped
+            and (
+                exists (
+                    select
+                    from pg_policy as p
+                    where p.polrelid = a.attrelid
+                        and p.polcmd in ('r', '*')
+                        and (
+                            strpos(p.polqual::text, ' :varattno 0 ') > 0
+                            or exists (
+                                select
+                                from pg_depend as d
+                                where d.classid = 'pg_policy'::regclass
+                                    and d.objid = p.oid
+                                    and d.refclassid = 'pg_class'::regclass
+                                    and d.refobjid = a.attrelid
+                                    and d.refobjsubid = a.attnum
+                            )
+                        )
+                )
+                or exists (
+                    with recursive domain as (
+                        select t.typnotnull, t.typbasetype from pg_type as t where t.oid = a.atttypid and t.typtype = 'd'
+                        union all
+                        select t.typnotnull, t.typbasetype from pg_type as t join domain on t.oid = domain.typbasetype and t.typtype = 'd'
+                    )
+                    select from domain where domain.typnotnull
+                )
+            )
+    )
+$$;
+comment on function realtime.policy_columns(oid) is
+    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
+revoke all on function realtime.policy_columns(oid) from public;
+
+create or replace function realtime.checked_columns(relation oid)
+returns text[]
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array(
+        select a.attname::text
+        from pg_attribute as a
+        where a.attrelid = checked_columns.relation
+            and a.attnum > 0
+            and not a.attisdropped
+            and exists (
+                with recursive domain as (
+                    select t.oid, t.typbasetype from pg_type as t where t.oid = a.atttypid and t.typtype = 'd'
+                    union all
+                    select t.oid, t.typbasetype from pg_type as t join domain on t.oid = domain.typbasetype and t.typtype = 'd'
+                )
+                select from domain join pg_constraint as c on c.contypid = domain.oid
+            )
+    )
+$$;
+comment on function realtime.checked_columns(oid) is 'The columns of a table whose domain has a constraint, which may or may not allow null.';
+revoke all on function realtime.checked_columns(oid) from public;
+
 create or replace function realtime.published_tables(roles text[])
 returns table (
     relation oid,
@@ -1769,7 +1869,8 @@ returns table (
     is_captured boolean,
     events text[],
     columns jsonb,
-    access jsonb
+    access jsonb,
+    policy_columns text[]
 )
 language sql
 stable
@@ -1905,7 +2006,8 @@ as $$
             )
             from pg_roles as r
             where r.rolname = any (roles)
-        )
+        ),
+        realtime.policy_columns(published.oid) || realtime.checked_columns(published.oid)
     from published
     cross join pg_publication as publication
     left join identity on identity.oid = published.oid
@@ -1933,6 +2035,8 @@ as $$
             (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
             (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m),
             p.xmin,
+            (select string_agg(concat_ws(':', q.oid, q.xmin), ',' order by q.oid) from pg_policy as q where q.polrelid = c.oid),
+            (select string_agg(r.oid::text, ',' order by r.oid) from pg_roles as r where r.rolsuper or r.rolbypassrls),
             -- What is put into the publication, or anew with another row filter, has the highest oid.
             (
                 select concat_ws(',', count(*), max(d.objid))
@@ -1945,7 +2049,7 @@ as $$
     left join pg_publication as p on p.pubname = 'supabase_realtime'
     where c.oid = any (table_marks.relations)
 $$;
-comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security, rights on it or what is in the publication have changed.';
+comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security and policies, rights on it, who bypasses row-level security or what is in the publication have changed.';
 revoke all on function realtime.table_marks(oid[]) from public;
 
 -- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
@@ -1969,7 +2073,129 @@ $$;
 comment on function realtime.take_identity(text, jsonb) is 'Go on as a client with this role and these claims, to the end of the transaction.';
 revoke all on function realtime.take_identity(text, jsonb) from public;
 
+-- -- code of users
+
+-- Policies, domains and generated columns call functions of users. A role that was only set could be reset by them, so they run inside a
+-- SECURITY DEFINER function that the client's role owns, where PostgreSQL refuses to set a role. Its body is parsed when it is made, by the
+-- server's role and under a path on which nobody can plant an operator; functions without a path of their own then run under the usual one.
+-- What they change is rolled back together with the function, which therefore never depends on anything.
+create or replace function realtime.make_guarded(
+    name text, role text, arguments text, result text, query text, expressions text[] default '{}'
+)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    -- Those of USING, IN, CASE, NULLIF, DISTINCT and ORDER BY are not named in the text of an expression.
+    c_operators constant text := ':(?:opnos?|eqop|sortop) (\(o [0-9 ]+\)|[0-9]+)';
+    v_operators text;
+    v_expression text;
+begin
+    execute format(
+        'create function pg_temp.%I(%s) returns %s language sql security definer set search_path = public, extensions, pg_temp'
+        ' begin atomic %s; end',
+        make_guarded.name, make_guarded.arguments, make_guarded.result, make_guarded.query
+    );
+    select string_agg(found.operator[1], ' ')
+    into v_operators
+    from pg_proc as p
+    cross join regexp_matches(p.prosqlbody::text, c_operators, 'g') as found (operator)
+    where p.oid = format('pg_temp.%I(%s)', make_guarded.name, make_guarded.arguments)::regprocedure;
+    foreach v_expression in array make_guarded.expressions loop
+        if strpos(
+            concat(' ', v_operators, ' '),
+            (
+                select concat(' ', string_agg(found.operator[1] || ' ', ''))
+                from regexp_matches(v_expression, c_operators, 'g') as found (operator)
+            )
+        ) = 0 then
+            raise exception using
+                errcode = 'feature_not_supported',
+                message = 'an expression has an operator outside of pg_catalog that its text does not name';
+        end if;
+    end loop;
+    execute format('grant execute on function pg_temp.%I(%s) to public', make_guarded.name, make_guarded.arguments);
+    execute format('alter function pg_temp.%I(%s) owner to %I', make_guarded.name, make_guarded.arguments, make_guarded.role);
+end
+$$;
+comment on function realtime.make_guarded(text, text, text, text, text, text[]) is
+    'Makes a function in pg_temp that runs a query as a role which the code it calls cannot leave. To be rolled back. expressions: node trees whose text is part of the query; raises if they are not parsed as they were.';
+revoke all on function realtime.make_guarded(text, text, text, text, text, text[]) from public;
+
+create or replace function realtime.ask_guarded(role text, query text, argument jsonb, expressions text[] default '{}')
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_answer jsonb;
+    v_is_done boolean := false;
+begin
+    begin
+        perform realtime.make_guarded('realtime_question', ask_guarded.role, 'jsonb', 'jsonb', ask_guarded.query, expressions);
+        perform realtime.take_identity(ask_guarded.role, '{}');
+        execute 'select pg_temp.realtime_question($1)' into v_answer using ask_guarded.argument;
+        v_is_done := true;
+        raise exception using errcode = 'RT000';
+    exception when others then
+        if not v_is_done then
+            raise;
+        end if;
+    end;
+    return v_answer;
+end
+$$;
+comment on function realtime.ask_guarded(text, text, jsonb, text[]) is
+    'The answer of a query on $1, run as a role that the code it calls cannot leave; nothing else of it remains.';
+revoke all on function realtime.ask_guarded(text, text, jsonb, text[]) from public;
+
 -- -- filters
+
+-- An operator of whoever made the type, or that of its operator class, which only a superuser can make. Others may be anybody's.
+create or replace function realtime.filter_operator(type oid, symbol text)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(
+        (
+            select format('operator(%I.%s)', n.nspname, o.oprname)
+            from pg_type as t
+            join pg_operator as o on o.oprowner = t.typowner and o.oprleft = t.oid
+            join pg_namespace as n on n.oid = o.oprnamespace
+            where t.oid = filter_operator.type and o.oprname = symbol and o.oprright in (t.oid, 25)
+            order by o.oprright = t.oid desc, o.oprnamespace = t.typnamespace desc, o.oid
+            limit 1
+        ),
+        (
+            select format('operator(%I.%s)', n.nspname, case when symbol = '<>' then negator.oprname else o.oprname end)
+            from pg_type as t
+            join pg_opclass as c
+                on c.opcintype = case
+                    when t.typtype = 'c' then 'record'::regtype
+                    when t.typtype = 'r' then 'anyrange'::regtype
+                    when t.typtype = 'm' then 'anymultirange'::regtype
+                    when t.typelem <> 0 then 'anyarray'::regtype
+                    else t.oid
+                end
+            join pg_am as a on a.oid = c.opcmethod and a.amname = 'btree'
+            join pg_amop as m on m.amopfamily = c.opcfamily and m.amoplefttype = c.opcintype and m.amoprighttype = c.opcintype
+            join pg_operator as o on o.oid = m.amopopr
+            join pg_namespace as n on n.oid = o.oprnamespace
+            left join pg_operator as negator on negator.oid = o.oprnegate
+            where t.oid = filter_operator.type
+                and c.opcdefault
+                and m.amopstrategy = array_position(array['<', '<=', '=', '>=', '>'], case symbol when '<>' then '=' else symbol end)
+        ),
+        format('operator(pg_catalog.%s)', symbol)
+    )
+$$;
+comment on function realtime.filter_operator(oid, text) is 'An operator on two values of a type, written so that no other one is found.';
+revoke all on function realtime.filter_operator(oid, text) from public;
 
 -- The comparison of one operator, between a column and "v", the value of the filter, which is of the column's type already.
 create or replace function realtime.comparison(operator text, is_negated boolean, value text)
@@ -2002,12 +2228,59 @@ end
 $$;
 comment on function realtime.comparison(text, boolean, text) is 'An operator of filters as SQL on x, the column, and v, the value; for "is" the value itself.';
 
--- As its role, because operators and types may be users' own. Each comparison is made once, of the column's type and collation and not with
--- null, because some can be written down but not made: those of arrays of points, patterns under nondeterministic collations.
+create or replace function realtime.type_comparison(type oid, operator text, is_negated boolean, value text)
+returns text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_operator text;
+    v_text text;
+begin
+    if operator = 'is' or realtime.is_inert(type_comparison.type) then
+        return realtime.comparison(operator, is_negated, value);
+    end if;
+    v_operator := realtime.filter_operator(
+        type_comparison.type,
+        '{
+            "eq": "=",
+            "neq": "<>",
+            "lt": "<",
+            "lte": "<=",
+            "gt": ">",
+            "gte": ">=",
+            "in": "=",
+            "like": "~~",
+            "ilike": "~~*",
+            "match": "~",
+            "imatch": "~*",
+            "isdistinct": "="
+        }'::jsonb ->> operator
+    );
+    v_text := case operator
+        when 'in' then format('x %s any (v)', v_operator)
+        when 'isdistinct' then format(
+            'case when x is not distinct from null or v is not distinct from null'
+            ' then x is distinct from null or v is distinct from null else not (x %s v) end',
+            v_operator
+        )
+        else format('x %s v', v_operator)
+    end;
+    return case when is_negated then 'not (' || v_text || ')' else v_text end;
+end
+$$;
+comment on function realtime.type_comparison(oid, text, boolean, text) is
+    'The same for values of a type that is no domain, with the operators that belong to the type.';
+revoke all on function realtime.type_comparison(oid, text, boolean, text) from public;
+
+-- Each comparison is made once, of the column's type and collation and not with null, because some can be written down but not made: those of
+-- arrays of points, patterns under nondeterministic collations.
 create or replace function realtime.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
 returns table (n integer, is_exact boolean, vals text[])
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -2018,49 +2291,52 @@ declare
     v_type text;
     v_base oid;
     v_collation text;
+    v_comparison text;
+    v_query text;
+    v_answer jsonb;
+    v_is_inert boolean;
     v_is_plain boolean;
     v_is_enum boolean;
-    v_count integer;
 begin
-    perform realtime.take_identity(check_filters.role, '{}');
     foreach v_column in array check_filters.columns loop
         if not exists (
             select
-            from pg_catalog.pg_attribute as a
+            from pg_attribute as a
             where a.attrelid = check_filters.relation
                 and a.attname = v_column
                 and a.attnum > 0
-                and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select')
+                and has_column_privilege(check_filters.role, a.attrelid, a.attnum, 'select')
         ) then
             raise exception 'invalid column for select %', v_column;
         end if;
     end loop;
     for v_condition, n in
-        select c.condition, c.number::integer - 1 from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
+        select c.condition, c.number::integer - 1 from jsonb_array_elements(conditions) with ordinality as c (condition, number)
     loop
         v_column := v_condition ->> 'column';
         v_operator := v_condition ->> 'operator';
         v_value := v_condition ->> 'value';
         v_type := null;
         select
-            pg_catalog.format_type(a.atttypid, -1),
+            format_type(a.atttypid, -1),
             realtime.base_type(a.atttypid),
+            realtime.is_inert(a.atttypid),
             t.typtype = 'e',
             coalesce(c.collisdeterministic, true),
-            case when c.oid is null then '' else pg_catalog.format(' collate %I.%I', n.nspname, c.collname) end
-        into v_type, v_base, v_is_enum, v_is_plain, v_collation
-        from pg_catalog.pg_attribute as a
-        join pg_catalog.pg_type as t on t.oid = a.atttypid
-        left join pg_catalog.pg_collation as c on c.oid = a.attcollation
-        left join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
+            case when c.oid is null then '' else format(' collate %I.%I', n.nspname, c.collname) end
+        into v_type, v_base, v_is_inert, v_is_enum, v_is_plain, v_collation
+        from pg_attribute as a
+        join pg_type as t on t.oid = a.atttypid
+        left join pg_collation as c on c.oid = a.attcollation
+        left join pg_namespace as n on n.oid = c.collnamespace
         where a.attrelid = check_filters.relation
             and a.attname = v_column
             and a.attnum > 0
-            and pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'select');
+            and has_column_privilege(check_filters.role, a.attrelid, a.attnum, 'select');
         if v_type is null then
             raise exception 'invalid column for filter %', v_column;
         end if;
-        -- Types of which two values are equal exactly if their texts are.
+        -- Types of which two values are equal exactly if their texts are, by operators that are leakproof.
         is_exact := not (v_condition ->> 'is_negated')::boolean
             and v_operator in ('eq', 'in')
             and v_is_plain
@@ -2072,36 +2348,53 @@ begin
             elsif v_value <> 'null' and v_base <> 16 then
                 raise exception 'is % filter requires a boolean column, got %', v_value, v_type;
             end if;
-        elsif v_operator = 'in' then
-            execute pg_catalog.format(
-                'select coalesce(array_agg(pg_catalog.format(''%%s'', item)) filter (where item is not null), ''{}''), count(*) from pg_catalog.unnest($1::%s[]) as item', v_type
-            ) into vals, v_count using v_value;
-            if v_count > 100 then
-                raise exception 'too many values for `in` filter. Maximum 100';
-            end if;
-            execute pg_catalog.format(
-                'select %s from (select $2::%s%s as x, $1::%s[] as v) as pair',
-                realtime.comparison(v_operator, false, null),
-                v_type,
-                v_collation,
-                v_type
-            ) using v_value, vals[1];
-        elsif v_operator in ('like', 'ilike', 'match', 'imatch') then
-            if v_operator in ('like', 'ilike') and (pg_catalog.length(v_value) - pg_catalog.length(pg_catalog.rtrim(v_value, '\'))) % 2 = 1 then
+            return next;
+            continue;
+        end if;
+        v_comparison := realtime.type_comparison(v_base, v_operator, false, null);
+        v_query := case
+            when v_operator = 'in' then format(
+                $q$
+                    select jsonb_build_object('count', items.count, 'vals', items.vals, 'is', (
+                        select %s from (select ($1 ->> 'value')::%s[] as v, (items.vals ->> 0)::%s%s as x) as pair
+                    ))
+                    from (
+                        select count(*) as count, coalesce(jsonb_agg(format('%%s', item)) filter (where item is not null), '[]') as vals
+                        from unnest(($1 ->> 'value')::%s[]) as item
+                    ) as items
+                $q$,
+                v_comparison, v_type, v_type, v_collation, v_type
+            )
+            when v_operator in ('like', 'ilike', 'match', 'imatch') then format(
+                -- Of a domain only the value that was given is known to be one.
+                $q$
+                    select jsonb_build_object('is', %s) from (select ($1 ->> 'value')::%s%s as x, ($1 ->> 'pattern')::%s as v) as pair
+                $q$,
+                v_comparison, format_type(v_base, -1), v_collation, v_type
+            )
+            else format(
+                $q$
+                    select jsonb_build_object('vals', jsonb_build_array(format('%%s', v)), 'is', %s)
+                    from (select ($1 ->> 'value')::%s%s as x, ($1 ->> 'value')::%s as v) as pair
+                $q$,
+                v_comparison, v_type, v_collation, v_type
+            )
+        end;
+        if v_operator in ('like', 'ilike', 'match', 'imatch') then
+            if v_operator in ('like', 'ilike') and (length(v_value) - length(rtrim(v_value, '\'))) % 2 = 1 then
                 -- PostgreSQL finds this out when it gets so far, which depends on the row.
                 raise exception using
                     errcode = 'invalid_escape_sequence',
                     message = 'LIKE pattern must not end with escape character';
             end if;
             begin
-                -- Of a domain only the value that was given is known to be one.
-                execute pg_catalog.format(
-                    'select %s from (select $2::%s%s as x, $1::%s as v) as pair',
-                    realtime.comparison(v_operator, false, null),
-                    pg_catalog.format_type(v_base, -1),
-                    v_collation,
-                    v_type
-                ) using v_value, '';
+                if v_is_inert then
+                    execute v_query into v_answer using jsonb_build_object('value', '', 'pattern', v_value);
+                else
+                    v_answer := realtime.ask_guarded(
+                        check_filters.role, v_query, jsonb_build_object('value', '', 'pattern', v_value)
+                    );
+                end if;
             exception
                 when undefined_function or ambiguous_function then
                     raise exception 'operator % requires a text-compatible column type, got %', v_operator, v_type;
@@ -2109,13 +2402,15 @@ begin
                     raise exception 'invalid regular expression for % filter: %', v_operator, sqlerrm;
             end;
         else
-            execute pg_catalog.format(
-                'select array[pg_catalog.format(''%%s'', v)], %s from (select $1::%s%s as x, $1::%s as v) as pair',
-                realtime.comparison(v_operator, false, null),
-                v_type,
-                v_collation,
-                v_type
-            ) into vals using v_value;
+            if v_is_inert then
+                execute v_query into v_answer using v_condition;
+            else
+                v_answer := realtime.ask_guarded(check_filters.role, v_query, v_condition);
+            end if;
+            if (v_answer ->> 'count')::bigint > 100 then
+                raise exception 'too many values for `in` filter. Maximum 100';
+            end if;
+            vals := array(select jsonb_array_elements_text(v_answer -> 'vals'));
         end if;
         return next;
     end loop;
@@ -2130,290 +2425,284 @@ create or replace function realtime.match_changes(relation oid, role text, image
 returns table (image integer, condition integer)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
     v_group record;
-    v_type text;
-    v_declared jsonb;
+    v_query text;
+    v_argument jsonb;
+    v_answer jsonb;
 begin
-    select pg_catalog.jsonb_object_agg(a.attname, realtime.declared_type(a.attrelid, a.attnum)) into v_declared
-    from pg_catalog.pg_attribute as a
-    where a.attrelid = match_changes.relation and a.attnum > 0 and not a.attisdropped;
-    perform realtime.take_identity(match_changes.role, '{}');
     for v_group in
         select
             c.condition ->> 'column' as column_name,
             c.condition ->> 'operator' as operator,
             (c.condition ->> 'is_negated')::boolean as is_negated,
             case when c.condition ->> 'operator' = 'is' then c.condition ->> 'value' end as keyword,
-            pg_catalog.array_agg(c.condition ->> 'value') as vals,
-            pg_catalog.array_agg(c.number::integer - 1) as numbers
-        from pg_catalog.jsonb_array_elements(conditions) with ordinality as c (condition, number)
-        group by 1, 2, 3, 4
+            jsonb_agg(c.condition ->> 'value') as vals,
+            jsonb_agg(c.number - 1) as numbers,
+            jsonb_agg(c.condition -> 'images') as images,
+            format_type(a.atttypid, -1) as type,
+            realtime.base_type(a.atttypid) as base,
+            realtime.is_inert(a.atttypid) as is_inert,
+            realtime.declared_type(a.attrelid, a.attnum) as declared
+        from jsonb_array_elements(conditions) with ordinality as c (condition, number)
+        join pg_attribute as a
+            on a.attrelid = match_changes.relation and a.attname = c.condition ->> 'column' and a.attnum > 0 and not a.attisdropped
+        group by 1, 2, 3, 4, a.attrelid, a.attnum, a.atttypid
     loop
-        select pg_catalog.format_type(a.atttypid, -1) into v_type
-        from pg_catalog.pg_attribute as a
-        where a.attrelid = match_changes.relation and a.attname = v_group.column_name and not a.attisdropped;
-        continue when not found;
-        return query execute pg_catalog.format(
+        v_query := format(
             $q$
                 with wanted as materialized (
-                    select w.number, w.value::%1$s%2$s as v
-                    from rows from (pg_catalog.unnest($2), pg_catalog.unnest($3)) as w (value, number)
+                    select
+                        ($1 -> 'numbers' -> (w.n::integer - 1))::integer as number,
+                        $1 -> 'wanted' -> (w.n::integer - 1) as images,
+                        w.value::%1$s%2$s as v
+                    from jsonb_array_elements_text($1 -> 'vals') with ordinality as w (value, n)
                 ),
                 found as materialized (
                     select i.n::integer - 1 as n, row.x::%6$s as x
-                    from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-                    cross join lateral pg_catalog.jsonb_to_record(pg_catalog.jsonb_build_object('x', i.image -> %3$L)) as row (x %4$s)
+                    from jsonb_array_elements($1 -> 'images') with ordinality as i (image, n)
+                    cross join lateral jsonb_to_record(jsonb_build_object('x', i.image -> %3$L)) as row (x %4$s)
                     where i.image ? %3$L
                 )
-                select found.n, wanted.number from found cross join wanted where %5$s
+                select coalesce(jsonb_agg(jsonb_build_array(asked.n, asked.number)), '[]')
+                from (
+                    select found.n, wanted.number, found.x, wanted.v
+                    from wanted
+                    cross join lateral jsonb_array_elements_text(case jsonb_typeof(wanted.images) when 'array' then wanted.images end) as image
+                    join found on found.n = image::integer
+                    where jsonb_typeof(wanted.images) = 'array'
+                    union all
+                    select found.n, wanted.number, found.x, wanted.v
+                    from wanted
+                    cross join found
+                    where jsonb_typeof(wanted.images) is distinct from 'array'
+                    offset 0
+                ) as asked
+                where %5$s
             $q$,
-            case when v_group.operator = 'is' then 'text' else v_type end,
+            case when v_group.operator = 'is' then 'text' else v_group.type end,
             case when v_group.operator = 'in' then '[]' else '' end,
             v_group.column_name,
-            v_declared ->> v_group.column_name,
-            realtime.comparison(v_group.operator, v_group.is_negated, v_group.keyword),
-            v_type
-        ) using images, v_group.vals, v_group.numbers;
+            v_group.declared,
+            realtime.type_comparison(v_group.base, v_group.operator, v_group.is_negated, v_group.keyword),
+            v_group.type
+        );
+        v_argument := jsonb_build_object(
+            'images', images, 'vals', v_group.vals, 'numbers', v_group.numbers, 'wanted', v_group.images
+        );
+        if v_group.is_inert then
+            execute v_query into v_answer using v_argument;
+        else
+            v_answer := realtime.ask_guarded(match_changes.role, v_query, v_argument);
+        end if;
+        return query
+            select (pair ->> 0)::integer, (pair ->> 1)::integer from jsonb_array_elements(v_answer) as pair;
     end loop;
 end
 $$;
 comment on function realtime.match_changes(oid, text, jsonb, jsonb) is
-    'Which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A column that is absent satisfies none.';
+    'Which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A condition is evaluated on its own "images" only, if it has any listed. A column that is absent satisfies none.';
 revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from public;
 
 -- -- row-level security
 
 -- The condition that PostgreSQL itself puts behind a SELECT of this role: no restrictive policy may say otherwise, and one permissive policy
 -- must say yes. In that order, so that what would raise for a row is not asked where PostgreSQL would not ask.
+create or replace function realtime.select_policies(relation oid, role text)
+returns table (name name, is_permissive boolean, condition text, tree text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select p.polname, p.polpermissive, pg_get_expr(p.polqual, p.polrelid), p.polqual::text
+    from pg_policy as p
+    where p.polrelid = select_policies.relation
+        and p.polcmd in ('r', '*')
+        and p.polqual is not null
+        and exists (
+            select
+            from unnest(p.polroles) as member (oid)
+            where member.oid = 0 or pg_has_role(select_policies.role, member.oid, 'usage')
+        )
+$$;
+comment on function realtime.select_policies(oid, text) is
+    'The policies for SELECT of a table that apply to a role: their conditions as text in which all names outside of pg_catalog are qualified, and as node trees.';
+revoke all on function realtime.select_policies(oid, text) from public;
+
 create or replace function realtime.policy_condition(relation oid, role text)
 returns text
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     select case
-        when pg_catalog.count(*) filter (where quals.polpermissive) = 0 then 'false'
-        else pg_catalog.concat(
-            pg_catalog.string_agg('(' || quals.qual || ') is true and ', '' order by quals.polname) filter (where not quals.polpermissive),
+        when count(*) filter (where p.is_permissive) = 0 then 'false'
+        else concat(
+            string_agg('(' || p.condition || ') is true and ', '' order by p.name) filter (where not p.is_permissive),
             '(',
-            pg_catalog.string_agg('(' || quals.qual || ')', ' or ' order by quals.polname desc) filter (where quals.polpermissive),
+            string_agg('(' || p.condition || ')', ' or ' order by p.name desc) filter (where p.is_permissive),
             ')'
         )
     end
-    from (
-        select p.polname, p.polpermissive, pg_catalog.pg_get_expr(p.polqual, p.polrelid) as qual
-        from pg_catalog.pg_policy as p
-        where p.polrelid = policy_condition.relation
-            and p.polcmd in ('r', '*')
-            and p.polqual is not null
-            and exists (
-                select
-                from pg_catalog.unnest(p.polroles) as member (oid)
-                where member.oid = 0 or pg_catalog.pg_has_role(policy_condition.role, member.oid, 'usage')
-            )
-    ) as quals
+    from realtime.select_policies(policy_condition.relation, policy_condition.role) as p
 $$;
 comment on function realtime.policy_condition(oid, text) is
-    'The policies for SELECT of a table, as they apply to a role, as one condition. Names are written out as far as the search path asks for it.';
+    'The policies for SELECT of a table, as they apply to a role, as one condition in which all names outside of pg_catalog are qualified.';
 revoke all on function realtime.policy_condition(oid, text) from public;
 
--- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given. And no row can be made
--- without a value that its domain insists on.
-create or replace function realtime.policy_columns(relation oid)
-returns text[]
-language plpgsql  -- which keeps its plan
-stable
+-- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog. It is read
+-- by the server's role, because the client's may not use a schema that the policy reaches into, as is advised for definer functions.
+create or replace function realtime.make_visible(name text, relation oid, role text)
+returns void
+language plpgsql
+volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_columns text[];
-    v_column text;
-    v_type text;
+    v_condition text := realtime.policy_condition(make_visible.relation, make_visible.role);
 begin
-    v_columns := array(
-        select a.attname::text
-        from pg_attribute as a
-        where a.attrelid = policy_columns.relation
-            and a.attnum > 0
-            and not a.attisdropped
-            and exists (
-                select
-                from pg_policy as p
-                where p.polrelid = a.attrelid
-                    and p.polcmd in ('r', '*')
-                    and (
-                        strpos(p.polqual::text, ' :varattno 0 ') > 0
-                        or exists (
-                            select
-                            from pg_depend as d
-                            where d.classid = 'pg_policy'::regclass
-                                and d.objid = p.oid
-                                and d.refclassid = 'pg_class'::regclass
-                                and d.refobjid = a.attrelid
-                                and d.refobjsubid = a.attnum
-                        )
-                    )
-            )
-    );
-    for v_column, v_type in
-        select a.attname, format_type(a.atttypid, -1)
-        from pg_attribute as a
-        join pg_type as t on t.oid = a.atttypid
-        where a.attrelid = policy_columns.relation and a.attnum > 0 and t.typtype = 'd' and a.attname <> all (v_columns)
-    loop
-        begin
-            execute format('select null::%s', v_type);
-        exception when others then
-            v_columns := v_columns || v_column;
-        end;
-    end loop;
-    return v_columns;
-end
-$$;
-comment on function realtime.policy_columns(oid) is
-    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
-revoke all on function realtime.policy_columns(oid) from public;
-
--- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog, because
--- the path is empty where they are written. Where these would be taken for something else on the caller's path, or where the role may not
--- use a schema that the policy reaches into (as is advised for definer functions), the condition becomes the body of a function, which is
--- read here and now, by us. It never outlives the transaction, so it keeps nobody from dropping what it mentions.
-create or replace function realtime.policy_query(relation oid, role text, path text, is_function boolean)
-returns text
-language plpgsql
-volatile
-set search_path = ''
-as $$
-declare
-    v_query text;
-    v_is_ambiguous boolean;
-begin
-    perform pg_catalog.set_config('search_path', policy_query.path, true);
-    v_is_ambiguous := pg_catalog.strpos(realtime.policy_condition(policy_query.relation, policy_query.role), 'pg_catalog.') > 0;
-    perform pg_catalog.set_config('search_path', '', true);
-    select pg_catalog.format(
-        $q$
-            select coalesce(pg_catalog.array_agg(asked.n), '{}')
-            from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as asked (row, n)
-            where (select %s from cast(asked.row as %s) as %I)
-        $q$,
-        realtime.policy_condition(policy_query.relation, policy_query.role),
-        realtime.table_name(policy_query.relation),
-        c.relname
+    perform realtime.make_guarded(
+        make_visible.name,
+        make_visible.role,
+        'text[], integer[]',
+        'integer[]',
+        format(
+            $q$
+                select coalesce(array_agg(asked.n), '{}')
+                from rows from (unnest($1), unnest($2)) as asked (row, n)
+                where (select %s from cast(asked.row as %s) as %I)
+            $q$,
+            v_condition,
+            realtime.table_name(make_visible.relation),
+            c.relname
+        ),
+        array(
+            select p.tree
+            from realtime.select_policies(make_visible.relation, make_visible.role) as p
+            where v_condition <> 'false'
+        )
     )
-    into v_query
-    from pg_catalog.pg_class as c
-    where c.oid = policy_query.relation;
-    if not (policy_query.is_function or v_is_ambiguous) then
-        return v_query;
-    end if;
-    execute pg_catalog.format(
-        'create or replace function pg_temp.realtime_visible(text[], integer[]) returns integer[] begin atomic %s; end', v_query
-    );
-    grant execute on function pg_temp.realtime_visible(text[], integer[]) to public;
-    return 'select pg_temp.realtime_visible($1, $2)';
+    from pg_class as c
+    where c.oid = make_visible.relation;
 end
 $$;
-comment on function realtime.policy_query(oid, text, text, boolean) is
-    'Statement that tells which of the rows $1, as texts, whose numbers are $2, a role may see by the policies for SELECT. May make the function pg_temp.realtime_visible, which is to be dropped in the same transaction.';
-revoke all on function realtime.policy_query(oid, text, text, boolean) from public;
+comment on function realtime.make_visible(text, oid, text) is
+    'Makes a function in pg_temp that tells which of the rows $1, as texts, whose numbers are $2, a role may see by the policies for SELECT. To be rolled back.';
+revoke all on function realtime.make_visible(text, oid, text) from public;
 
 -- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
 -- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
--- of claims stands alone: a policy that raises for one hides nothing from the others.
+-- of claims stands alone: a policy that raises for one hides nothing from the others. Nothing that policies do remains.
 create or replace function realtime.visible_changes(relation oid, images jsonb, roles text[], claims jsonb[], wanted jsonb)
 returns table (question integer, visible integer[], problem text, unknown integer[])
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    c_path constant text := pg_catalog.current_setting('search_path');
     c_mark constant text := (select mark from realtime.table_marks(array[visible_changes.relation]));
     c_rows constant jsonb := realtime.row_texts(visible_changes.relation, visible_changes.images);
-    c_columns constant text[] := realtime.policy_columns(visible_changes.relation);
-    c_unknown constant integer[] := array(
-        select i.n - 1
-        from pg_catalog.jsonb_array_elements(visible_changes.images) with ordinality as i (image, n)
-        where not i.image ?& c_columns
-    );
+    v_columns text[] := realtime.policy_columns(visible_changes.relation);
+    v_unknown integer[];
     v_asked record;
+    v_column text;
     v_role text;
-    v_query text;
-    v_is_function boolean;
+    v_name text;
+    v_number integer := 0;
+    v_role_problem text;
     v_is_done boolean;
 begin
-    for v_asked in
-        select
-            c.role,
-            c.claims,
-            c.number::integer - 1 as number,
-            w.numbers,
-            w.rows,
-            w.unknown
-        from rows from (
-            pg_catalog.unnest(roles), pg_catalog.unnest(visible_changes.claims), pg_catalog.jsonb_array_elements(wanted)
-        ) with ordinality as c (role, claims, wanted, number)
-        -- Not all rows: EXECUTE copies its arguments.
-        cross join lateral (
-            select
-                pg_catalog.array_agg(n::integer) filter (where is_known) as numbers,
-                pg_catalog.array_agg(c_rows ->> n::integer) filter (where is_known) as rows,
-                coalesce(pg_catalog.array_agg(n::integer) filter (where not is_known), '{}') as unknown
-            from pg_catalog.jsonb_array_elements_text(c.wanted) as n
-            cross join lateral (select n::integer <> all (c_unknown) as is_known) as known
-        ) as w
-        order by c.role
-    loop
-        question := v_asked.number;
-        unknown := v_asked.unknown;
-        if v_role is distinct from v_asked.role then
-            v_role := v_asked.role;
-            v_query := null;
-            v_is_function := false;
+    foreach v_column in array realtime.checked_columns(visible_changes.relation) loop
+        if v_column <> all (v_columns)
+            and exists (select from jsonb_array_elements(visible_changes.images) as i (image) where not i.image ? v_column)
+        then
+            begin
+                perform realtime.ask_guarded(
+                    'anon',
+                    format('select to_jsonb(null::%s is null)', format_type(a.atttypid, -1)),
+                    null
+                )
+                from pg_attribute as a
+                where a.attrelid = visible_changes.relation and a.attname = v_column;
+            exception when others then
+                v_columns := v_columns || v_column;
+            end;
         end if;
-        -- Twice for the first one of a role, where it turns out that it has to be a function.
-        for attempt in 1 .. 2 loop
-            visible := '{}';
-            problem := null;
-            v_is_done := false;
-            begin
-                if v_query is null then
-                    v_query := realtime.policy_query(visible_changes.relation, v_role, c_path, v_is_function);
-                end if;
-                v_is_done := true;
-            exception when others then
-                problem := sqlstate || ': ' || sqlerrm;
-            end;
-            exit when not v_is_done;
-            v_is_done := false;
-            begin
-                perform realtime.take_identity(v_role, v_asked.claims);
-                execute v_query into visible using v_asked.rows, v_asked.numbers;
-                -- Takes role and settings back.
-                v_is_done := true;
-                raise exception using errcode = 'RT000';
-            exception when others then
-                if not v_is_done then
-                    -- Was it the policy, or do the rows not go with a table that was altered meanwhile?
-                    if c_mark is distinct from (select mark from realtime.table_marks(array[visible_changes.relation])) then
-                        raise;
-                    end if;
-                    visible := '{}';
-                    problem := sqlstate || ': ' || sqlerrm;
-                end if;
-            end;
-            exit when v_is_function or problem is null or problem not like '42501: %';
-            v_is_function := true;
-            v_query := null;
-        end loop;
-        return next;
     end loop;
-    if pg_catalog.to_regprocedure('pg_temp.realtime_visible(text[], integer[])') is not null then
-        drop function pg_temp.realtime_visible(text[], integer[]);
-    end if;
+    v_unknown := array(
+        select i.n - 1
+        from jsonb_array_elements(visible_changes.images) with ordinality as i (image, n)
+        where not i.image ?& v_columns
+    );
+    begin
+        for v_asked in
+            select
+                c.role,
+                c.claims,
+                c.number::integer - 1 as number,
+                w.numbers,
+                w.rows,
+                w.unknown
+            from rows from (
+                unnest(roles), unnest(visible_changes.claims), jsonb_array_elements(wanted)
+            ) with ordinality as c (role, claims, wanted, number)
+            -- Not all rows: EXECUTE copies its arguments.
+            cross join lateral (
+                select
+                    array_agg(n::integer) filter (where is_known) as numbers,
+                    array_agg(c_rows ->> n::integer) filter (where is_known) as rows,
+                    coalesce(array_agg(n::integer) filter (where not is_known), '{}') as unknown
+                from jsonb_array_elements_text(c.wanted) as n
+                cross join lateral (select n::integer <> all (v_unknown) as is_known) as known
+            ) as w
+            order by c.role
+        loop
+            if v_role is distinct from v_asked.role then
+                v_role := v_asked.role;
+                v_number := v_number + 1;
+                v_name := format('realtime_visible_%s', v_number);
+                v_role_problem := null;
+                begin
+                    perform realtime.make_visible(v_name, visible_changes.relation, v_role);
+                exception when others then
+                    v_role_problem := sqlstate || ': ' || sqlerrm;
+                end;
+            end if;
+            question := v_asked.number;
+            unknown := v_asked.unknown;
+            visible := '{}';
+            problem := v_role_problem;
+            if problem is null and cardinality(v_asked.numbers) > 0 then
+                v_is_done := false;
+                begin
+                    perform realtime.take_identity(v_role, v_asked.claims);
+                    execute format('select pg_temp.%I($1, $2)', v_name) into visible using v_asked.rows, v_asked.numbers;
+                    v_is_done := true;
+                    raise exception using errcode = 'RT000';
+                exception when others then
+                    if not v_is_done then
+                        -- Was it the policy, or do the rows not go with a table that was altered meanwhile?
+                        if c_mark is distinct from (select mark from realtime.table_marks(array[visible_changes.relation])) then
+                            raise;
+                        end if;
+                        visible := '{}';
+                        problem := sqlstate || ': ' || sqlerrm;
+                    end if;
+                end;
+            end if;
+            return next;
+        end loop;
+        v_is_done := null;
+        raise exception using errcode = 'RT000';
+    exception when others then
+        if v_is_done is not null then
+            raise;
+        end if;
+    end;
 end
 $$;
 comment on function realtime.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
@@ -2424,34 +2713,7 @@ create or replace function realtime.render_changes(relation oid, images jsonb)
 returns setof text
 language plpgsql
 volatile
-set timezone = 'UTC'
-set datestyle = 'ISO'
-set intervalstyle = 'postgres'
-set bytea_output = 'hex'
-set extra_float_digits = 1
-as $$
-begin
-    return query execute pg_catalog.format(
-        $q$
-            select pg_catalog.to_jsonb(row.*)::text
-            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-            cross join lateral %s
-            order by i.n
-        $q$,
-        realtime.populated(render_changes.relation, 'i.image')
-    ) using images;
-end
-$$;
-comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
-revoke all on function realtime.render_changes(oid, jsonb) from public;
-
--- The log has no generated columns before PostgreSQL 18, no columns that are not published, and no large values that an UPDATE left as they
--- were. Those the table may still have: the row as it is now tells them if it is, in what is known, what it was at the change. Then clients
--- are told nothing that they could not select.
-create or replace function realtime.complete_changes(relation oid, images jsonb)
-returns jsonb
-language plpgsql
-volatile
+set search_path = pg_catalog, pg_temp
 set timezone = 'UTC'
 set datestyle = 'ISO'
 set intervalstyle = 'postgres'
@@ -2459,64 +2721,137 @@ set bytea_output = 'hex'
 set extra_float_digits = 1
 as $$
 declare
+    v_query text := format(
+        'select jsonb_agg(to_jsonb(row.*)::text order by i.n)'
+        ' from jsonb_array_elements($1) with ordinality as i (image, n) cross join lateral %s',
+        realtime.populated(render_changes.relation, 'i.image')
+    );
+    v_answer jsonb;
+begin
+    if (
+        select coalesce(bool_and(realtime.is_inert(realtime.base_type(a.atttypid))), true)
+        from pg_attribute as a
+        where a.attrelid = render_changes.relation and a.attnum > 0 and not a.attisdropped
+    ) then
+        execute v_query into v_answer using images;
+    else
+        v_answer := realtime.ask_guarded('anon', v_query, images);
+    end if;
+    return query select jsonb_array_elements_text(v_answer);
+end
+$$;
+comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
+revoke all on function realtime.render_changes(oid, jsonb) from public;
+
+-- By the operators of its index, which belong to the types. Null where a type would have code of users called to read its values.
+create or replace function realtime.key_condition(relation oid)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case
+        when bool_and(realtime.is_inert(known.base) or t.typtype = 'b' and t.typelem = 0)
+        then string_agg(format('stored.%1$I operator(%2$I.%3$s) row.%1$I', a.attname, n.nspname, o.oprname), ' and ')
+    end
+    from pg_index as i
+    cross join lateral unnest(i.indkey::int2[], i.indclass::oid[]) with ordinality as k (attnum, opclass, number)
+    join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = k.attnum
+    cross join lateral (select realtime.base_type(a.atttypid) as base) as known
+    join pg_type as t on t.oid = known.base
+    join pg_opclass as c on c.oid = k.opclass
+    join pg_amop as m on m.amopfamily = c.opcfamily and m.amoplefttype = c.opcintype and m.amoprighttype = c.opcintype and m.amopstrategy = 3
+    join pg_operator as o on o.oid = m.amopopr
+    join pg_namespace as n on n.oid = o.oprnamespace
+    where i.indrelid = key_condition.relation and i.indisprimary and k.number <= i.indnkeyatts
+$$;
+comment on function realtime.key_condition(oid) is 'That a row "stored" of a table has the primary key of "row".';
+revoke all on function realtime.key_condition(oid) from public;
+
+-- The log has no generated columns before PostgreSQL 18, no columns that are not published, and no large values that an UPDATE left as they
+-- were. Those the table may still have: the row as it is now tells them if it is, in what is known, what it was at the change. Then clients
+-- are told nothing that they could not select. Policies of the table are not asked: where they bind the server, it knows nothing.
+create or replace function realtime.complete_changes(relation oid, images jsonb)
+returns jsonb
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+as $$
+declare
+    c_key constant text := realtime.key_condition(complete_changes.relation);
     v_generated text;
+    v_expressions text[];
     v_stored text;
-    v_key text;
     v_is_read boolean;
-    v_complete jsonb;
+    v_complete jsonb := images;
 begin
     select
-        pg_catalog.string_agg(
-            pg_catalog.format(
-                'case when known.image ?& %L::text[] then pg_catalog.jsonb_build_object(%L, realtime.written(%s)) else ''{}'' end',
+        string_agg(
+            format(
+                'case when i.image ?& %L::text[] then jsonb_build_object(%L, format(''%%s'', %s)) else ''{}'' end',
                 array(
                     select source.attname
-                    from pg_catalog.pg_attribute as source
-                    where source.attrelid = a.attrelid
-                        and pg_catalog.strpos(d.adbin::text, pg_catalog.concat(' :varattno ', source.attnum, ' ')) > 0
+                    from pg_attribute as source
+                    where source.attrelid = a.attrelid and strpos(d.adbin::text, concat(' :varattno ', source.attnum, ' ')) > 0
                 ),
                 a.attname,
-                pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+                pg_get_expr(d.adbin, d.adrelid)
             ),
             ' || ' order by a.attnum
         ) filter (where a.attgenerated <> ''),
-        pg_catalog.string_agg(
-            pg_catalog.format('array[%1$L, realtime.written(stored.%1$I)]', a.attname), ', ' order by a.attnum
-        ),
-        pg_catalog.string_agg(
-            pg_catalog.format('stored.%1$I = row.%1$I', a.attname), ' and '
-        ) filter (where a.attnum = any ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
+        array_agg(d.adbin::text) filter (where a.attgenerated <> ''),
+        string_agg(format('array[%1$L, realtime.written(stored.%1$I)]', a.attname), ', ' order by a.attnum) filter (where a.attgenerated = ''),
         -- The table itself, which somebody may have locked, is read only for what cannot be computed.
-        pg_catalog.bool_or(a.attgenerated = '' and exists (
-            select from pg_catalog.jsonb_array_elements(images) as wanted (image) where not wanted.image ? a.attname
+        bool_or(a.attgenerated = '' and exists (
+            select from jsonb_array_elements(images) as wanted (image) where not wanted.image ? a.attname
         ))
-    into v_generated, v_stored, v_key, v_is_read
-    from pg_catalog.pg_attribute as a
-    left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
-    left join pg_catalog.pg_index as i on i.indrelid = a.attrelid and i.indisprimary
+    into v_generated, v_expressions, v_stored, v_is_read
+    from pg_attribute as a
+    left join pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
     where a.attrelid = complete_changes.relation and a.attnum > 0 and not a.attisdropped;
-    execute pg_catalog.format(
-        $q$
-            select pg_catalog.jsonb_agg(known.image || coalesce(generated.image, '{}') order by i.n)
-            from pg_catalog.jsonb_array_elements($1) with ordinality as i (image, n)
-            left join lateral (%1$s) as stored on stored.image @> i.image
-            cross join lateral (select coalesce(stored.image, '{}') || i.image as image) as known
-            left join lateral (select %2$s as image from %3$s) as generated on true
-        $q$,
-        case
-            when v_key is null or not v_is_read then 'select null::jsonb as image'
-            else pg_catalog.format(
-                'select pg_catalog.jsonb_object(array[%s]) as image from %s as stored cross join lateral %s'
-                ' where %s',
+    if v_is_read and c_key is not null then
+        begin
+            execute format(
+                $q$
+                    select jsonb_agg(coalesce(stored.image, '{}') || i.image order by i.n)
+                    from jsonb_array_elements($1) with ordinality as i (image, n)
+                    left join lateral (
+                        select jsonb_object(array[%1$s]) as image from %2$s as stored cross join lateral %3$s where %4$s
+                    ) as stored on stored.image @> (i.image - $2)
+                $q$,
                 v_stored,
                 realtime.table_name(complete_changes.relation),
-                realtime.populated(complete_changes.relation, 'i.image'),
-                v_key
-            )
-        end,
-        coalesce(v_generated, 'null::jsonb'),
-        realtime.populated(complete_changes.relation, 'known.image')
-    ) into v_complete using images;
+                realtime.populated(complete_changes.relation, 'i.image', true),
+                c_key
+            ) into v_complete using images, array(
+                select a.attname::text
+                from pg_attribute as a
+                where a.attrelid = complete_changes.relation and a.attgenerated <> ''
+            );
+        exception when insufficient_privilege then
+            v_complete := images;
+        end;
+    end if;
+    if v_generated is not null then
+        v_complete := realtime.ask_guarded(
+            'anon',
+            format(
+                'select jsonb_agg(i.image || coalesce(generated.image, ''{}'') order by i.n)'
+                ' from jsonb_array_elements($1) with ordinality as i (image, n)'
+                ' left join lateral (select %s as image from %s) as generated on true',
+                v_generated,
+                realtime.populated(complete_changes.relation, 'i.image')
+            ),
+            v_complete,
+            v_expressions
+        );
+    end if;
     return v_complete;
 end
 $$;
@@ -2524,30 +2859,41 @@ comment on function realtime.complete_changes(oid, jsonb) is
     'Images with their generated columns computed, and with columns that are not known from the row as it is stored now, if it is still the same otherwise.';
 revoke all on function realtime.complete_changes(oid, jsonb) from public;
 
+-- A row filter has only built-in types and functions in it, so no others are read for it.
 create or replace function realtime.filter_changes(relation oid, images jsonb)
 returns setof integer
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_filter text;
     v_name text;
+    v_columns text;
+    v_declared text;
 begin
-    select pg_catalog.to_jsonb(p) ->> 'rowfilter', p.tablename into v_filter, v_name
-    from pg_catalog.pg_publication_tables as p
-    join pg_catalog.pg_namespace as n on n.nspname = p.schemaname
-    join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
+    select to_jsonb(p) ->> 'rowfilter', p.tablename into v_filter, v_name
+    from pg_publication_tables as p
+    join pg_namespace as n on n.nspname = p.schemaname
+    join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
     where p.pubname = 'supabase_realtime' and c.oid = filter_changes.relation;
-    return query execute pg_catalog.format(
+    select
+        string_agg(format('image.%1$I::%2$s as %1$I', a.attname, format_type(a.atttypid, a.atttypmod)), ', '),
+        string_agg(format('%I %s', a.attname, realtime.declared_type(a.attrelid, a.attnum)), ', ')
+    into v_columns, v_declared
+    from pg_attribute as a
+    where a.attrelid = filter_changes.relation and a.attnum > 0 and not a.attisdropped and a.atttypid < 16384;
+    return query execute format(
         $q$
             select i.n::integer - 1
-            from pg_catalog.jsonb_array_elements_text($1) with ordinality as i (row, n)
-            where (select %3$s from cast(i.row as %1$s) as %2$I)
+            from jsonb_array_elements($1) with ordinality as i (image, n)
+            where (select %s from (select %s from jsonb_to_record(i.image) as image (%s)) as %I)
         $q$,
-        realtime.table_name(filter_changes.relation),
-        v_name,
-        coalesce(v_filter, 'true')
-    ) using realtime.row_texts(filter_changes.relation, images);
+        coalesce(v_filter, 'true'),
+        v_columns,
+        v_declared,
+        v_name
+    ) using images;
 end
 $$;
 comment on function realtime.filter_changes(oid, jsonb) is 'Which images, counted from 0, pass the row filter of the publication.';
