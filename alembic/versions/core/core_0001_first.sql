@@ -1701,6 +1701,7 @@ create or replace function realtime.take_identity(role text, claims jsonb)
 returns void
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     -- To set_config this means "as the session's own role", which row-level security does not bind.
@@ -1772,6 +1773,7 @@ create or replace function realtime.ask_guarded(role text, query text, argument 
 returns jsonb
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_answer jsonb;
@@ -2606,6 +2608,7 @@ create or replace function realtime.ring_change_doorbell()
 returns trigger
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
@@ -2642,6 +2645,7 @@ returns table (
 )
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     with current as materialized (
         select pg_catalog.pg_current_snapshot() as snapshot
@@ -2691,6 +2695,7 @@ returns table (
 )
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     select c.seq, c.relation, c.action, c.changed_at, null, null, c.xid, c.snapshot
     from realtime.captured_since("position") as c
@@ -2791,6 +2796,7 @@ create or replace function realtime.capture_triggers()
 returns table (relation oid, name text, events text[], is_sound boolean)
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     select
         t.tgrelid,
@@ -2978,6 +2984,7 @@ create or replace function realtime.sync_capture(is_wanted boolean default true)
 returns table (relation oid, name text, action text, problem text)
 language sql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
     select plan.relation, plan.name, done.action, done.problem
     from realtime.capture_plan(is_wanted) as plan
@@ -2991,6 +2998,7 @@ create or replace function realtime.release_capture()
 returns table (relation oid, name text, action text, problem text)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     if not realtime.has_change_reader() then
