@@ -84,7 +84,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
     changes_pool = Pool(
         target,
         name="catalog",
-        size=2,
+        size=POOL_SIZE,
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=settings.policy_timeout_s,
     )
@@ -116,6 +116,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         mode=settings.changes,
         roles=settings.roles,
         strict_deletes=settings.strict_deletes,
+        filter_budget_s=settings.filter_budget_s,
         metrics=metrics,
         timeout_s=settings.database_timeout_s,
     )

@@ -165,6 +165,12 @@ class Settings(BaseSettings):
         gt=0,
         description="longest evaluation of row-level security: for one topic of one client, or for row changes",
     )
+    filter_budget_s: float = Field(
+        1.0,
+        ge=0,
+        description="time that slow patterns in filters of one client may take in a minute, of all with its claims three times as"
+        " much; then further ones are refused; 0: no limit",
+    )
     database_timeout_s: float = Field(
         5.0,
         gt=0,

@@ -184,7 +184,7 @@ class RowReader(Reader):
     """The subscriber to the row changes of one channel."""
 
     def __init__(self, session: Session, channel: Channel, *, is_held: bool) -> None:
-        super().__init__(channel.room.topic, channel.encoding, is_held=is_held)
+        super().__init__(channel.room.topic, channel.encoding, is_held=is_held, client=session)
         self._session = session
         self._channel = channel
 

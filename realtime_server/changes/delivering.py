@@ -1,7 +1,7 @@
 """Changes reach those who subscribed to them: the one way that every change takes.
 
-A piece of changes is looked at table by table. The index names the few who may want a change; PostgreSQL says which filters it fits and,
-for each distinct role and claims among those, whether they may see it. Only when all is known is anything sent, in the order of the
+A piece of changes is looked at table by table. The index names the few who may want a change; PostgreSQL says, for each distinct role and
+claims among those, whether they may see it, and which filters it fits. Only when all is known is anything sent, in the order of the
 commits; a database that goes away meanwhile is waited for. The source goes on when a piece is delivered, so memory is bounded.
 
 **The image of a change is judged, not the row as it is by now**: what was hidden when it was written stays hidden, though the row may be
@@ -19,9 +19,10 @@ from typing import Final
 import structlog
 
 from realtime_server import database
+from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.change import Change
-from realtime_server.changes.judge import Identity, Judge
+from realtime_server.changes.judge import LIMIT_ALONE_S, Identity, Judge
 from realtime_server.changes.payload import View, encode
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.rounds import Outdated, Round, Verdict
@@ -33,6 +34,7 @@ from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.metrics import Metrics
 from realtime_server.protocol import bindings
 from realtime_server.protocol.frames import Encoding, Frame, RowChange
+from realtime_server.tasks import end
 
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
@@ -59,6 +61,7 @@ class Courier:
         judge: Judge,
         subscriptions: Subscriptions,
         quarantine: Quarantine,
+        budget: Budget,
         sources: Sources,
         watch: Watch,
         *,
@@ -69,6 +72,7 @@ class Courier:
         self._judge = judge
         self._subscriptions = subscriptions
         self._quarantine = quarantine
+        self._budget = budget
         self._sources = sources
         self._watch = watch
         self._strict_deletes = strict_deletes
@@ -109,9 +113,13 @@ class Courier:
         if by_table and not await self._catalog.is_current(by_table):
             await self._watch.look()
         verdicts: dict[int, tuple[Table, Verdict]] = {}
-        for relation, its in by_table.items():
-            for table, verdict in await self._decide(relation, its):
-                verdicts[id(verdict.change)] = (table, verdict)
+        # Side by side, so that a table waits for the slowest one, not for the sum of all.
+        tasks = [asyncio.create_task(self._decide(relation, its)) for relation, its in by_table.items()]
+        try:
+            for decided in await asyncio.gather(*tasks):
+                verdicts |= {id(verdict.change): (table, verdict) for table, verdict in decided}
+        finally:
+            await end(tasks)
         self._metrics.changes.inc(len(changes))
         since = time.monotonic()
         for change in changes:
@@ -200,7 +208,17 @@ class Courier:
                     registration.say(text, ok=problem is None)
         for registration in {entry.registration for entry in round.missed}:
             registration.subscriber.tell_missing_changes(f"gap: changes of {table} could not be judged")
+        for (entry, _), seconds in round.slow.items():
+            self._budget.spend(entry.registration.subscriber.client, Identity.of(entry.claims), seconds)
         for entry, problem in round.unmatched.items():
+            self._budget.refuse(
+                table.relation,
+                [
+                    condition
+                    for (of, condition), seconds in round.slow.items()
+                    if of is entry and seconds >= LIMIT_ALONE_S
+                ],
+            )
             registration = entry.registration
             self._subscriptions.put(registration, [one for one in registration.entries if one is not entry])
             log.info("filter could not be evaluated", table=str(table), problem=problem)

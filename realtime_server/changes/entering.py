@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from realtime_server.changes.budget import PATTERNS, Budget
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.judge import Identity, Judge, Rejected, TookTooLong
 from realtime_server.changes.quarantine import Quarantine
@@ -40,6 +41,7 @@ class Entrance:
         judge: Judge,
         subscriptions: Subscriptions,
         quarantine: Quarantine,
+        budget: Budget,
         sources: Sources,
         watch: Watch,
     ) -> None:
@@ -48,6 +50,7 @@ class Entrance:
         self._judge = judge
         self._subscriptions = subscriptions
         self._quarantine = quarantine
+        self._budget = budget
         self._sources = sources
         self._watch = watch
         self._checks: dict[
@@ -128,12 +131,24 @@ class Entrance:
             if not tables:
                 raise InvalidBinding(bindings.not_published(binding))
             for table in tables:
+                self._check_budget(registration, table, binding)
                 exact = await self._check(table, registration.claims.role, binding)
                 entries.append(_entry(registration, id, binding, table, exact))
         # A table that was made anew a moment ago has the name of the one that is known here.
         if not await self._catalog.is_current({entry.relation for entry in entries}):
             await self._watch.look()
         return entries
+
+    def _check_budget(self, registration: Registration, table: Table, binding: Binding) -> None:
+        """Patterns are not taken on where others took too long. What stands, goes on standing. Raises: InvalidBinding."""
+        patterns = [condition for condition in binding.conditions if condition.operator in PATTERNS]
+        if self._budget.is_refused(table.relation, patterns):
+            raise InvalidBinding(bindings.rejected(binding, "ERROR 57014 (query_canceled) the pattern takes too long"))
+        is_new = all(entry.binding != binding for entry in registration.entries)
+        client, identity = registration.subscriber.client, Identity.of(registration.claims)
+        if patterns and is_new and self._budget.is_spent(client, identity):
+            problem = "ERROR 57014 (query_canceled) patterns of this client have taken too long, try again in a minute"
+            raise InvalidBinding(bindings.rejected(binding, problem))
 
     def _tables_of(self, binding: Binding) -> list[Table]:
         needs_trigger = self._sources.triggers is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog
 from realtime_server.changes.delivering import Courier
 from realtime_server.changes.entering import Entrance
@@ -34,6 +35,7 @@ class Feed:
         mode: Mode,
         roles: Iterable[str],
         strict_deletes: bool,
+        filter_budget_s: float,
         metrics: Metrics,
         timeout_s: float,
     ) -> None:
@@ -43,7 +45,7 @@ class Feed:
         self._subscriptions = Subscriptions()
         self._sources = Sources(target, pool, catalog, self._subscriptions, mode=mode, timeout_s=timeout_s)
         self._watch = Watch(catalog, self._sources, self._subscriptions)
-        parts = (judge, self._subscriptions, quarantine, self._sources, self._watch)
+        parts = (judge, self._subscriptions, quarantine, Budget(filter_budget_s), self._sources, self._watch)
         self._entrance = Entrance(pool, catalog, *parts)
         self._courier = Courier(catalog, *parts, strict_deletes=strict_deletes, metrics=metrics)
 

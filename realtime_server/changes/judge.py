@@ -31,6 +31,7 @@ LIMIT_ALONE_S: Final = 0.25
 LIMIT_ALL_ALONE_S: Final = 5.0
 # Clients choose what is checked and matched, so it may take less time than policies.
 LIMIT_FILTERS_S: Final = 1.0
+LIMIT_ALL_FILTERS_ALONE_S: Final = 1.0
 # Of one large row, for all clients.
 LIMIT_LARGE_S: Final = 1.0
 TOO_LONG: Final = "57014: it took too long"
@@ -68,10 +69,12 @@ class Question(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """`found`: pairs of an image and a question whose condition it satisfies. `problems`: questions that could not be answered, and why."""
+    """`found`: pairs of an image and a question whose condition it satisfies. `problems`: questions that could not be answered, and why.
+    `slow_s`: how long those took that were asked alone, because all together took too long."""
 
     found: frozenset[tuple[int, int]]
     problems: dict[int, str]
+    slow_s: dict[int, float]
 
 
 class Sight(NamedTuple):
@@ -117,12 +120,14 @@ class Judge:
         """Which of its images satisfy each condition, by PostgreSQL's own comparison."""
         found: set[tuple[int, int]] = set()
         problems: dict[int, str] = {}
+        slow_s: dict[int, float] = {}
         size = max(FEWEST_CONDITIONS_AT_ONCE, BYTES_MATCHED_AT_ONCE // len(images))
         for start in range(0, len(questions), size):
             matches = await self._match(table, role, images, questions[start : start + size])
             found.update((image, start + number) for image, number in matches.found)
             problems |= {start + number: problem for number, problem in matches.problems.items()}
-        return Matches(frozenset(found), problems)
+            slow_s |= {start + number: seconds for number, seconds in matches.slow_s.items()}
+        return Matches(frozenset(found), problems, slow_s)
 
     async def _match(self, table: Table, role: str, images: bytes, questions: Sequence[Question]) -> Matches:
         async def ask(some: Sequence[Question], limit_s: float) -> list[tuple[Any, ...]]:
@@ -136,16 +141,27 @@ class Judge:
             )
 
         try:
-            return Matches(frozenset(await ask(questions, LIMIT_FILTERS_S)), {})
+            return Matches(frozenset(await ask(questions, LIMIT_FILTERS_S)), {}, {})
         except (QueryCanceled, database.Error) as error:
             await self._blame(table, images, error)
         # One expensive pattern, one value that its operator refuses: the others are asked without it.
-        answers = await _each_alone(questions, lambda one: ask([one], LIMIT_ALONE_S))
+        slow_s = dict.fromkeys(range(len(questions)), 0.0)
+        numbers = iter(slow_s)
+
+        async def ask_alone(one: Question) -> list[tuple[Any, ...]]:
+            number, since = next(numbers), time.monotonic()
+            try:
+                return await ask([one], LIMIT_ALONE_S)
+            finally:
+                slow_s[number] = time.monotonic() - since
+
+        answers = await _each_alone(questions, ask_alone, LIMIT_ALL_FILTERS_ALONE_S)
         return Matches(
             frozenset(
                 (image, number) for number, rows in enumerate(answers) if not isinstance(rows, str) for image, _ in rows
             ),
             {number: problem for number, problem in enumerate(answers) if isinstance(problem, str)},
+            slow_s,
         )
 
     async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> list[Sight]:
@@ -156,7 +172,9 @@ class Judge:
                 sights += await self._see(table, images, some)
             except (QueryCanceled, database.Error) as error:
                 await self._blame(table, images, error)
-                answers = await _each_alone(some, lambda one: self._see(table, images, [one], LIMIT_ALONE_S))
+                answers = await _each_alone(
+                    some, lambda one: self._see(table, images, [one], LIMIT_ALONE_S), LIMIT_ALL_ALONE_S
+                )
                 for answer in answers:
                     sights += [Sight(frozenset(), problem=answer)] if isinstance(answer, str) else answer
         return sights
@@ -237,10 +255,10 @@ def _in_turn(
     yield wanted[start:]
 
 
-async def _each_alone(questions: Sequence[Q], ask: Callable[[Q], Awaitable[A]]) -> list[A | str]:
+async def _each_alone(questions: Sequence[Q], ask: Callable[[Q], Awaitable[A]], limit_s: float) -> list[A | str]:
     """The answer to each, or what the problem was: who holds up the others is found, in a time that is bounded however many they are."""
     answers: list[A | str] = []
-    ends_at = time.monotonic() + LIMIT_ALL_ALONE_S
+    ends_at = time.monotonic() + limit_s
     for question in questions:
         try:
             if time.monotonic() > ends_at:

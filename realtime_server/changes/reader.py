@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,12 @@ from realtime_server.protocol.frames import Encoding, Frame
 class Reader(ABC):
     """A subscriber. What comes for one that `is_held` waits for `release`, which is for when its subscription stands.
 
-    `first_word` of one that is held is done then, and raises InvalidBinding if that can never be. Passing trouble is no word.
+    `client` is whose it is, where it is one of several. `first_word` of one that is held is done then, and raises InvalidBinding if that
+    can never be. Passing trouble is no word.
     """
 
-    def __init__(self, topic: str, encoding: Encoding, *, is_held: bool) -> None:
+    def __init__(self, topic: str, encoding: Encoding, *, is_held: bool, client: Hashable | None = None) -> None:
+        self.client: Hashable = self if client is None else client
         self.topic = topic
         self.encoding = encoding
         self.registration: Registration | None = None

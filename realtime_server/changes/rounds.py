@@ -105,8 +105,9 @@ class Round:
     missing.
 
     Afterwards, `judged` are the identities that policies were asked about; `unjudged` those among them for whom they could not be
-    evaluated, and `unmatched` entries whose filter could not, each with the reason. `missed` are entries to be told of a gap: for their
-    identities, policies read what is not known of a row any more.
+    evaluated, and `unmatched` entries whose filter could not, each with the reason. `slow` are conditions that took long, with the
+    seconds. `missed` are entries to be told of a gap: for their identities, policies read what is not known of a row any more, or the row
+    cannot be rendered.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Round:
         self.unjudged: dict[Identity, str] = {}
         self.unmatched: dict[Entry, str] = {}
         self.missed: set[Entry] = set()
+        self.slow: dict[tuple[Entry, Condition], float] = defaultdict(float)
 
     async def decide(self, changes: Sequence[Change]) -> list[Verdict]:
         """Raises: Outdated, DatabaseUnavailable, QueryCanceled, database.Error."""
@@ -399,6 +401,9 @@ class Round:
                 if not all((image, number) in matches.found for number in own):
                     unfulfilled.add(wish)
                 for number in own:
+                    if seconds := matches.slow_s.get(number):
+                        for entry in wish.entries:
+                            self.slow[entry, list(numbers)[number].condition] += seconds
                     if number in matches.problems:
                         self.unmatched |= dict.fromkeys(wish.entries, matches.problems[number])
         return [wish for wish in wishes if wish not in unfulfilled]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Final, Protocol, TypeVar
 
@@ -29,6 +29,10 @@ class Subscriber(Protocol):
 
     @property
     def topic(self) -> str: ...
+
+    @property
+    def client(self) -> Hashable:
+        """Whose it is: the socket of a channel. What its filters cost is counted for it."""
 
     def changed(self, frame: Frame) -> None:
         """Take a change."""

@@ -417,6 +417,7 @@ create or replace function realtime.take_identity(role text, claims jsonb)
 returns void
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     -- To set_config this means "as the session's own role", which row-level security does not bind.
@@ -1323,6 +1324,7 @@ create or replace function realtime.ring_change_doorbell()
 returns trigger
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     if pg_catalog.current_setting('realtime.doorbell', true) = 'off' then
@@ -1359,6 +1361,7 @@ returns table (
 )
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     with current as materialized (
         select pg_catalog.pg_current_snapshot() as snapshot
@@ -1408,6 +1411,7 @@ returns table (
 )
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     select c.seq, c.relation, c.action, c.changed_at, null, null, c.xid, c.snapshot
     from realtime.captured_since("position") as c
@@ -1516,6 +1520,7 @@ create or replace function realtime.capture_triggers()
 returns table (relation oid, name text, events text[], is_sound boolean)
 language sql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
     select
         t.tgrelid,
@@ -1707,6 +1712,7 @@ create or replace function realtime.sync_capture(is_wanted boolean default true)
 returns table (relation oid, name text, action text, problem text)
 language sql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
     select plan.relation, plan.name, done.action, done.problem
     from realtime.capture_plan(is_wanted) as plan
@@ -1720,6 +1726,7 @@ create or replace function realtime.release_capture()
 returns table (relation oid, name text, action text, problem text)
 language plpgsql
 volatile
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     if not realtime.has_change_reader() then

@@ -26,6 +26,7 @@ ALL = frozenset({"id", "title", "raw"})
 
 
 class Nobody:
+    client = "a socket"
     topic = "realtime:t"
     encoding = Encoding(Format.V2)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import msgspec
 
+from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Access, Catalog, Column, Table
 from realtime_server.changes.change import Action, Change
 from realtime_server.changes.delivering import Courier
@@ -42,6 +43,7 @@ BINDING = Binding("*", "public", "todos")
 
 
 class Listener:
+    client = "a socket"
     topic = "realtime:t"
     encoding = Encoding(Format.V2)
 
@@ -71,7 +73,14 @@ class Stage:
         self.is_asked = asyncio.Event()
         self.subscriptions = Subscriptions()
         catalog = cast(Catalog, self)
-        parts = (cast(Judge, self), self.subscriptions, Quarantine(), cast(Sources, self), cast(Watch, self))
+        parts = (
+            cast(Judge, self),
+            self.subscriptions,
+            Quarantine(),
+            Budget(1.0),
+            cast(Sources, self),
+            cast(Watch, self),
+        )
         self.entrance = Entrance(cast(Pool, self), catalog, *parts)
         self.courier = Courier(catalog, *parts, strict_deletes=False, metrics=Metrics("test"))
 
