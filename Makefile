@@ -68,8 +68,8 @@ schema-diff: $(V)/.test ## difference between sql/ and the migrations: nothing w
 
 squash: ## until the first release: make the first revision of each branch from sql/ again
 	@test ! -e alembic/frozen.sha256 || { echo "The first revision is released: write a new one"; exit 1; }
-	cat sql/structure/*.sql sql/code/*.sql > alembic/versions/core/core_0001_first.sql
-	cat sql/samples/chat/structure.sql sql/samples/chat/code.sql > alembic/versions/chat/chat_0001_first.sql
+	cat sql/structure/*.sql > alembic/versions/core/core_0001_first.sql
+	cat sql/samples/chat/structure.sql > alembic/versions/chat/chat_0001_first.sql
 
 freeze: ## record the digests of released migrations
 	@cd alembic && touch frozen.sha256 && find versions -name '*.py' -o -name '*.sql' | sort | while read -r file; do \

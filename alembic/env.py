@@ -1,4 +1,5 @@
-"""How revisions run: one transaction each, one migrator at a time, the version table in schema realtime.
+"""How revisions run: one transaction each, one migrator at a time, the version table in schema realtime. At the end of an upgrade, the
+functions of every branch that is at its head are applied where they have changed, in one transaction.
 
 `head` means the head of the core: with a branch for each sample system it would be ambiguous.
 """
@@ -9,13 +10,14 @@ import time
 from typing import Any
 
 import psycopg
+from alembic.runtime.migration import MigrationInfo
 from psycopg import conninfo
 from sqlalchemy import Connection, create_engine, pool, text
 
-from alembic import context
+from alembic import context, util
 from realtime_server import config
 from realtime_server.errors import SettingsError
-from realtime_server.schema import CORE, VERSION_TABLE
+from realtime_server.schema import CORE, VERSION_TABLE, pending_functions, read_digests
 
 MIGRATION_LOCK = 7885631  # any fixed number: two migrators meet here
 LOCK_TIMEOUT_S = 60
@@ -24,7 +26,11 @@ _revisions = context.script.revision_map
 _current_head = _revisions.get_current_head
 _revisions.get_current_head = lambda branch_label=None: _current_head(branch_label or CORE)  # type: ignore[method-assign]
 
+# What was run of the history.
+steps: list[MigrationInfo] = []
+
 OPTIONS: dict[str, Any] = {
+    "on_version_apply": lambda step, **_: steps.append(step),
     "version_table": VERSION_TABLE,
     "version_table_schema": "realtime",
     "transaction_per_migration": True,
@@ -45,12 +51,25 @@ def database_url() -> str:
     return given.get_secret_value()
 
 
+def is_upgrade() -> bool:
+    """Whether revisions are applied, and nothing else: not downgraded, stamped, shown or compared."""
+    try:
+        context.get_revision_argument()
+    except KeyError:
+        return False
+    return all(step.is_upgrade and not step.is_stamp for step in steps)
+
+
 def run_offline() -> None:
     context.configure(url="postgresql+psycopg://", literal_binds=True, **OPTIONS)
     context.execute("set search_path = ''")  # as online: names mean the same whoever runs the script
     context.execute("create schema if not exists realtime")
     with context.begin_transaction():
         context.run_migrations()
+    if is_upgrade():
+        heads = {*util.to_tuple(context.get_starting_revision_argument(), ()), *(step.up_revision_id for step in steps)}
+        scripts = pending_functions(heads, context.config.attributes.get("digests", {}))
+        context.get_context().impl.static_output("\n".join(["BEGIN;", *scripts.values(), "COMMIT;"]))
 
 
 def run_online() -> None:
@@ -71,6 +90,20 @@ def run_online() -> None:
         context.configure(connection=connection, **OPTIONS)
         with context.begin_transaction():
             context.run_migrations()
+        if is_upgrade():
+            apply_functions(connection)
+
+
+def apply_functions(connection: Connection) -> None:
+    # As it is: through SQLAlchemy, `:name` and `%` in the text would be read as parameters.
+    db = connection.connection.dbapi_connection
+    assert isinstance(db, psycopg.Connection), "revisions run through psycopg"
+    heads = context.get_context().get_current_heads()
+    # The heads were read in a transaction that SQLAlchemy began.
+    connection.commit()
+    with db.transaction():
+        for script in pending_functions(heads, read_digests(db)).values():
+            db.execute(script.encode())
 
 
 def lock(connection: Connection) -> None:

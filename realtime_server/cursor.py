@@ -1,4 +1,4 @@
-"""Places in the stream of messages, as `sql/code/50_cursor.sql` defines them. Pure.
+"""Places in the stream of messages, as `sql/functions/50_cursor.sql` defines them. Pure.
 
 Clients hand cursors back as they came; only PostgreSQL takes them apart. This side writes them, because the relay knows for every
 message the place right behind it.

@@ -1,7 +1,7 @@
 """What is in the way of messages and row changes, or may be one day, and what to do about it.
 
-The database knows most of it (`sql/code/90_doctor.sql`). Added here is what only a client of it sees: whether its schema is this server's,
-whether a pooler stands before it, and whether it lets a replication connection in.
+The database knows most of it (`sql/functions/90_doctor.sql`). Added here is what only a client of it sees: whether its schema is this
+server's, whether a pooler stands before it, and whether it lets a replication connection in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from realtime_server import schema
 from realtime_server.changes.wal import POOLED, refusal
 from realtime_server.config import Settings
 from realtime_server.database import Target, target_of
-from realtime_server.errors import SchemaMismatch
+from realtime_server.errors import FunctionsMismatch, SchemaMismatch
 
 STATEMENT_TIMEOUT_S: Final = 30.0
 
@@ -36,7 +36,7 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
     """Look at the database with the eyes of a server with these settings. Raises: psycopg.Error, DatabaseUnavailable."""
     try:
         schema.check(url)
-    except SchemaMismatch as error:
+    except (SchemaMismatch, FunctionsMismatch) as error:
         # What could be asked may not be there.
         yield Finding("schema", "problem", str(error))
         return

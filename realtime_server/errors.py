@@ -425,6 +425,22 @@ class SchemaMismatch(RealtimeError):
         return f'the database {found}, this server needs {self.expected}: run "realtime-server migrate"'
 
 
+class FunctionsMismatch(RealtimeError):
+    """The tables are those of this server, the functions are not."""
+
+    code = "FunctionsMismatch"
+
+    def __init__(self, branches: list[str]) -> None:
+        super().__init__(branches)
+        self.branches = branches
+
+    def __str__(self) -> str:
+        return (
+            f"the database has other SQL functions of {' and '.join(self.branches)} than this server:"
+            ' run "realtime-server migrate"'
+        )
+
+
 class SettingsError(RealtimeError):
     """A setting is missing or wrong; the sentence says which and what to do."""
 

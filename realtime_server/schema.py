@@ -1,12 +1,17 @@
-"""What the server keeps in the database, made by its frozen history, `alembic/`. (`sql/` says what that comes to; tests compare the two.)
+"""The server's part of the database: tables by the revisions in `alembic/`, functions by the files in `sql/functions`.
 
-In the repository it is a folder beside the package, in an installed wheel it lies inside it.
+Revisions are frozen history. Functions, triggers, policies and views have none: the files of a branch are applied as a whole at the end of
+every upgrade that finds a branch at its head and other files than these in it. (`sql/structure` shows what the revisions come to; tests
+compare the two.)
+
+In the repository both are folders beside the package, in an installed wheel they lie inside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, LiteralString, cast
 
@@ -18,7 +23,7 @@ from alembic.script import ScriptDirectory
 from psycopg import sql
 
 from alembic import command, op
-from realtime_server.errors import SchemaMismatch
+from realtime_server.errors import FunctionsMismatch, SchemaMismatch
 
 CORE: Final = "core"
 SAMPLES: Final = ("chat",)
@@ -27,16 +32,16 @@ VERSION_TABLE: Final = "alembic_version"
 _PACKAGE: Final = Path(__file__).parent
 
 
-def _history() -> Path:
-    packed = _PACKAGE / "_alembic"
-    return packed if packed.is_dir() else _PACKAGE.parent / "alembic"
+def _folder(name: str) -> Path:
+    packed = _PACKAGE / f"_{name}"
+    return packed if packed.is_dir() else _PACKAGE.parent / name
 
 
 def alembic_config(url: str | None = None) -> Config:
     """Alembic's configuration for this package's history. `url`: any form that libpq takes; None: from the environment."""
     config = Config()
-    config.set_main_option("script_location", str(_history()))
-    config.set_main_option("version_locations", str(_history() / "versions"))
+    config.set_main_option("script_location", str(_folder("alembic")))
+    config.set_main_option("version_locations", str(_folder("alembic") / "versions"))
     config.set_main_option("recursive_version_locations", "true")
     config.set_main_option("path_separator", "newline")
     config.attributes["url"] = url
@@ -53,6 +58,8 @@ def print_script(url: str | None, targets: list[str]) -> bool:
     config = alembic_config()
     script = ScriptDirectory.from_config(config)
     heads = () if url is None else _heads(url)
+    digests = {} if url is None else _digests(url)
+    config.attributes["digests"] = digests
 
     def pending(heads: tuple[str, ...], context: object) -> Iterator[RevisionStep]:
         printed = set()
@@ -62,9 +69,11 @@ def print_script(url: str | None, targets: list[str]) -> bool:
                     printed.add(step.revision.revision)
                     yield step
 
-    if not any(pending(heads, None)):
+    if not any(pending(heads, None)) and not pending_functions(heads, digests):
         return False
-    with EnvironmentContext(config, script, fn=pending, as_sql=True, starting_rev=heads or None):
+    with EnvironmentContext(
+        config, script, fn=pending, as_sql=True, starting_rev=heads or None, destination_rev="heads"
+    ):
         script.run_env()
     return True
 
@@ -83,6 +92,56 @@ def revisions(url: str) -> list[str]:
     return sorted(revision.revision for revision in script.get_all_current(_heads(url)))
 
 
+def functions(branch: str) -> str:
+    """The SQL files of a branch: functions, triggers, policies and views. They may be applied any number of times."""
+    root = _folder("sql")
+    files = (
+        sorted((root / "functions").glob("*.sql")) if branch == CORE else [root / "samples" / branch / "functions.sql"]
+    )
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def digest(branch: str) -> str:
+    return hashlib.sha256(functions(branch).encode()).hexdigest()
+
+
+def pending_functions(heads: Collection[str], digests: Mapping[str, str]) -> dict[str, str]:
+    """What is to be applied, by branch, in order, where the database is at these revisions and has functions with these digests.
+
+    A branch that is not at its head is left out: its functions may need tables that are still to come. So are the samples then, which call
+    the functions of the core.
+    """
+    script = ScriptDirectory.from_config(alembic_config())
+    current = {revision.revision for revision in script.get_all_current(tuple(heads))}
+    scripts = {}
+    for branch in (CORE, *SAMPLES):
+        if script.get_revision(f"{branch}@head").revision not in current:
+            if branch == CORE:
+                break
+        elif digests.get(branch) != digest(branch):
+            scripts[branch] = f"{functions(branch)}{_record(branch)}"
+    return scripts
+
+
+def _record(branch: str) -> str:
+    record = sql.SQL(
+        "insert into realtime_internal.applied_functions (branch, digest) values ({}, {})"
+        " on conflict (branch) do update set digest = excluded.digest, applied_at = now();\n"
+    )
+    return record.format(branch, digest(branch)).as_string()
+
+
+def read_digests(db: psycopg.Connection) -> dict[str, str]:
+    if db.execute("select to_regclass('realtime_internal.applied_functions')").fetchone() == (None,):
+        return {}
+    return dict(db.execute("select branch, digest from realtime_internal.applied_functions"))
+
+
+def _digests(url: str) -> dict[str, str]:
+    with _connect(url) as db:
+        return read_digests(db)
+
+
 def _heads(url: str) -> tuple[str, ...]:
     """What the version table names: only the revisions that no other installed one depends on."""
     with _connect(url) as db:
@@ -92,11 +151,13 @@ def _heads(url: str) -> tuple[str, ...]:
 
 
 def check(url: str) -> None:
-    """Compare what the database is at with what this server needs. Raises: SchemaMismatch."""
+    """Compare what the database has with what this server needs. Raises: SchemaMismatch, FunctionsMismatch."""
     needed = ScriptDirectory.from_config(alembic_config()).get_revision(f"{CORE}@head").revision
     found = [revision for revision in revisions(url) if revision.startswith(f"{CORE}_")]
     if needed not in found:
         raise SchemaMismatch(found[-1] if found else None, needed)
+    if pending := pending_functions(_heads(url), _digests(url)):
+        raise FunctionsMismatch(list(pending))
 
 
 def run_sql_file(script: str) -> None:

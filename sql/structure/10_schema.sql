@@ -1,7 +1,20 @@
 -- Schemas and roles. Runs once, as the role that will own everything here: an ordinary role that owns the database.
 
 create schema if not exists realtime;
-comment on schema realtime is 'Realtime messages, their authorization and their delivery.';
+comment on schema realtime is 'Realtime messages: what applications and people call.';
+create schema if not exists realtime_internal;
+comment on schema realtime_internal is 'What the servers keep and call; clients'' roles have no right to use it.';
+
+create table realtime_internal.applied_functions (
+    branch text primary key,
+    digest text not null,
+    applied_at timestamptz not null default now()
+);
+comment on table realtime_internal.applied_functions is
+    'Which functions, triggers, policies and views this database has: a migration applies the files of a branch again when they have changed.';
+comment on column realtime_internal.applied_functions.branch is 'core, or a sample.';
+comment on column realtime_internal.applied_functions.digest is 'SHA-256 of the files, in hexadecimal.';
+comment on column realtime_internal.applied_functions.applied_at is 'When they were applied.';
 
 -- Tokens act as one of these roles; the owner must be allowed to take each of them on.
 do $$

@@ -1,56 +1,5 @@
 -- The outbox: every message for clients is a row here, written in the transaction of the data it tells of.
 
--- What a message must be, whoever writes it: one truth for realtime.send and for inserts.
-create function realtime.check_message(topic text, event text, payload jsonb, binary_payload bytea)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    if topic = '' or octet_length(topic) > 255 then
-        raise exception using
-            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
-            message = 'topic must have 1 to 255 bytes',
-            hint = 'Give the name that clients join, without "realtime:" in front.';
-    elsif binary_payload is not null and octet_length(topic) > 246 then
-        raise exception using
-            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
-            message = 'topic of a binary message must have at most 246 bytes',
-            hint = 'Longer names do not fit into the frames that carry bytes.';
-    elsif event is null or event = '' or octet_length(event) > 255 then
-        raise exception using
-            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
-            message = 'event must have 1 to 255 bytes',
-            hint = 'Give the event name that clients listen to.';
-    elsif payload is null and binary_payload is null then
-        raise exception using
-            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
-            message = 'payload must not be null',
-            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
-    elsif jsonb_typeof(payload) <> 'object' then
-        raise exception using
-            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
-            message = 'payload must be a JSON object',
-            hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
-    -- Only a longer text can have a number in it with so many digits.
-    elsif octet_length(payload::text) > 308
-        and jsonb_path_exists(
-            payload,
-            '$.** ? (@.type() == "number" && (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))'
-        )
-    then
-        raise exception using
-            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
-            message = 'numbers in payload must be in the range of double precision',
-            hint = 'Clients read numbers of JSON as such; send larger ones as strings.';
-    end if;
-    return true;
-end
-$$;
-comment on function realtime.check_message(text, text, jsonb, bytea) is
-    'True for a message that clients can receive; raises what is wrong with another one.';
-
 create sequence realtime.messages_seq as bigint;
 comment on sequence realtime.messages_seq is 'Order of writing over all topics. Cache must stay 1, or order between sessions is lost.';
 
@@ -68,13 +17,7 @@ create table realtime.messages (
     seq bigint not null,
     constraint messages_pkey primary key (id, inserted_at),
     constraint messages_payload_exclusive check (payload is null or binary_payload is null),
-    constraint messages_extension check (extension in ('broadcast', 'presence', 'revalidate')),
-    -- Not what is for the servers, and not the probe rows of authorization checks.
-    constraint messages_sound check (
-        extension = 'revalidate'
-        or inserted_at < '1970-01-02'
-        or realtime.check_message(topic, event, payload, binary_payload)
-    )
+    constraint messages_extension check (extension in ('broadcast', 'presence', 'revalidate'))
 ) partition by range (inserted_at);
 
 alter sequence realtime.messages_seq owned by realtime.messages.seq;

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import venv
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import LiteralString
 
 import httpx2
 import psycopg
@@ -273,7 +275,42 @@ async def test_newcomer_gets_everything_with_one_command(folder: Path, wire: Wir
     assert postgres_of(folder) == []
 
 
-async def test_killed_server_starts_again_on_the_same_data_with_the_same_keys(folder: Path) -> None:
+def edited_copy(folder: Path) -> str:
+    """The package and its SQL, with another comment on realtime.topic(); the path to run it from."""
+    for name in ("realtime_server", "alembic", "sql"):
+        shutil.copytree(REPOSITORY / name, folder / name)
+    file = folder / "sql" / "functions" / "10_claims.sql"
+    text = file.read_text()
+    assert "comment on function realtime.topic() is 'Topic" in text
+    file.write_text(
+        text.replace(
+            "comment on function realtime.topic() is 'Topic", "comment on function realtime.topic() is 'Edited topic"
+        )
+    )
+    return str(folder)
+
+
+COMMENT: LiteralString = "select obj_description('realtime.topic()'::regprocedure)"
+
+
+def test_edited_function_is_live_after_the_next_migration(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    database = cluster.create("core@head")
+    settings = {"REALTIME_DATABASE_URL": database.url, "REALTIME_JWT_SECRET": SECRET, "REALTIME_PORT": "0"}
+    refused = run_command("run", cwd=folder, PYTHONPATH=edited_copy(tmp_path), **settings)
+    assert refused.returncode == 1
+    assert 'other SQL functions of core than this server: run "realtime-server migrate"' in refused.stderr
+    migrated = run_command("migrate", cwd=folder, PYTHONPATH=str(tmp_path), **settings)
+    assert migrated.returncode == 0, migrated.stderr
+    ((comment,),) = database.execute(COMMENT)
+    assert comment.startswith("Edited topic")
+    # A server of before does not serve functions that it does not know.
+    assert "other SQL functions of core" in run_command("doctor", cwd=folder, **settings).stdout
+    cluster.drop(database)
+
+
+async def test_killed_server_starts_again_on_the_same_data_with_the_same_keys_and_edited_functions(
+    folder: Path, tmp_path: Path
+) -> None:
     async with newcomer(folder) as first:
         with psycopg.connect(first.fact("database")) as db:
             db.execute("create table kept (a int)")
@@ -281,11 +318,12 @@ async def test_killed_server_starts_again_on_the_same_data_with_the_same_keys(fo
         first.process.kill()
         await first.process.wait()
         assert postgres_of(folder) != []
-    async with newcomer(folder) as second:
+    async with newcomer(folder, PYTHONPATH=edited_copy(tmp_path)) as second:
         assert second.fact("anon key") == first.fact("anon key")
         assert second.fact("database") == first.fact("database")
         with psycopg.connect(second.fact("database")) as db:
             assert db.execute("select a from kept").fetchone() == (42,)
+            assert db.execute(COMMENT.replace("regprocedure)", "regprocedure) like 'Edited%'")).fetchone() == (True,)
     assert postgres_of(folder) == []
 
 

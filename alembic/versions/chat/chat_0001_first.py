@@ -1,4 +1,4 @@
-"""Chat between two users: threads, messages, policies, trigger and insert_chat_message."""
+"""Chat between two users: threads and messages."""
 
 from alembic import op
 from realtime_server.schema import run_sql_file
@@ -15,13 +15,14 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     for statement in (
-        "drop policy chat_members_receive on realtime.messages",
-        "drop policy chat_members_are_present on realtime.messages",
-        "drop policy chat_members_type on realtime.messages",
-        "drop function public.insert_chat_message(text, text, text, text)",
+        "drop policy if exists chat_members_receive on realtime.messages",
+        "drop policy if exists chat_members_are_present on realtime.messages",
+        "drop policy if exists chat_members_type on realtime.messages",
+        "drop function if exists public.insert_chat_message(text, text, text, text)",
         "drop table public.chat_messages",
         "drop table public.chat_threads",
-        "drop function public.broadcast_chat_message()",
-        "drop function public.revalidate_chat_thread()",
+        "drop function if exists public.broadcast_chat_message()",
+        "drop function if exists public.revalidate_chat_thread()",
+        "delete from realtime_internal.applied_functions where branch = 'chat'",
     ):
         op.execute(statement)

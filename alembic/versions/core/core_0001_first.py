@@ -1,4 +1,4 @@
-"""The whole core: `sql/structure` and then `sql/code`, as `make squash` joins them until the first release."""
+"""The tables of the core: `sql/structure`, as `make squash` joins it until the first release."""
 
 from alembic import op
 from realtime_server.schema import run_sql_file
@@ -15,14 +15,15 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     # Messages are kept for days only, so dropping them is a downgrade and not a loss. Roles, auth and the publication may be in use
-    # elsewhere. The schema stays, because the version table lives in it.
+    # elsewhere. Schema realtime stays, because the version table lives in it.
     op.execute(
         """
-        select realtime.sync_capture(false);
         do $$
         declare
             v_name text;
         begin
+            -- With the triggers on tables of the publication.
+            drop schema realtime_internal cascade;
             for v_name in
                 select oid::regclass from pg_catalog.pg_class
                 where relnamespace = 'realtime'::regnamespace and relkind in ('r', 'p')

@@ -2,6 +2,74 @@
 -- No SET clause on those that insert: the caller's policies and triggers run inside, and would see it. So every name and every operator in
 -- them is qualified.
 
+-- What a message must be, whoever writes it: one truth for realtime.send and for inserts.
+create or replace function realtime.check_message(topic text, event text, payload jsonb, binary_payload bytea)
+returns boolean
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if topic = '' or octet_length(topic) > 255 then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'topic must have 1 to 255 bytes',
+            hint = 'Give the name that clients join, without "realtime:" in front.';
+    elsif binary_payload is not null and octet_length(topic) > 246 then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'topic of a binary message must have at most 246 bytes',
+            hint = 'Longer names do not fit into the frames that carry bytes.';
+    elsif event is null or event = '' or octet_length(event) > 255 then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'event must have 1 to 255 bytes',
+            hint = 'Give the event name that clients listen to.';
+    elsif payload is null and binary_payload is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'payload must not be null',
+            hint = 'An empty message is ''{}'', or ''\x''::bytea with realtime.send_binary.';
+    elsif jsonb_typeof(payload) <> 'object' then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'payload must be a JSON object',
+            hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
+    -- Only a longer text can have a number in it with so many digits.
+    elsif octet_length(payload::text) > 308
+        and jsonb_path_exists(
+            payload,
+            '$.** ? (@.type() == "number" && (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))'
+        )
+    then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = 'numbers in payload must be in the range of double precision',
+            hint = 'Clients read numbers of JSON as such; send larger ones as strings.';
+    end if;
+    return true;
+end
+$$;
+comment on function realtime.check_message(text, text, jsonb, bytea) is
+    'True for a message that clients can receive; raises what is wrong with another one.';
+
+-- A check of the table, although it calls a function: it comes with that one. It does not hold for what is meant for the servers, and not
+-- for the probe rows of authorization checks.
+do $$
+begin
+    if not exists (
+        select from pg_catalog.pg_constraint
+        where conrelid = 'realtime.messages'::regclass and conname = 'messages_sound'
+    ) then
+        alter table realtime.messages add constraint messages_sound check (
+            extension = 'revalidate'
+            or inserted_at < '1970-01-02'
+            or realtime.check_message(topic, event, payload, binary_payload)
+        );
+    end if;
+end
+$$;
+
 create or replace function realtime.stamp_message()
 returns trigger
 language plpgsql
@@ -185,7 +253,6 @@ comment on function realtime.broadcast_changes(text, text, text, text, text, rec
 
 -- Columns are granted, but what an administrator grants later, or by default to new tables, comes on top of it. A row that is dropped early
 -- would be a gap for everybody. And what is for the servers, clients do not write.
-drop policy if exists writers_keep_to_their_day on realtime.messages;
 drop policy if exists writers_choose_neither_time_nor_order on realtime.messages;
 create policy writers_choose_neither_time_nor_order on realtime.messages
     as restrictive
