@@ -250,14 +250,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.handle_cont(event)
 
     def handle_cont(self, event: Frame) -> None:
+        # The parser keeps the frame until it has read the next one.
+        data, event.data = event.data, b""
         if event.fin:
-            self.frames = [bytes(self._message + event.data if self._fragments else event.data)]
+            self.frames = [bytes(self._message + data if self._fragments else data)]
             self._message = bytearray()
             self._fragments = 0
             self._partial_since = None
             self.send_receive_event_to_app()
             return
-        self._message += event.data
+        self._message += data
         self._fragments += 1
         if self._fragments >= self._max_fragments:
             self.fail(POLICY_VIOLATION, "too many fragments in one message")
