@@ -75,6 +75,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._message_timeout_s = message_timeout_s
         self._last_received_at = 0.0
         self._on_handshake_answered: Callable[[], None] | None = None
+        self._on_writable: Callable[[], None] | None = None
         self._frame_limit: FrameLimit | None = None
         # Received and not parsed yet, from the position on; the frame there lacks so many bytes.
         self._received = b""
@@ -98,6 +99,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def buffered(self) -> int:
         return self.transport.get_write_buffer_size()
+
+    @property
+    def is_writable(self) -> bool:
+        return self.writable.is_set()
+
+    def when_writable(self, callback: Callable[[], None]) -> None:
+        self._on_writable = callback
+
+    def abort(self) -> None:
+        self.transport.abort()
 
     def last_received(self) -> float:
         return self._last_received_at
@@ -303,6 +314,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         pong, self._pong = self._pong, b""
         if pong:
             self.write(pong)
+        if self._on_writable is not None:
+            self._on_writable()
 
     # -- messages that are not complete
 
@@ -374,6 +387,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         # Whoever made room for others has taken this one out already.
         self.connections.add(self)
         super().connection_lost(exc)
+        self._on_writable = None
         self._handshake_answered()
         self._discard()
         for handle in (self._next_turn, self._message_timer, self._linger_timer):

@@ -89,7 +89,9 @@ def websocket_endpoint(
         transport: Transport | AsgiTransport = websocket.scope.get("extensions", {}).get(EXTENSION) or AsgiTransport(
             websocket.send
         )
-        connection = Connection(format, transport, max_buffered_bytes=settings.max_buffered_bytes)
+        connection = Connection(
+            format, transport, max_buffered_bytes=settings.max_buffered_bytes, outlet=sockets.outlet
+        )
         frame_limit = FrameLimit(settings.max_messages_per_second, time.monotonic())
         if not isinstance(transport, AsgiTransport):
             transport.limit_frames(frame_limit)
@@ -114,7 +116,7 @@ def websocket_endpoint(
         except* _Disconnected:
             pass
         finally:
-            connection.is_closed = True
+            connection.discard()
             sockets.discard(connection)
 
     return endpoint
