@@ -63,7 +63,7 @@ log = structlog.get_logger()
 
 def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key: str | None) -> Starlette:
     """The server as an ASGI application, for any ASGI server. Raises: SettingsError."""
-    sockets = Sockets(settings.max_sockets)
+    sockets = Sockets(settings.max_sockets, settings.max_unsent_bytes)
     tokens = Tokens.of(settings, secret)
     pool = Pool(
         target,
@@ -160,6 +160,9 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         return {"relay": relay.is_ready, "serving": not sockets.is_draining}
 
     metrics.watch("realtime_connections", "Sockets and event streams that are open.", lambda: len(sockets))
+    metrics.watch(
+        "realtime_unsent_bytes", "Bytes that clients have not taken yet, each once.", lambda: sockets.outlet.total
+    )
     metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
     metrics.watch("realtime_watched_rooms", "Rooms whose presence is watched.", lambda: len(services.watchers))

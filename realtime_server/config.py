@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     max_buffered_bytes: int = Field(
         8_000_000, ge=100_000, description="unsent bytes of one socket; a slower reader is closed (1013)"
     )
+    max_unsent_bytes: int = Field(
+        256_000_000,
+        ge=1_000_000,
+        description="unsent bytes of all sockets and event streams, each frame once; beyond, the reader that holds most for longest is"
+        " closed (1013)",
+    )
     max_pending_messages: int = Field(
         1000, ge=1, description="messages of one channel that may wait for its join or its authorization"
     )

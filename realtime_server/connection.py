@@ -1,4 +1,4 @@
-"""One client's way out: frames in, one write a loop tick out, a bound on what may wait.
+"""One client's way out: frames in, few writes out, a bound on what may wait.
 
 Under the bundled server, finished frames go straight to the socket's transport through the ASGI extension `EXTENSION`. Under any other
 ASGI server the same frames leave through `send`, by a task that `run` is. A reader that lets more than `max_buffered_bytes` wait is
@@ -8,10 +8,12 @@ closed with code `SLOW_READER`; other readers never notice.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol
 
 from realtime_server.limits import FrameLimit
+from realtime_server.outlet import BYTES_PER_FLUSH, Outlet
 from realtime_server.protocol.frames import Frame, encode
 from realtime_server.protocol.messages import Format, Message
 
@@ -33,6 +35,8 @@ BEHIND_BYTES: Final = 262_144
 
 # A peer that does not take part in the closing handshake, or reads nothing, is dropped after this.
 GOODBYE_S: Final = 2.0
+# As much as is still written to a client that is being closed, apart from one frame.
+GOODBYE_BYTES: Final = 1_048_576
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -46,8 +50,18 @@ class Transport(Protocol):
     def buffered(self) -> int:
         """Bytes that the peer has not taken yet."""
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the peer has taken most of what was written."""
+
+    def when_writable(self, callback: Callable[[], None]) -> None:
+        """Call back each time when the peer has taken most of what was written, after it had not."""
+
     def close(self, code: int, reason: str) -> None:
         """Begin the closing handshake; the transport is aborted if the peer does not take part."""
+
+    def abort(self) -> None:
+        """Close at once, and forget what was written and not taken."""
 
     def last_received(self) -> float:
         """Loop time of the last bytes from the peer, pings included."""
@@ -72,6 +86,15 @@ class AsgiTransport:
 
     def buffered(self) -> int:
         return self._buffered
+
+    # The server's own flow control is behind `send`.
+    is_writable = True
+
+    def abort(self) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._buffered = 0
+        self.close(SLOW_READER, "")
 
     def close(self, code: int, reason: str) -> None:
         self._queue.put_nowait((code, reason))
@@ -98,66 +121,119 @@ class AsgiTransport:
 
 
 class Connection:
-    """One socket. All frames of all its channels leave here, in the order they were sent."""
+    """One socket. All frames of all its channels leave here, in the order they were sent, through the `outlet` of the process."""
 
-    def __init__(self, format: Format, transport: Transport | AsgiTransport, *, max_buffered_bytes: int) -> None:
+    def __init__(
+        self, format: Format, transport: Transport | AsgiTransport, *, max_buffered_bytes: int, outlet: Outlet
+    ) -> None:
         self.format = format
         self.transport = transport
         self.is_closed = False
         self._max_buffered_bytes = max_buffered_bytes
         self._behind_bytes = min(max_buffered_bytes // 4, BEHIND_BYTES)
-        self._waiting: list[Frame] = []
+        self._outlet = outlet
+        self._waiting: deque[Frame] = deque()
         self._waiting_bytes = 0
-        self._loop = asyncio.get_running_loop()
+        self._is_scheduled = False
+        if not isinstance(transport, AsgiTransport):
+            transport.when_writable(self._resume)
 
     def send(self, frame: Frame) -> None:
         """Queue a frame for the end of this loop tick. Ignored once closed."""
         if self.is_closed:
             return
         # Without this frame: one that alone is beyond the limit would close every reader, and again whenever it resumes.
-        if self._buffered > self._max_buffered_bytes:
+        if self.unsent > self._max_buffered_bytes:
             self.close(SLOW_READER, "too slow: messages wait beyond the limit, resume by cursor")
             return
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
         self._waiting.append(frame)
         self._waiting_bytes += len(frame.data)
+        self._outlet.hold(frame)
+        self._schedule()
 
     @property
     def is_filling(self) -> bool:
         """Whether who sends at will had better wait."""
         # Less than makes it count as behind: what is sent at will does not hold up the relay.
-        return self._buffered > self._behind_bytes // 2
+        return self.unsent > self._behind_bytes // 2
 
     @property
     def backlog(self) -> int:
         """Bytes that wait for the client; 0 where they are few enough that a reader of a log need not wait for it."""
-        buffered = 0 if self.is_closed else self._buffered
-        return buffered if buffered > self._behind_bytes else 0
+        unsent = 0 if self.is_closed else self.unsent
+        return unsent if unsent > self._behind_bytes else 0
 
     @property
-    def _buffered(self) -> int:
+    def unsent(self) -> int:
+        """Bytes that wait for the client, here or in its transport."""
         return self._waiting_bytes + self.transport.buffered()
 
     def push(self, message: Message) -> None:
         self.send(encode(message, self.format))
 
     def close(self, code: int, reason: str = "") -> None:
-        """Flush and begin to close. Harmless when closed already."""
+        """Flush what the client may still take, and begin to close. Harmless when closed already."""
         if self.is_closed:
             return
         if code != SLOW_READER:
-            self._flush()
+            while self._waiting and self.transport.buffered() <= GOODBYE_BYTES:
+                self._write()
         self.is_closed = True
-        self._waiting.clear()
         self.transport.close(code, reason)
+        self.discard()
 
-    def _flush(self) -> None:
-        frames, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        if self.is_closed or not frames:
-            return
+    def discard(self) -> None:
+        """Forget what waits: the socket is closed, or gone."""
+        self.is_closed = True
+        while self._waiting:
+            self._outlet.let_go(self._waiting.popleft())
+        self._waiting_bytes = 0
+        self._outlet.forget(self)
+
+    # -- the source of an outlet
+
+    def flush(self) -> int:
+        """Write some of what waits, unless the peer has to take what was written before; how many bytes were written."""
+        self._is_scheduled = False
+        written = self._write() if self._waiting and self.transport.is_writable else 0
+        self._schedule()
+        self.report()
+        return written
+
+    def report(self) -> None:
+        if not self.is_closed:
+            self._outlet.update(self, self.transport.buffered())
+
+    def drop(self) -> None:
+        # A peer that takes nothing would not read a close frame either.
+        is_writable = self.transport.is_writable
+        self.close(SLOW_READER, "the server holds too many messages for slow readers, resume by cursor")
+        if not is_writable:
+            self.transport.abort()
+
+    def _resume(self) -> None:
+        if not self.is_closed:
+            self._outlet.update(self, self.transport.buffered(), has_progressed=True)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self._waiting and not self._is_scheduled and self.transport.is_writable:
+            self._is_scheduled = True
+            self._outlet.schedule(self)
+
+    def _write(self) -> int:
+        """Write a frame, and further ones up to `BYTES_PER_FLUSH` together with it."""
+        frames: list[Frame] = []
+        size = 0
+        while self._waiting and (not frames or size + len(self._waiting[0].data) <= BYTES_PER_FLUSH):
+            frame = self._waiting.popleft()
+            size += len(frame.data)
+            frames.append(frame)
+            self._outlet.let_go(frame)
+        self._waiting_bytes -= size
         if isinstance(self.transport, AsgiTransport):
             for frame in frames:
                 self.transport.write_frame(frame)
         else:
-            self.transport.write(b"".join([frame.wire for frame in frames]))
+            self.transport.write(frames[0].wire if len(frames) == 1 else b"".join([frame.wire for frame in frames]))
+        return size

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT
-from realtime_server.websocket_protocol import PartialMessages, WebSocketProtocol
+from realtime_server.websocket_protocol import HeavyTurns, PartialMessages, WebSocketProtocol
 
 # Time to send a whole request head, and then its body.
 HEAD_S: Final = 10.0
@@ -252,6 +252,7 @@ def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready:
         "ws": functools.partial(
             WebSocketProtocol,
             partial_messages=PartialMessages(settings.max_partial_bytes),
+            heavy_turns=HeavyTurns(),
             max_fragments=settings.max_fragments,
             message_timeout_s=settings.message_timeout_s,
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -20,6 +21,10 @@ from realtime_server.connection import EXTENSION, GOODBYE_S, OVERLOADED, POLICY_
 from realtime_server.limits import FrameLimit
 
 FRAMES_PER_TURN: Final = 16
+# What is parsed of one socket in a turn, apart from the rest of one frame. Of sockets that hold more, one is parsed at a time, with turns
+# of the loop in between: a small request takes a few of them until it is answered.
+BYTES_PER_TURN: Final = 65_536
+TURNS_BETWEEN: Final = 10
 # A failed connection is closed when its peer has sent nothing for so long.
 LINGER_S: Final = 0.1
 
@@ -58,6 +63,46 @@ class PartialMessages:
             costliest.fail(OVERLOADED, "the server holds too many unfinished messages, try again later")
 
 
+class _Turn:
+    """A callback that has been scheduled; None once it is cancelled."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class HeavyTurns:
+    """Callbacks of all sockets that may cost much: one at a time, in the order of scheduling, with turns for other work in between.
+
+    A message of 5 MB may take 0.3 s to check. Many that were completed at the same moment would otherwise be handled in one turn.
+    """
+
+    def __init__(self) -> None:
+        self._scheduled: deque[_Turn] = deque()
+        # Turns of the loop that others have before the next one.
+        self._left = 0
+
+    def schedule(self, callback: Callable[[], None]) -> _Turn:
+        self._scheduled.append(_Turn(callback))
+        if len(self._scheduled) == 1 and not self._left:
+            asyncio.get_running_loop().call_soon(self._run)
+        return self._scheduled[-1]
+
+    def _run(self) -> None:
+        """One turn of the loop: of others, or of the next that is scheduled."""
+        if self._left:
+            self._left -= 1
+        elif self._scheduled:
+            callback = self._scheduled.popleft().callback
+            self._left = 0 if callback is None else TURNS_BETWEEN
+            if callback is not None:
+                callback()
+        if self._left or self._scheduled:
+            asyncio.get_running_loop().call_soon(self._run)
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """Offers itself to the application as `connection.Transport`."""
 
@@ -65,23 +110,26 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self,
         *arguments: Any,
         partial_messages: PartialMessages,
+        heavy_turns: HeavyTurns,
         max_fragments: int,
         message_timeout_s: float,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self._partial_messages = partial_messages
+        self._heavy_turns = heavy_turns
         self._max_fragments = max_fragments
         self._message_timeout_s = message_timeout_s
         self._last_received_at = 0.0
         self._on_handshake_answered: Callable[[], None] | None = None
+        self._on_writable: Callable[[], None] | None = None
         self._frame_limit: FrameLimit | None = None
         # Received and not parsed yet, from the position on; the frame there lacks so many bytes.
         self._received = b""
         self._position = 0
         self._frame_left = 0
         self._is_discarding = False
-        self._next_turn: asyncio.Handle | None = None
+        self._next_turn: asyncio.Handle | _Turn | None = None
         # Joined at once: as a list, a message in fragments of two bytes would take twenty times its size.
         self._message = bytearray()
         self._fragments = 0
@@ -98,6 +146,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def buffered(self) -> int:
         return self.transport.get_write_buffer_size()
+
+    @property
+    def is_writable(self) -> bool:
+        return self.writable.is_set()
+
+    def when_writable(self, callback: Callable[[], None]) -> None:
+        self._on_writable = callback
+
+    def abort(self) -> None:
+        self.transport.abort()
 
     def last_received(self) -> float:
         return self._last_received_at
@@ -177,7 +235,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return
         self._received = self._received[self._position :] + data
         self._position = 0
-        if self._next_turn is None:
+        if self._next_turn is not None:
+            return
+        if self._is_heavy:
+            self._pause_reading()
+            self._schedule_turn()
+        else:
             self._parse()
 
     async def receive(self) -> ASGIReceiveEvent:
@@ -188,16 +251,27 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _schedule_turn(self) -> None:
         if self._next_turn is None:
-            self._next_turn = self.loop.call_soon(self._parse)
+            schedule = self._heavy_turns.schedule if self._is_heavy else self.loop.call_soon
+            self._next_turn = schedule(self._parse)
+
+    @property
+    def _partial_size(self) -> int:
+        """Bytes that are not a complete message yet, or not parsed."""
+        return len(self.conn.reader.buffer) + len(self._message) + len(self._received) - self._position
+
+    @property
+    def _is_heavy(self) -> bool:
+        return self._partial_size > BYTES_PER_TURN
 
     def _parse(self) -> None:
         """Handle a few frames, and further ones in turns to come; read on once all are handled and the application has taken them."""
         self._next_turn = None
         is_done = False
         if self._is_ready:
+            end = self._position + BYTES_PER_TURN
             for _ in range(FRAMES_PER_TURN):
                 is_done = not self._parse_frame()
-                if is_done or self._is_discarding or self.transport.is_closing():
+                if is_done or self._position >= end or self._is_discarding or self.transport.is_closing():
                     break
         if not self._is_discarding and not self.transport.is_closing():
             self._update_partial()
@@ -250,14 +324,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.handle_cont(event)
 
     def handle_cont(self, event: Frame) -> None:
+        # The parser keeps the frame until it has read the next one.
+        data, event.data = event.data, b""
         if event.fin:
-            self.frames = [bytes(self._message + event.data if self._fragments else event.data)]
+            self.frames = [bytes(self._message + data if self._fragments else data)]
             self._message = bytearray()
             self._fragments = 0
             self._partial_since = None
             self.send_receive_event_to_app()
             return
-        self._message += event.data
+        self._message += data
         self._fragments += 1
         if self._fragments >= self._max_fragments:
             self.fail(POLICY_VIOLATION, "too many fragments in one message")
@@ -301,6 +377,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         pong, self._pong = self._pong, b""
         if pong:
             self.write(pong)
+        if self._on_writable is not None:
+            self._on_writable()
 
     # -- messages that are not complete
 
@@ -309,7 +387,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         return 0.0 if self._partial_since is None else self.loop.time() - self._partial_since
 
     def _update_partial(self) -> None:
-        size = len(self.conn.reader.buffer) + len(self._message) + len(self._received) - self._position
+        size = self._partial_size
         if not size and self.conn.current_size is None:
             self._partial_since = None
         elif self._partial_since is None:
@@ -372,6 +450,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         # Whoever made room for others has taken this one out already.
         self.connections.add(self)
         super().connection_lost(exc)
+        self._on_writable = None
         self._handshake_answered()
         self._discard()
         for handle in (self._next_turn, self._message_timer, self._linger_timer):

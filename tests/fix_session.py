@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
@@ -13,13 +14,14 @@ import pytest
 from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
 from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
-from realtime_server.connection import Connection
+from realtime_server.connection import AsgiTransport, Connection
 from realtime_server.cursor import Place
 from realtime_server.errors import DatabaseUnavailable
 from realtime_server.history import History, Stored
 from realtime_server.hub import Hub, Room
 from realtime_server.limits import Rate
 from realtime_server.metrics import Metrics
+from realtime_server.outlet import Outlet
 from realtime_server.presence import Presence
 from realtime_server.protocol.frames import Frame
 from realtime_server.protocol.messages import Format
@@ -47,7 +49,8 @@ class _Outbox(Connection):
     """A connection that keeps what is sent."""
 
     def __init__(self) -> None:
-        super().__init__(Format.V2, cast(Any, None), max_buffered_bytes=LIMITS.max_pending_bytes)
+        transport = AsgiTransport(cast(Any, None))
+        super().__init__(Format.V2, transport, max_buffered_bytes=LIMITS.max_pending_bytes, outlet=Outlet(sys.maxsize))
         self.said: list[list[Any]] = []
 
     @property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator
 from typing import Final, Protocol
 
 from realtime_server.connection import RESTARTING
 from realtime_server.errors import TooManyJoins, TooManyUsers
+from realtime_server.outlet import Outlet
 from realtime_server.services import Services
 
 # How long one slice of a batch, and all of them together, may wait for sockets to take it.
@@ -25,9 +27,11 @@ class Client(Protocol):
 
 
 class Sockets:
-    """The sockets and event streams of this process, `most` at once (0: any number), so that they can be closed before it ends."""
+    """The sockets and event streams of this process, `most` at once (0: any number), so that they can be closed before it ends; all of them
+    send through `outlet`."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, max_unsent_bytes: int = sys.maxsize) -> None:
+        self.outlet = Outlet(max_unsent_bytes)
         self._connections: set[Client] = set()
         self._most = most
         self.is_draining = False

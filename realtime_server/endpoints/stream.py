@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -173,7 +174,11 @@ class EventStream:
         self._is_following = False
         self._is_in_doubt = False
         self._is_over = False
-        self._waiting = bytearray()
+        self._outlet = sockets.outlet
+        self._waiting: deque[Frame] = deque()
+        self._waiting_bytes = 0
+        # Of the first frame, which is read in pieces.
+        self._read_bytes = 0
         self._wake = asyncio.Event()
         self._expiry: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -206,7 +211,7 @@ class EventStream:
         if self._wish.after is None:
             # Row changes alone have no places; with this one the client comes back and is told of what it missed.
             begin = place.cursor if self._hold is None else self._hold.begin
-        self._waiting += b"retry: %d\n\n" % RETRY_MS
+        self._put(Frame(b"retry: %d\n\n" % RETRY_MS))
         self.send(event_frame(dumps({"topics": topics}), event="ready", id=begin))
         if self._rows is not None:
             if self._wish.after is not None:
@@ -220,9 +225,9 @@ class EventStream:
         """The stream's bytes, until it ends."""
         while self._waiting or not self._is_over:
             if self._waiting:
-                piece = bytes(self._waiting[:PIECE_BYTES])
-                del self._waiting[:PIECE_BYTES]
-                yield piece
+                yield self._take(PIECE_BYTES)
+                # The server has written it: the client takes what it is sent.
+                self._outlet.update(self, 0, has_progressed=True)
                 continue
             self._wake.clear()
             try:
@@ -230,7 +235,7 @@ class EventStream:
                     await self._wake.wait()
             except TimeoutError:
                 place = self._services.place() if self._hold is None else None
-                self._waiting += b": keep-alive\n" + _id_frame(None if place is None else place.cursor).data
+                self._put(Frame(b": keep-alive\n" + _id_frame(None if place is None else place.cursor).data))
 
     def end(self) -> None:
         """Leave all topics; what waits may still be read. Harmless when over."""
@@ -251,27 +256,69 @@ class EventStream:
         if self._is_over:
             return
         # Without this frame: one that alone is beyond the limit would end every stream, and again whenever it is resumed.
-        if len(self._waiting) > self._max_buffered_bytes:
-            log.info("stream ended, its reader is too slow")
-            # What it has not got it resumes from the id of the last event it read.
-            self._waiting.clear()
-            self.end()
-            if self._abort is not None:
-                # A reader that takes nothing would not let the answer end.
-                asyncio.get_running_loop().call_later(GOODBYE_S, self._abort)
+        if self.unsent > self._max_buffered_bytes:
+            self.drop()
             return
-        self._waiting += frame.data
+        self._put(frame)
+        self._outlet.update(self, 0)
         self._wake.set()
+
+    def drop(self) -> None:
+        """End the stream of a reader that is too slow. What it has not got it resumes from the id of the last event it read."""
+        log.info("stream ended, its reader is too slow")
+        self.discard()
+        self.end()
+        if self._abort is not None:
+            # A reader that takes nothing would not let the answer end.
+            asyncio.get_running_loop().call_later(GOODBYE_S, self._abort)
+
+    def flush(self) -> int:
+        """Nothing: `run` is how the server reads this source."""
+        return 0
+
+    def report(self) -> None:
+        self._outlet.update(self, 0)
+
+    def _put(self, frame: Frame) -> None:
+        self._waiting.append(frame)
+        self._waiting_bytes += len(frame.data)
+        self._outlet.hold(frame)
+
+    def _take(self, most: int) -> bytes:
+        """So many of the bytes that wait."""
+        pieces, left = [], most
+        while self._waiting and left > 0:
+            frame = self._waiting[0]
+            piece = frame.data[self._read_bytes : self._read_bytes + left]
+            pieces.append(piece)
+            left -= len(piece)
+            self._read_bytes += len(piece)
+            if self._read_bytes == len(frame.data):
+                self._outlet.let_go(self._waiting.popleft())
+                self._read_bytes = 0
+        self._waiting_bytes -= most - left
+        return b"".join(pieces)
+
+    def discard(self) -> None:
+        while self._waiting:
+            self._outlet.let_go(self._waiting.popleft())
+        self._waiting_bytes = self._read_bytes = 0
+        self._outlet.forget(self)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the client."""
+        return self._waiting_bytes
 
     @property
     def is_filling(self) -> bool:
         """Whether the client has not taken most of what it was sent."""
-        return len(self._waiting) > self._behind_bytes // 2
+        return self.unsent > self._behind_bytes // 2
 
     @property
     def backlog(self) -> int:
         """Bytes that wait for the client; 0 where they are few enough that a reader of a log need not wait for it."""
-        return len(self._waiting) if not self._is_over and len(self._waiting) > self._behind_bytes else 0
+        return self.unsent if not self._is_over and self.unsent > self._behind_bytes else 0
 
     def close(self, code: int, reason: str = "") -> None:
         """End the stream; code and reason are for sockets."""
@@ -451,6 +498,7 @@ class _Answer(StreamingResponse):
                 await super().__call__(scope, receive, send)
         finally:
             self._stream.end()
+            self._stream.discard()
 
 
 def _read_wish(request: Request, max_topics: int) -> Wish:

@@ -14,6 +14,7 @@ from typing import Final, Literal
 import msgspec
 import structlog
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from realtime_server.claims import Claims
@@ -88,7 +89,9 @@ def websocket_endpoint(
         transport: Transport | AsgiTransport = websocket.scope.get("extensions", {}).get(EXTENSION) or AsgiTransport(
             websocket.send
         )
-        connection = Connection(format, transport, max_buffered_bytes=settings.max_buffered_bytes)
+        connection = Connection(
+            format, transport, max_buffered_bytes=settings.max_buffered_bytes, outlet=sockets.outlet
+        )
         frame_limit = FrameLimit(settings.max_messages_per_second, time.monotonic())
         if not isinstance(transport, AsgiTransport):
             transport.limit_frames(frame_limit)
@@ -113,7 +116,7 @@ def websocket_endpoint(
         except* _Disconnected:
             pass
         finally:
-            connection.is_closed = True
+            connection.discard()
             sockets.discard(connection)
 
     return endpoint
@@ -135,11 +138,17 @@ async def _carry(websocket: WebSocket, session: Session, connection: Connection,
         if frame_limit.is_exhausted:
             connection.close(POLICY_VIOLATION, TOO_MANY_FRAMES)
         else:
-            text = event.get("text")
-            session.receive(text if text is not None else event["bytes"], too_many=too_many)
+            session.receive(_content(event), too_many=too_many)
+        # The next one may be long in coming, and a text takes up to four times the bytes of its frame.
+        del event
         received += 1
         if received % MESSAGES_PER_TURN == 0:
             await asyncio.sleep(0)
+
+
+def _content(event: Message) -> str | bytes:
+    text: str | None = event.get("text")
+    return text if text is not None else event["bytes"]
 
 
 async def _send(transport: AsgiTransport) -> None:

@@ -35,13 +35,14 @@ class Encoding(NamedTuple):
 
 
 class Frame:
-    """One frame for any number of clients. `wire` is made once, however many sockets it is written to."""
+    """One frame for any number of clients. `wire` is made once, however many sockets it is written to. `holders`: for how many it waits."""
 
-    __slots__ = ("_wire", "data", "is_text")
+    __slots__ = ("_wire", "data", "holders", "is_text")
 
     def __init__(self, data: bytes, *, is_text: bool = True) -> None:
         self.data = data
         self.is_text = is_text
+        self.holders = 0
         self._wire: bytes | None = None
 
     @property

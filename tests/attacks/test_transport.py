@@ -25,7 +25,14 @@ from realtime_server.connection import EXTENSION
 from realtime_server.endpoints import websocket
 from realtime_server.limits import FrameLimit
 from realtime_server.server import HttpProtocol
-from realtime_server.websocket_protocol import FRAMES_PER_TURN, PartialMessages, WebSocketProtocol, frame_size
+from realtime_server.websocket_protocol import (
+    FRAMES_PER_TURN,
+    TURNS_BETWEEN,
+    HeavyTurns,
+    PartialMessages,
+    WebSocketProtocol,
+    frame_size,
+)
 from tests.fix_server import Server, ServerFactory
 from tests.fix_wire import WireFactory
 
@@ -108,6 +115,7 @@ class Bundled:
             WebSocketProtocol,
             **{
                 "partial_messages": self.partial_messages,
+                "heavy_turns": HeavyTurns(),
                 "max_fragments": 1000,
                 "message_timeout_s": 60.0,
                 **options,
@@ -691,3 +699,20 @@ async def test_floods_of_twenty_sockets_leave_another_client_its_turns(
         f"heartbeat: median {waits[20] * 1000:.0f} ms, longest {waits[-1] * 1000:.0f} ms; sent {sum(sent.values()):,} bytes"
     )
     assert waits[20] < 2.0
+
+
+async def test_large_messages_of_many_sockets_leave_turns_to_others() -> None:
+    turns, order = HeavyTurns(), list[int]()
+    count = 0
+
+    async def other_work() -> None:
+        nonlocal count
+        while len(order) < 3:
+            await asyncio.sleep(0)
+            count += 1
+
+    for _ in range(3):
+        turns.schedule(lambda: order.append(count))
+    turns.schedule(lambda: order.append(-1)).cancel()
+    await other_work()
+    assert all(after - before >= TURNS_BETWEEN for before, after in itertools.pairwise(order)), order
