@@ -8,11 +8,11 @@ from pathlib import Path
 
 from realtime_server import errors
 from realtime_server.config import Settings
-from realtime_server.errors import EmbeddedError, RealtimeError, SchemaMismatch, SettingsError
+from realtime_server.errors import EmbeddedError, FunctionsMismatch, RealtimeError, SchemaMismatch, SettingsError
 
 FOLDER = Path(__file__).parent
 # Said by commands to who runs them, never to clients.
-NOT_ON_THE_WIRE = (SettingsError, SchemaMismatch, EmbeddedError)
+NOT_ON_THE_WIRE = (SettingsError, SchemaMismatch, FunctionsMismatch, EmbeddedError)
 
 
 def errors_page() -> str:

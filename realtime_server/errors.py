@@ -10,6 +10,7 @@
     ├── DatabaseUnavailable  QueryCanceled  ChangesTimeout
     ├── MalformedCursor  Gap  UnableToReplay  InvalidLimit
     ├── SchemaMismatch
+    ├── FunctionsMismatch
     ├── SettingsError
     └── EmbeddedError
 

@@ -22,7 +22,8 @@ Event = Literal["*", "INSERT", "UPDATE", "DELETE"]
 ANY: Final = "*"
 # PostgreSQL has no table with more columns.
 MAX_SELECT: Final = 1600
-# Conditions and selected columns of all bindings of a channel.
+# Of all bindings of a channel: conditions, which take time to read and to check, and conditions and selected columns together.
+MAX_CONDITIONS: Final = 500
 MAX_TERMS: Final = 2000
 
 _EVENTS: Final[dict[str, Event]] = {"INSERT": "INSERT", "UPDATE": "UPDATE", "DELETE": "DELETE"}
@@ -46,7 +47,7 @@ class Binding:
 def parse_all(elements: Iterable[bytes]) -> list[tuple[int, Binding]]:
     """Read the bindings of one channel, each with the id that the client knows it by. Raises: InvalidBinding."""
     parsed: list[tuple[int, Binding]] = []
-    characters = terms = 0
+    characters = conditions = terms = 0
     for id, element in enumerate(elements, start=1):
         params = msgspec.json.decode(element)
         characters += len(params["filter"]) if isinstance(params.get("filter"), str) else 0
@@ -54,6 +55,9 @@ def parse_all(elements: Iterable[bytes]) -> list[tuple[int, Binding]]:
         if characters > filters.MAX_CHARS:
             raise InvalidBinding(f"All filters of a channel have at most {filters.MAX_CHARS} characters")
         binding = parse(params)
+        conditions += len(binding.conditions)
+        if conditions > MAX_CONDITIONS:
+            raise InvalidBinding(f"All filters of a channel have at most {MAX_CONDITIONS} conditions")
         terms += len(binding.conditions) + len(binding.select)
         if terms > MAX_TERMS:
             raise InvalidBinding(f"All bindings of a channel have at most {MAX_TERMS} conditions and selected columns")

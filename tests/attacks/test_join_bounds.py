@@ -85,8 +85,10 @@ def test_all_conditions_and_columns_of_a_channel_are_bounded() -> None:
     conditions = json.dumps({"table": "t", "filter": ",".join(["a=eq.1"] * 100)}).encode()
     columns = json.dumps({"table": "t", "select": ["a"] * 1_500}).encode()
     assert len(bindings.parse_all([columns, *[conditions] * 5])) == 6
+    with pytest.raises(InvalidBinding, match="All filters of a channel have at most 500 conditions"):
+        bindings.parse_all([*[conditions] * 5, b'{"table":"t","filter":"a=eq.1"}'])
     with pytest.raises(InvalidBinding, match="at most 2000 conditions and selected columns"):
-        bindings.parse_all([columns, *[conditions] * 6])
+        bindings.parse_all([columns, *[conditions] * 5, b'{"table":"t","select":["a"]}'])
 
 
 async def test_join_with_too_many_bindings_is_refused(shared_server: Server, wire: WireFactory) -> None:
