@@ -36,7 +36,7 @@ async def start(shared: TestDatabase) -> AsyncIterator[Start]:
     servers: list[Server] = []
 
     async def start(changes: str) -> Server:
-        servers.append(Server(shared, prelude=IMPATIENT, changes=changes, policy_timeout_s="30"))
+        servers.append(Server(shared, prelude=IMPATIENT, changes=changes, policy_timeout_s="300"))
         return await servers[-1].start()
 
     yield start
