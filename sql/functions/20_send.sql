@@ -9,6 +9,10 @@ language plpgsql
 immutable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    -- Beyond half a gigabyte of bytes PostgreSQL could not hand the row to the servers, which would read nothing any more.
+    c_most_bytes constant bigint := 16777216;
+    v_bytes constant bigint := coalesce(octet_length(binary_payload), octet_length(payload::text));
 begin
     if topic = '' or octet_length(topic) > 255 then
         raise exception using
@@ -35,8 +39,13 @@ begin
             errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
             message = 'payload must be a JSON object',
             hint = 'Wrap other values: jsonb_build_object(''value'', ...).';
+    elsif v_bytes > c_most_bytes then
+        raise exception using
+            errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
+            message = format('payload must have at most %s bytes, not %s', c_most_bytes, v_bytes),
+            hint = 'Store what is larger, and send where to find it.';
     -- Only a longer text can have a number in it with so many digits.
-    elsif octet_length(payload::text) > 308
+    elsif v_bytes > 308
         and jsonb_path_exists(
             payload,
             '$.** ? (@.type() == "number" && (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))'

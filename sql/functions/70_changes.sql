@@ -32,25 +32,18 @@ as $$
 $$;
 comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
 
+-- No others, not even enums: their owner may create casts from and to them, at any moment, and PostgreSQL prefers these to reading and writing
+-- texts.
 create or replace function realtime.is_inert(type oid)
 returns boolean
 language sql
-stable
+immutable
 set search_path = pg_catalog, pg_temp
 as $$
-    with recursive part as (
-        select t.oid, t.typtype, t.typelem from pg_type as t where t.oid = is_inert.type
-        union all
-        select t.oid, t.typtype, t.typelem from pg_type as t join part on t.oid = part.typelem and part.oid >= 16384
-    )
-    select bool_and(part.oid < 16384 or part.typtype = 'e' or part.typelem <> 0)
-        and not exists (
-            select from pg_cast as c where c.castsource in (select part.oid from part) and c.casttarget = 114 and c.oid >= 16384
-        )
-    from part
+    select is_inert.type < 16384
 $$;
 comment on function realtime.is_inert(oid) is
-    'Whether values of a type are read, compared and written by PostgreSQL alone: built-in types, enums and arrays of both. For other types functions of users may be called.';
+    'Whether values of a type are read, compared and written by PostgreSQL alone: built-in types. For other types functions of users may be called.';
 revoke all on function realtime.is_inert(oid) from public;
 
 create or replace function realtime.declared_type(relation oid, attnum smallint)
@@ -440,6 +433,27 @@ revoke all on function realtime.take_identity(text, jsonb) from public;
 -- SECURITY DEFINER function that the client's role owns, where PostgreSQL refuses to set a role. Its body is parsed when it is made, by the
 -- server's role and under a path on which nobody can plant an operator; functions without a path of their own then run under the usual one.
 -- What they change is rolled back together with the function, which therefore never depends on anything.
+create or replace function realtime.is_read_by_users(type oid)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive part as (
+        select t.oid, t.typtype, t.typelem from pg_type as t where t.oid = is_read_by_users.type
+        union all
+        select t.oid, t.typtype, t.typelem
+        from part
+        left join pg_range as r on part.oid in (r.rngtypid, r.rngmultitypid)
+        join pg_type as t on t.oid in (part.typelem, r.rngsubtype)
+        where part.oid >= 16384
+    )
+    select bool_or(part.oid >= 16384 and part.typtype in ('c', 'd')) from part
+$$;
+comment on function realtime.is_read_by_users(oid) is
+    'Whether functions of users may be called when a literal of a type is parsed: domains have them, and composite types may get a domain at any moment.';
+revoke all on function realtime.is_read_by_users(oid) from public;
+
 create or replace function realtime.make_guarded(
     name text, role text, arguments text, result text, query text, expressions text[] default '{}'
 )
@@ -454,6 +468,18 @@ declare
     v_operators text;
     v_expression text;
 begin
+    -- A literal is read when it is parsed, which is done by the server's role.
+    if exists (
+        select
+        from unnest(make_guarded.expressions) as tree
+        cross join regexp_matches(tree, ':consttype ([0-9]+)', 'g') as found (type)
+        where realtime.is_read_by_users(found.type[1]::oid)
+    ) then
+        raise exception using
+            errcode = 'feature_not_supported',
+            message = 'an expression has a constant of a composite type, or of arrays or ranges of domains or composite types',
+            hint = 'Write it as row(...) or array[...].';
+    end if;
     execute format(
         'create function pg_temp.%I(%s) returns %s language sql security definer set search_path = public, extensions, pg_temp'
         ' begin atomic %s; end',
@@ -923,8 +949,14 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_condition text := realtime.policy_condition(make_visible.relation, make_visible.role);
+    v_condition text;
+    v_trees text[];
 begin
+    -- In one statement, or a policy that is altered at this moment could have its text evaluated by the tree of another one.
+    select
+        realtime.policy_condition(make_visible.relation, make_visible.role),
+        array(select p.tree from realtime.select_policies(make_visible.relation, make_visible.role) as p)
+    into v_condition, v_trees;
     perform realtime.make_guarded(
         make_visible.name,
         make_visible.role,
@@ -940,11 +972,7 @@ begin
             realtime.table_name(make_visible.relation),
             c.relname
         ),
-        array(
-            select p.tree
-            from realtime.select_policies(make_visible.relation, make_visible.role) as p
-            where v_condition <> 'false'
-        )
+        case when v_condition <> 'false' then v_trees else '{}' end
     )
     from pg_class as c
     where c.oid = make_visible.relation;
@@ -1104,7 +1132,40 @@ $$;
 comment on function realtime.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
 revoke all on function realtime.render_changes(oid, jsonb) from public;
 
--- By the operators of its index, which belong to the types. Null where a type would have code of users called to read its values.
+-- Who plans a query evaluates calls on constants in the indexes, statistics and partition keys of its tables, with its own rights.
+create or replace function realtime.is_planned_by_postgres(relation oid)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive part as (
+        select is_planned_by_postgres.relation as oid
+        union all
+        select i.inhrelid from pg_inherits as i join part on i.inhparent = part.oid
+    ),
+    evaluated (classid, objid) as (
+        select 'pg_class'::regclass, part.oid from part
+        union all
+        select 'pg_class'::regclass, i.indexrelid from part join pg_index as i on i.indrelid = part.oid
+        union all
+        select 'pg_statistic_ext'::regclass, s.oid from part join pg_statistic_ext as s on s.stxrelid = part.oid
+    )
+    select not exists (
+        select
+        from evaluated as e
+        join pg_depend as d on d.classid = e.classid and d.objid = e.objid
+        left join pg_operator as o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
+        join pg_proc as p on p.oid = case d.refclassid when 'pg_proc'::regclass then d.refobjid else o.oprcode end
+        join pg_language as l on l.oid = p.prolang
+        where p.oid >= 16384 and l.lanname not in ('internal', 'c')
+    )
+$$;
+comment on function realtime.is_planned_by_postgres(oid) is
+    'Whether a query on a table is planned without calls of functions that users may have made.';
+revoke all on function realtime.is_planned_by_postgres(oid) from public;
+
+-- By the operators of its index, which belong to the types. Null where code of users would be called to read the table or a value of its key.
 create or replace function realtime.key_condition(relation oid)
 returns text
 language sql
@@ -1112,7 +1173,8 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
     select case
-        when bool_and(realtime.is_inert(known.base) or t.typtype = 'b' and t.typelem = 0)
+        when bool_and(realtime.is_inert(known.base) or t.typtype = 'b' and t.typelem = 0 or t.typtype = 'e')
+            and realtime.is_planned_by_postgres(key_condition.relation)
         then string_agg(format('stored.%1$I operator(%2$I.%3$s) row.%1$I', a.attname, n.nspname, o.oprname), ' and ')
     end
     from pg_index as i
@@ -1138,6 +1200,7 @@ language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 set row_security = off
+set constraint_exclusion = off
 set timezone = 'UTC'
 set datestyle = 'ISO'
 set intervalstyle = 'postgres'

@@ -360,3 +360,21 @@ def test_a_member_chooses_neither_identity_nor_time_of_a_chat_message(
     )
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
         execute_as(thread, "authenticated", insert, ALICE, value, claims=AS_ALICE)
+
+
+def test_a_payload_that_servers_could_not_read_is_refused(open_topics: TestDatabase) -> None:
+    """PostgreSQL hands on no row of a gigabyte as text: one message of 600 MB of bytes kept every server from reading any other."""
+    for statement in (
+        "select realtime.send_binary(convert_to(repeat('x', 16777217), 'UTF8'), 'e', 't', true)",
+        "select realtime.send(jsonb_build_object('a', repeat('x', 16777217)), 'e', 't', true)",
+        "insert into realtime.messages (topic, extension, event, binary_payload)"
+        " values ('t', 'broadcast', 'e', convert_to(repeat('x', 16777217), 'UTF8'))",
+    ):
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="payload must have at most 16777216 bytes"):
+            execute_as(open_topics, "authenticated", statement)
+    execute_as(
+        open_topics,
+        "authenticated",
+        "select realtime.send_binary(convert_to(repeat('x', 16777216), 'UTF8'), 'e', 't', true)",
+    )
+    assert open_topics.execute("select octet_length(binary_payload) from realtime.messages") == [(16777216,)]
