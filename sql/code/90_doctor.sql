@@ -351,6 +351,21 @@ as $$
     from ours
     union all
     select
+        'slot',
+        'problem',
+        format(
+            'the replication slot is being created and waits for a transaction: there are no row changes until then (pid %s, role %s, application %L)',
+            pid,
+            role,
+            application
+        ),
+        case
+            when pid = 0 then 'commit it or roll it back: see pg_prepared_xacts'
+            else format('wait for it, or select pg_terminate_backend(%s)', pid)
+        end
+    from realtime.slot_waits()
+    union all
+    select
         'max_slot_wal_keep_size',
         case when active then 'note' else 'problem' end,
         'max_slot_wal_keep_size is not set: while nobody reads the slot, the log grows until the disk is full',

@@ -20,6 +20,7 @@ from typing import Any, LiteralString
 import msgspec
 import psycopg
 import pytest
+import structlog
 from psycopg import conninfo, sql
 
 from realtime_server.changes import pgoutput, wal
@@ -1090,6 +1091,38 @@ async def test_slot_is_made_once_the_writers_of_that_moment_have_ended(source_da
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert received.gaps == []
+
+
+async def test_transaction_that_the_slot_waits_for_is_named(
+    source_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "SLOT_WAITS_S", 0.02)
+    source_database.execute("create table item (number int)")
+    findings = "select finding, advice from realtime.doctor() where \"check\" = 'slot' and level = 'problem'"
+    with (
+        structlog.testing.capture_logs() as logs,
+        psycopg.connect(source_database.administrator_url, application_name="report") as db,
+    ):
+        db.execute("insert into item values (1)")
+        pid = db.info.backend_pid
+        source = source_of(source_database)
+        await source._pool.open()
+        task = asyncio.create_task(source.run(Received(source_database)))
+        await until(lambda: any("waits" in entry["event"] for entry in logs), "the log to name it")
+        ((finding, advice),) = source_database.execute(findings)
+        assert f"(pid {pid}, role " in finding
+        assert f"pg_terminate_backend({pid})" in advice
+        # It is said once, however long it takes.
+        await asyncio.sleep(0.2)
+        assert [(entry["pid"], entry["application"]) for entry in logs if "waits" in entry["event"]] == [
+            (pid, "report")
+        ]
+        db.commit()
+        await until(lambda: source.is_ready, "the source to be ready")
+    assert source_database.execute(findings) == []
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await source._pool.close()
 
 
 async def test_cancelling_leaves_no_half_made_slot(source_database: WalDatabase) -> None:
