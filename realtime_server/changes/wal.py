@@ -37,7 +37,7 @@ from realtime_server.changes.assembly import NOTHING_TAKEN, Assembly, Piece
 from realtime_server.changes.change import Receiver
 from realtime_server.changes.pgoutput import Keepalive, MalformedReplication, WalData
 from realtime_server.cursor import Snapshot
-from realtime_server.database import APPLICATION_SEARCH_PATH, Database, Pool, Target
+from realtime_server.database import Database, Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 from realtime_server.tasks import end
 
@@ -266,10 +266,8 @@ class WalSource:
         """Raises: psycopg.OperationalError."""
         own = conninfo.conninfo_to_dict(self._target.url).get("options") or ""
         url = conninfo.make_conninfo(self._target.url, replication="database", options=f"{own} {SESSION}".strip())
-        # Names of tables and types among the values are written as the sessions that judge them read them.
-        parameters = replace(self._target, url=url).parameters(
-            name="walsender", timeout_s=self._timeout_s, search_path=APPLICATION_SEARCH_PATH
-        )
+        # Names of tables and types among the values are qualified, as the sessions that judge them need it.
+        parameters = replace(self._target, url=url).parameters(name="walsender", timeout_s=self._timeout_s)
         return await Database.connect(parameters, autocommit=True)
 
     async def _start(self, db: Database, walsender: Database) -> _Stream:

@@ -1803,6 +1803,7 @@ returns text
 language sql
 stable
 strict
+set search_path = pg_catalog, pg_temp
 as $$
     select pg_catalog.format('%s', value)
 $$;
@@ -2273,6 +2274,7 @@ create or replace function realtime.comparison(operator text, is_negated boolean
 returns text
 language plpgsql
 immutable
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_text text;
@@ -3015,9 +3017,9 @@ create or replace function realtime.change_doorbell_key()
 returns bigint
 language sql
 immutable
-as $$
-    select realtime.doorbell_key() + 2
-$$;
+begin atomic
+    select realtime.doorbell_key() + 2;
+end;
 comment on function realtime.change_doorbell_key() is 'Advisory lock that a reader of realtime.changes holds while it sleeps.';
 revoke all on function realtime.change_doorbell_key() from public;
 
@@ -3211,6 +3213,7 @@ create or replace function realtime.capture_trigger(relation oid)
 returns text
 language sql
 immutable
+set search_path = pg_catalog, pg_temp
 as $$
     select '!realtime_capture_' || relation::text
 $$;
