@@ -27,7 +27,7 @@ from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
 from realtime_server.cursor import Place
-from realtime_server.database import APPLICATION_SEARCH_PATH, Pool, Target
+from realtime_server.database import Pool, Target
 from realtime_server.delivery import Delivery
 from realtime_server.endpoints import start
 from realtime_server.endpoints.bounds import RequestBounds
@@ -94,7 +94,6 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         size=POOL_SIZE,
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=settings.policy_timeout_s,
-        search_path=APPLICATION_SEARCH_PATH,
         runs_user_code=True,
     )
     # Of its own, so that policies that take long do not hold up presence, nor maintenance a join.

@@ -33,9 +33,6 @@ CLOSING_S: Final = 1.0
 CLIENT_CHECK_INTERVAL: Final = "2s"
 
 SEARCH_PATH: Final = "pg_catalog,pg_temp"
-# What filters and policies of tables are evaluated by: names in them were written for this path. The session's own schema comes last: what
-# users' functions leave there must not be found instead of what is meant.
-APPLICATION_SEARCH_PATH: Final = "public,extensions,pg_temp"
 
 # Of a stream: a quarter slower than all at once, where one by one takes twice as long.
 ROWS_AT_ONCE: Final = 10
@@ -61,7 +58,6 @@ class Target:
         name: str,
         timeout_s: float,
         statement_timeout_s: float | None = None,
-        search_path: str = SEARCH_PATH,
     ) -> str:
         """The URL with the settings of our connections. `name` shows in pg_stat_activity behind `realtime-server`."""
         settings: dict[str, Any] = {
@@ -76,7 +72,7 @@ class Target:
         }
         if not self.is_pooled:
             own = conninfo.conninfo_to_dict(self.url).get("options") or ""
-            options = f"{own} -c search_path={search_path} -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
+            options = f"{own} -c search_path={SEARCH_PATH} -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
             # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
             options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
             if self.can_check_clients:
@@ -139,18 +135,14 @@ class Pool:
         timeout_s: float,
         statement_timeout_s: float,
         patience_s: float | None = None,
-        search_path: str = SEARCH_PATH,
         runs_user_code: bool = False,
     ) -> None:
         self.size = size
-        self._search_path = search_path
         self._is_pooled = target.is_pooled
         self._statement_timeout_s = statement_timeout_s
         self._timeout_s = timeout_s
         self._pool: AsyncConnectionPool[Database] = AsyncConnectionPool(
-            target.parameters(
-                name=name, timeout_s=timeout_s, statement_timeout_s=statement_timeout_s, search_path=search_path
-            ),
+            target.parameters(name=name, timeout_s=timeout_s, statement_timeout_s=statement_timeout_s),
             kwargs=target.connection_options | ({"prepare_threshold": None} if runs_user_code else {}),
             reset=self._reset if runs_user_code and not target.is_pooled else None,
             min_size=1,
@@ -219,9 +211,7 @@ class Pool:
                         # Settings of a session would be some other client's next.
                         with hanging_up(db, self._timeout_s):
                             await stack.enter_async_context(_limited(db, self._statement_timeout_s))
-                            await db.execute(
-                                "select pg_catalog.set_config('search_path', %s, true)", (self._search_path,)
-                            )
+                            await db.execute("select pg_catalog.set_config('search_path', %s, true)", (SEARCH_PATH,))
                     yield db
                     with hanging_up(db, self._timeout_s):
                         await stack.aclose()

@@ -29,7 +29,7 @@ import math
 import random
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any, Final, Generic, LiteralString, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
@@ -454,10 +454,8 @@ class Relay(Generic[R]):
         """Hand on what became visible since the position, piece by piece, and move it; how many rows."""
         assert self._position is not None, "the position is set when connected"
         count, until = 0, self._position
-        direct: LiteralString = f"select * from {self._outbox.read}({{}})"  # noqa: S608 -- of ours
-        query = sql.SQL(direct if self._target.is_pooled else "execute read({})").format(until.text)
-        async with database.streaming(reader, query, closing_s=self._timeout_s) as stream:
-            while rows := await self._piece(reader, stream):
+        async with contextlib.aclosing(self._pieces(reader, until)) as pieces:
+            async for rows in pieces:
                 if rows[0][-1] is not None:
                     until = Snapshot.parse(rows.pop(0)[-1])
                 await self._take(rows, until)
@@ -467,16 +465,46 @@ class Relay(Generic[R]):
         await self._perhaps_end(reader, until)
         return count
 
-    async def _piece(self, reader: Database, stream: AsyncIterator[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        rows, size = [], 0
+    async def _pieces(self, reader: Database, since: Snapshot) -> AsyncGenerator[list[tuple[Any, ...]]]:
+        """What a statement that is not read to its end sees keeps PostgreSQL from removing dead rows. So what is more than a piece is
+        kept by a cursor that has no snapshot, for as long as the receiver takes."""
+        direct = sql.SQL(f"select * from {self._outbox.read}({{}})").format(since.text)  # noqa: S608 -- of ours
+        query = direct if self._target.is_pooled else sql.SQL("execute read({})").format(since.text)
+        async with database.streaming(reader, query, closing_s=self._timeout_s) as stream:
+            rows, is_all = await self._piece(reader, stream)
+            if is_all or self._target.is_pooled:
+                yield rows
+                while not is_all:
+                    rows, is_all = await self._piece(reader, stream)
+                    if rows:
+                        yield rows
+                return
+        with self._hanging_up(reader):
+            async with reader.transaction():
+                await reader.execute(sql.SQL("declare rest no scroll cursor with hold for {}").format(direct))
+        async with database.streaming(reader, "fetch all from rest", closing_s=self._timeout_s) as stream:
+            is_all = False
+            while not is_all:
+                rows, is_all = await self._piece(reader, stream)
+                if rows:
+                    yield rows
+        with self._hanging_up(reader):
+            await reader.execute("close rest")
+
+    async def _piece(
+        self, reader: Database, stream: AsyncIterator[tuple[Any, ...]]
+    ) -> tuple[list[tuple[Any, ...]], bool]:
+        """The next rows, and whether these are all there are."""
+        rows, size, is_all = [], 0, True
         with self._hanging_up(reader):
             async for row in stream:
                 rows.append(row)
                 size += sum(len(field) for field in row if isinstance(field, str | bytes))
                 if len(rows) > PIECE_ROWS or size >= PIECE_BYTES:
+                    is_all = False
                     break
         self._read_at = time.monotonic()
-        return rows
+        return rows, is_all
 
     async def _wait_for_receiver(self) -> None:
         # Meanwhile nothing is asked, so nothing is unanswered.

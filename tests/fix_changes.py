@@ -102,19 +102,26 @@ THINGS = r"""
 
 
 @contextmanager
-def readable_log(cluster: Cluster) -> Iterator[TestDatabase]:
-    """A database whose log its owner may read."""
-    database = cluster.create("heads")
+def log_is_readable(database: TestDatabase) -> Iterator[None]:
+    """The owner of the database may read its log meanwhile."""
     with psycopg.connect(database.administrator_url, autocommit=True) as administrator:
         administrator.execute(f"alter role {OWNER} replication")
         try:
-            yield database
+            yield
         finally:
             # A database cannot be dropped while it has a slot, nor a slot while somebody reads it.
             slots = "from pg_replication_slots where database = current_database()"
             administrator.execute(f"select pg_terminate_backend(active_pid, 5000) {slots} and active")
             administrator.execute(f"select pg_drop_replication_slot(slot_name) {slots}")
             administrator.execute(f"alter role {OWNER} noreplication")
+
+
+@contextmanager
+def readable_log(cluster: Cluster) -> Iterator[TestDatabase]:
+    """A database whose log its owner may read."""
+    database = cluster.create("heads")
+    with log_is_readable(database):
+        yield database
     cluster.drop(database)
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from realtime_server.changes.judge import Identity
-from realtime_server.protocol.filters import Condition, Operator
+from realtime_server.protocol.filters import PATTERNS, Condition
 
 # In so much time the budget is there again.
 WINDOW_S: Final = 60.0
@@ -20,8 +20,6 @@ WINDOW_S: Final = 60.0
 CLIENTS_WORTH: Final = 3
 REFUSED_S: Final = 600.0
 MOST_KEPT: Final = 10_000
-# These take as long as the pattern and the row make them; all others compare.
-PATTERNS: Final = frozenset({Operator.LIKE, Operator.ILIKE, Operator.MATCH, Operator.IMATCH})
 
 
 class _Account:

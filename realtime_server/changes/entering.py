@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from realtime_server.changes.budget import PATTERNS, Budget
+from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.judge import Identity, Judge, Rejected, TookTooLong
 from realtime_server.changes.quarantine import Quarantine
@@ -19,7 +19,7 @@ from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable, InvalidBinding, QueryCanceled
 from realtime_server.protocol import bindings
 from realtime_server.protocol.bindings import Binding
-from realtime_server.protocol.filters import Condition
+from realtime_server.protocol.filters import PATTERNS, Condition
 from realtime_server.tasks import together
 
 # What waits for its first answer for longer is told so.

@@ -37,8 +37,9 @@ from realtime_server.changes.assembly import NOTHING_TAKEN, Assembly, Piece
 from realtime_server.changes.change import Receiver
 from realtime_server.changes.pgoutput import Keepalive, MalformedReplication, WalData
 from realtime_server.cursor import Snapshot
-from realtime_server.database import APPLICATION_SEARCH_PATH, Database, Pool, Target
+from realtime_server.database import Database, Pool, Target
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
+from realtime_server.tasks import end
 
 # A piece that is handed on at once: 4 MB of rows take some hundredths of a second to decode, and that long nothing else runs here.
 PIECE_CHANGES: Final = 500
@@ -47,6 +48,8 @@ PIECE_BYTES: Final = 4 * 1024 * 1024
 STATUS_S: Final = 1.0
 # PostgreSQL ends a walsender that hears nothing for so long, and with that our hold on the slot where the machine is gone.
 WALSENDER_TIMEOUT_S: Final = 30
+# When it is told whose transactions keep a slot from being created.
+SLOT_WAITS_S: Final = 5.0
 # One question for visibility; then it is asked again, as long as it takes.
 VISIBLE_S: Final = 1.0
 # Saying goodbye: what was confirmed has to be read by the walsender, behind all that it still sends.
@@ -237,18 +240,34 @@ class WalSource:
             await self._ask(db, "select pg_drop_replication_slot(%s)", self._slot)
         self._failures = 0
         self._holder = await self._backend(db, db)
-        with database.errors():
-            await db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (self._slot,))
+        # It waits for the transactions that write at this moment. On a primary pg_log_standby_snapshot() does not shorten that: PostgreSQL
+        # logs one itself as soon as they have ended.
+        naming = asyncio.create_task(self._name_waited_for())
+        try:
+            with database.errors():
+                await db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (self._slot,))
+        finally:
+            await end([naming])
         self._holder = None
+
+    async def _name_waited_for(self) -> None:
+        said: list[tuple[Any, ...]] = []
+        waits = said
+        while True:
+            await asyncio.sleep(SLOT_WAITS_S)
+            # That the database is away is noticed by the session that creates the slot.
+            with contextlib.suppress(DatabaseUnavailable, QueryCanceled), database.changing():
+                waits = await self._pool.fetch("select pid, role, application from realtime.slot_waits()")
+            for pid, role, application in waits if waits != said else ():
+                log.warning("the replication slot waits for a transaction", pid=pid, role=role, application=application)
+            said = waits
 
     async def _connect_walsender(self) -> Database:
         """Raises: psycopg.OperationalError."""
         own = conninfo.conninfo_to_dict(self._target.url).get("options") or ""
         url = conninfo.make_conninfo(self._target.url, replication="database", options=f"{own} {SESSION}".strip())
-        # Names of tables and types among the values are written as the sessions that judge them read them.
-        parameters = replace(self._target, url=url).parameters(
-            name="walsender", timeout_s=self._timeout_s, search_path=APPLICATION_SEARCH_PATH
-        )
+        # Names of tables and types among the values are qualified, as the sessions that judge them need it.
+        parameters = replace(self._target, url=url).parameters(name="walsender", timeout_s=self._timeout_s)
         return await Database.connect(parameters, autocommit=True)
 
     async def _start(self, db: Database, walsender: Database) -> _Stream:

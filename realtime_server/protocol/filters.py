@@ -22,6 +22,8 @@ from realtime_server.protocol.inspection import inspect
 # A list of a hundred long texts fits.
 MAX_CHARS: Final = 32_768
 MAX_CONDITIONS: Final = 100
+# PostgreSQL compiles a pattern in time and memory that grow faster than its length.
+MAX_PATTERN_CHARS: Final = 1000
 
 
 class Operator(StrEnum):
@@ -38,6 +40,10 @@ class Operator(StrEnum):
     MATCH = "match"
     IMATCH = "imatch"
     ISDISTINCT = "isdistinct"
+
+
+# These take as long as the pattern and the row make them; all others compare.
+PATTERNS: Final = frozenset({Operator.LIKE, Operator.ILIKE, Operator.MATCH, Operator.IMATCH})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,10 @@ def _condition(segment: str) -> Condition:
         operator = Operator(name)
     except ValueError:
         raise _problem(inspect([name, value])) from None
-    return Condition(column, operator, is_negated, _list(value) if operator is Operator.IN else _unquoted(value))
+    value = _list(value) if operator is Operator.IN else _unquoted(value)
+    if operator in PATTERNS and len(value) > MAX_PATTERN_CHARS:
+        raise _problem(f"expected a pattern of at most {MAX_PATTERN_CHARS} characters, got {len(value)}")
+    return Condition(column, operator, is_negated, value)
 
 
 def _list(value: str) -> str:

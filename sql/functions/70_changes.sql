@@ -2,6 +2,9 @@
 --
 -- An image is a row as a JSON object, column by column: strings of the text that PostgreSQL writes for the values, null for null. So what is
 -- read from it is what was written: bounds of arrays, and null in json, which is not null. A column that is not known is absent.
+--
+-- Most questions are about a few rows, and to plan a statement on the catalog takes longer than to execute it. So functions that are called
+-- for each question are in PL/pgSQL, which keeps plans for the session, and with force_generic_plan, which keeps them for all arguments.
 
 create or replace function realtime.table_name(relation oid)
 returns text
@@ -19,16 +22,21 @@ revoke all on function realtime.table_name(oid) from public;
 
 create or replace function realtime.base_type(type oid)
 returns oid
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
-    with recursive base as (
-        select t.oid, t.typtype, t.typbasetype from pg_type as t where t.oid = base_type.type
-        union all
-        select t.oid, t.typtype, t.typbasetype from pg_type as t join base on t.oid = base.typbasetype and base.typtype = 'd'
-    )
-    select base.oid from base where base.typtype <> 'd'
+begin
+    return (
+        with recursive base as (
+            select t.oid, t.typtype, t.typbasetype from pg_type as t where t.oid = base_type.type
+            union all
+            select t.oid, t.typtype, t.typbasetype from pg_type as t join base on t.oid = base.typbasetype and base.typtype = 'd'
+        )
+        select base.oid from base where base.typtype <> 'd'
+    );
+end
 $$;
 comment on function realtime.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
 
@@ -39,6 +47,7 @@ returns boolean
 language sql
 immutable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
     select is_inert.type < 16384
 $$;
@@ -48,20 +57,25 @@ revoke all on function realtime.is_inert(oid) from public;
 
 create or replace function realtime.declared_type(relation oid, attnum smallint)
 returns text
-language sql
+language plpgsql
 stable
 set search_path = ''
+set plan_cache_mode = force_generic_plan
 as $$
-    select case when realtime.base_type(a.atttypid) in (114, 3802) then 'text' else pg_catalog.format_type(a.atttypid, a.atttypmod) end
-        || coalesce((
-            select pg_catalog.format(' collate %I.%I', n.nspname, c.collname)
-            from pg_catalog.pg_collation as c
-            join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
-            where c.oid = a.attcollation and c.oid <> t.typcollation
-        ), '')
-    from pg_catalog.pg_attribute as a
-    join pg_catalog.pg_type as t on t.oid = a.atttypid
-    where a.attrelid = declared_type.relation and a.attnum = declared_type.attnum
+begin
+    return (
+        select case when realtime.base_type(a.atttypid) in (114, 3802) then 'text' else pg_catalog.format_type(a.atttypid, a.atttypmod) end
+            || coalesce((
+                select pg_catalog.format(' collate %I.%I', n.nspname, c.collname)
+                from pg_catalog.pg_collation as c
+                join pg_catalog.pg_namespace as n on n.oid = c.collnamespace
+                where c.oid = a.attcollation and c.oid <> t.typcollation
+            ), '')
+        from pg_catalog.pg_attribute as a
+        join pg_catalog.pg_type as t on t.oid = a.atttypid
+        where a.attrelid = declared_type.relation and a.attnum = declared_type.attnum
+    );
+end
 $$;
 comment on function realtime.declared_type(oid, smallint) is
     'The type of a column, as in a list of column definitions for an image; text instead of json and jsonb, for which a string would be one of JSON.';
@@ -70,35 +84,40 @@ revoke all on function realtime.declared_type(oid, smallint) from public;
 -- A row of which only some columns are known is none of its table, where a domain among the others does not allow null.
 create or replace function realtime.populated(relation oid, image text, only_key boolean default false)
 returns text
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
-    select pg_catalog.format(
-        '(select %s from pg_catalog.jsonb_to_record(%s) as image (%s)) as row',
-        pg_catalog.string_agg(pg_catalog.format('image.%1$I::%2$s as %1$I', a.attname, known.type), ', ' order by a.attnum),
-        populated.image,
-        pg_catalog.string_agg(
-            pg_catalog.format(
-                '%I %s',
-                a.attname,
-                case when t.typtype = 'd' and known.base not in (114, 3802) then known.type else realtime.declared_type(a.attrelid, a.attnum) end
-            ),
-            ', ' order by a.attnum
+begin
+    return (
+        select pg_catalog.format(
+            '(select %s from pg_catalog.jsonb_to_record(%s) as image (%s)) as row',
+            pg_catalog.string_agg(pg_catalog.format('image.%1$I::%2$s as %1$I', a.attname, known.type), ', ' order by a.attnum),
+            populated.image,
+            pg_catalog.string_agg(
+                pg_catalog.format(
+                    '%I %s',
+                    a.attname,
+                    case when t.typtype = 'd' and known.base not in (114, 3802) then known.type else realtime.declared_type(a.attrelid, a.attnum) end
+                ),
+                ', ' order by a.attnum
+            )
         )
-    )
-    from pg_catalog.pg_attribute as a
-    join pg_catalog.pg_type as t on t.oid = a.atttypid
-    cross join lateral (
-        select base, pg_catalog.format_type(base, -1) as type from realtime.base_type(t.oid) as base
-    ) as known
-    where a.attrelid = populated.relation
-        and a.attnum > 0
-        and not a.attisdropped
-        and (
-            not only_key
-            or exists (select from pg_catalog.pg_index as i where i.indrelid = a.attrelid and i.indisprimary and a.attnum = any (i.indkey::int2[]))
-        )
+        from pg_catalog.pg_attribute as a
+        join pg_catalog.pg_type as t on t.oid = a.atttypid
+        cross join lateral (
+            select base, pg_catalog.format_type(base, -1) as type from realtime.base_type(t.oid) as base
+        ) as known
+        where a.attrelid = populated.relation
+            and a.attnum > 0
+            and not a.attisdropped
+            and (
+                not only_key
+                or exists (select from pg_catalog.pg_index as i where i.indrelid = a.attrelid and i.indisprimary and a.attnum = any (i.indkey::int2[]))
+            )
+    );
+end
 $$;
 comment on function realtime.populated(oid, text, boolean) is 'A lateral item for FROM: "row", of a table''s columns or those of its primary key, from an expression that is an image. Columns that are absent become null.';
 revoke all on function realtime.populated(oid, text, boolean) from public;
@@ -106,9 +125,10 @@ revoke all on function realtime.populated(oid, text, boolean) from public;
 -- Only by its text does a whole row become one of its table's type, which policies may ask for, with each value read as it was written.
 create or replace function realtime.row_texts(relation oid, images jsonb)
 returns jsonb
-language plpgsql  -- which keeps its plan
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 begin
     return (
@@ -132,6 +152,7 @@ returns text
 language sql
 stable
 strict
+set search_path = pg_catalog, pg_temp
 as $$
     select pg_catalog.format('%s', value)
 $$;
@@ -142,45 +163,51 @@ revoke all on function realtime.written(anyelement) from public;
 -- without a value that its domain insists on.
 create or replace function realtime.policy_columns(relation oid)
 returns text[]
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
-    select array(
-        select a.attname::text
-        from pg_attribute as a
-        where a.attrelid = policy_columns.relation
-            and a.attnum > 0
-            and not a.attisdropped
-            and (
-                exists (
-                    select
-                    from pg_policy as p
-                    where p.polrelid = a.attrelid
-                        and p.polcmd in ('r', '*')
-                        and (
-                            strpos(p.polqual::text, ' :varattno 0 ') > 0
-                            or exists (
-                                select
-                                from pg_depend as d
-                                where d.classid = 'pg_policy'::regclass
-                                    and d.objid = p.oid
-                                    and d.refclassid = 'pg_class'::regclass
-                                    and d.refobjid = a.attrelid
-                                    and d.refobjsubid = a.attnum
+begin
+    return (
+        select array(
+            select a.attname::text
+            from pg_attribute as a
+            join pg_type as type on type.oid = a.atttypid
+            where a.attrelid = policy_columns.relation
+                and a.attnum > 0
+                and not a.attisdropped
+                and (
+                    exists (
+                        select
+                        from pg_policy as p
+                        where p.polrelid = a.attrelid
+                            and p.polcmd in ('r', '*')
+                            and (
+                                strpos(p.polqual::text, ' :varattno 0 ') > 0
+                                or exists (
+                                    select
+                                    from pg_depend as d
+                                    where d.classid = 'pg_policy'::regclass
+                                        and d.objid = p.oid
+                                        and d.refclassid = 'pg_class'::regclass
+                                        and d.refobjid = a.attrelid
+                                        and d.refobjsubid = a.attnum
+                                )
                             )
-                        )
-                )
-                or exists (
-                    with recursive domain as (
-                        select t.typnotnull, t.typbasetype from pg_type as t where t.oid = a.atttypid and t.typtype = 'd'
-                        union all
-                        select t.typnotnull, t.typbasetype from pg_type as t join domain on t.oid = domain.typbasetype and t.typtype = 'd'
                     )
-                    select from domain where domain.typnotnull
+                    or type.typtype = 'd' and exists (
+                        with recursive domain as (
+                            select t.typnotnull, t.typbasetype from pg_type as t where t.oid = a.atttypid and t.typtype = 'd'
+                            union all
+                            select t.typnotnull, t.typbasetype from pg_type as t join domain on t.oid = domain.typbasetype and t.typtype = 'd'
+                        )
+                        select from domain where domain.typnotnull
+                    )
                 )
-            )
-    )
+        )
+    );
+end
 $$;
 comment on function realtime.policy_columns(oid) is
     'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
@@ -188,25 +215,32 @@ revoke all on function realtime.policy_columns(oid) from public;
 
 create or replace function realtime.checked_columns(relation oid)
 returns text[]
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
-    select array(
-        select a.attname::text
-        from pg_attribute as a
-        where a.attrelid = checked_columns.relation
-            and a.attnum > 0
-            and not a.attisdropped
-            and exists (
-                with recursive domain as (
-                    select t.oid, t.typbasetype from pg_type as t where t.oid = a.atttypid and t.typtype = 'd'
-                    union all
-                    select t.oid, t.typbasetype from pg_type as t join domain on t.oid = domain.typbasetype and t.typtype = 'd'
+begin
+    return (
+        select array(
+            select a.attname::text
+            from pg_attribute as a
+            join pg_type as type on type.oid = a.atttypid
+            where a.attrelid = checked_columns.relation
+                and a.attnum > 0
+                and not a.attisdropped
+                and type.typtype = 'd'
+                and exists (
+                    with recursive domain as (
+                        select t.oid, t.typbasetype from pg_type as t where t.oid = a.atttypid and t.typtype = 'd'
+                        union all
+                        select t.oid, t.typbasetype from pg_type as t join domain on t.oid = domain.typbasetype and t.typtype = 'd'
+                    )
+                    select from domain join pg_constraint as c on c.contypid = domain.oid
                 )
-                select from domain join pg_constraint as c on c.contypid = domain.oid
-            )
-    )
+        )
+    );
+end
 $$;
 comment on function realtime.checked_columns(oid) is 'The columns of a table whose domain has a constraint, which may or may not allow null.';
 revoke all on function realtime.checked_columns(oid) from public;
@@ -375,32 +409,37 @@ revoke all on function realtime.published_tables(text[]) from public;
 -- this tells that one of the rows they are kept in was written.
 create or replace function realtime.table_marks(relations oid[])
 returns table (relation oid, mark text)
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
-    select
-        c.oid,
-        concat_ws(
-            '/',
-            c.xmin,
-            n.xmin,
-            (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
-            (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m),
-            p.xmin,
-            (select string_agg(concat_ws(':', q.oid, q.xmin), ',' order by q.oid) from pg_policy as q where q.polrelid = c.oid),
-            (select string_agg(r.oid::text, ',' order by r.oid) from pg_roles as r where r.rolsuper or r.rolbypassrls),
-            -- What is put into the publication, or anew with another row filter, has the highest oid.
-            (
-                select concat_ws(',', count(*), max(d.objid))
-                from pg_depend as d
-                where d.refclassid = 'pg_publication'::regclass and d.refobjid = p.oid
+#variable_conflict use_column
+begin
+    return query
+        select
+            c.oid,
+            concat_ws(
+                '/',
+                c.xmin,
+                n.xmin,
+                (select string_agg(a.xmin::text, ',' order by a.attnum) from pg_attribute as a where a.attrelid = c.oid and a.attnum > 0),
+                (select string_agg(m.xmin::text, ',' order by m.roleid, m.member) from pg_auth_members as m),
+                p.xmin,
+                (select string_agg(concat_ws(':', q.oid, q.xmin), ',' order by q.oid) from pg_policy as q where q.polrelid = c.oid),
+                (select string_agg(r.oid::text, ',' order by r.oid) from pg_roles as r where r.rolsuper or r.rolbypassrls),
+                -- What is put into the publication, or anew with another row filter, has the highest oid.
+                (
+                    select concat_ws(',', count(*), max(d.objid))
+                    from pg_depend as d
+                    where d.refclassid = 'pg_publication'::regclass and d.refobjid = p.oid
+                )
             )
-        )
-    from pg_class as c
-    join pg_namespace as n on n.oid = c.relnamespace
-    left join pg_publication as p on p.pubname = 'supabase_realtime'
-    where c.oid = any (table_marks.relations)
+        from pg_class as c
+        join pg_namespace as n on n.oid = c.relnamespace
+        left join pg_publication as p on p.pubname = 'supabase_realtime'
+        where c.oid = any (table_marks.relations);
+end
 $$;
 comment on function realtime.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security and policies, rights on it, who bypasses row-level security or what is in the publication have changed.';
 revoke all on function realtime.table_marks(oid[]) from public;
@@ -454,6 +493,25 @@ comment on function realtime.is_read_by_users(oid) is
     'Whether functions of users may be called when a literal of a type is parsed: domains have them, and composite types may get a domain at any moment.';
 revoke all on function realtime.is_read_by_users(oid) from public;
 
+-- The temporary schema of a session comes with the first object in it, and is gone where that is rolled back. A schema that comes or goes
+-- makes PostgreSQL plan all statements of the session anew. So it is made once, and committed. And a transaction that leaves nothing behind
+-- need not wait for the disk.
+create or replace function realtime.prepare_guarded()
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform set_config('synchronous_commit', 'off', true);
+    if pg_my_temp_schema() = 0 then
+        create temporary table realtime_nothing () on commit drop;
+    end if;
+end
+$$;
+comment on function realtime.prepare_guarded() is 'To be called before realtime.make_guarded, outside of what is rolled back.';
+revoke all on function realtime.prepare_guarded() from public;
+
 create or replace function realtime.make_guarded(
     name text, role text, arguments text, result text, query text, expressions text[] default '{}'
 )
@@ -485,25 +543,33 @@ begin
         ' begin atomic %s; end',
         make_guarded.name, make_guarded.arguments, make_guarded.result, make_guarded.query
     );
-    select string_agg(found.operator[1], ' ')
-    into v_operators
-    from pg_proc as p
-    cross join regexp_matches(p.prosqlbody::text, c_operators, 'g') as found (operator)
-    where p.oid = format('pg_temp.%I(%s)', make_guarded.name, make_guarded.arguments)::regprocedure;
-    foreach v_expression in array make_guarded.expressions loop
-        if strpos(
-            concat(' ', v_operators, ' '),
-            (
-                select concat(' ', string_agg(found.operator[1] || ' ', ''))
-                from regexp_matches(v_expression, c_operators, 'g') as found (operator)
-            )
-        ) = 0 then
-            raise exception using
-                errcode = 'feature_not_supported',
-                message = 'an expression has an operator outside of pg_catalog that its text does not name';
-        end if;
-    end loop;
-    execute format('grant execute on function pg_temp.%I(%s) to public', make_guarded.name, make_guarded.arguments);
+    -- Operators of pg_catalog are found again. Those of users may not be, and have other oids.
+    if exists (
+        select
+        from unnest(make_guarded.expressions) as e (expression)
+        cross join regexp_matches(e.expression, c_operators, 'g') as found (operator)
+        cross join regexp_matches(found.operator[1], '[0-9]+', 'g') as named (oid)
+        where named.oid[1]::oid >= 16384
+    ) then
+        select string_agg(found.operator[1], ' ')
+        into v_operators
+        from pg_proc as p
+        cross join regexp_matches(p.prosqlbody::text, c_operators, 'g') as found (operator)
+        where p.oid = format('pg_temp.%I(%s)', make_guarded.name, make_guarded.arguments)::regprocedure;
+        foreach v_expression in array make_guarded.expressions loop
+            if strpos(
+                concat(' ', v_operators, ' '),
+                (
+                    select concat(' ', string_agg(found.operator[1] || ' ', ''))
+                    from regexp_matches(v_expression, c_operators, 'g') as found (operator)
+                )
+            ) = 0 then
+                raise exception using
+                    errcode = 'feature_not_supported',
+                    message = 'an expression has an operator outside of pg_catalog that its text does not name';
+            end if;
+        end loop;
+    end if;
     execute format('alter function pg_temp.%I(%s) owner to %I', make_guarded.name, make_guarded.arguments, make_guarded.role);
 end
 $$;
@@ -521,6 +587,7 @@ declare
     v_answer jsonb;
     v_is_done boolean := false;
 begin
+    perform realtime.prepare_guarded();
     begin
         perform realtime.make_guarded('realtime_question', ask_guarded.role, 'jsonb', 'jsonb', ask_guarded.query, expressions);
         perform realtime.take_identity(ask_guarded.role, '{}');
@@ -589,6 +656,7 @@ create or replace function realtime.comparison(operator text, is_negated boolean
 returns text
 language plpgsql
 immutable
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_text text;
@@ -898,65 +966,53 @@ revoke all on function realtime.match_changes(oid, text, jsonb, jsonb) from publ
 
 -- The condition that PostgreSQL itself puts behind a SELECT of this role: no restrictive policy may say otherwise, and one permissive policy
 -- must say yes. In that order, so that what would raise for a row is not asked where PostgreSQL would not ask.
-create or replace function realtime.select_policies(relation oid, role text)
-returns table (name name, is_permissive boolean, condition text, tree text)
-language sql
+create or replace function realtime.policy_condition(relation oid, role text, out condition text, out trees text[])
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
-    select p.polname, p.polpermissive, pg_get_expr(p.polqual, p.polrelid), p.polqual::text
-    from pg_policy as p
-    where p.polrelid = select_policies.relation
-        and p.polcmd in ('r', '*')
-        and p.polqual is not null
-        and exists (
-            select
-            from unnest(p.polroles) as member (oid)
-            where member.oid = 0 or pg_has_role(select_policies.role, member.oid, 'usage')
-        )
-$$;
-comment on function realtime.select_policies(oid, text) is
-    'The policies for SELECT of a table that apply to a role: their conditions as text in which all names outside of pg_catalog are qualified, and as node trees.';
-revoke all on function realtime.select_policies(oid, text) from public;
-
-create or replace function realtime.policy_condition(relation oid, role text)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-    select case
-        when count(*) filter (where p.is_permissive) = 0 then 'false'
-        else concat(
-            string_agg('(' || p.condition || ') is true and ', '' order by p.name) filter (where not p.is_permissive),
-            '(',
-            string_agg('(' || p.condition || ')', ' or ' order by p.name desc) filter (where p.is_permissive),
-            ')'
-        )
-    end
-    from realtime.select_policies(policy_condition.relation, policy_condition.role) as p
+begin
+    select
+        case
+            when count(*) filter (where p.is_permissive) = 0 then 'false'
+            else concat(
+                string_agg('(' || p.condition || ') is true and ', '' order by p.name) filter (where not p.is_permissive),
+                '(',
+                string_agg('(' || p.condition || ')', ' or ' order by p.name desc) filter (where p.is_permissive),
+                ')'
+            )
+        end,
+        case when count(*) filter (where p.is_permissive) = 0 then '{}' else array_agg(p.tree) end
+    into policy_condition.condition, policy_condition.trees
+    from (
+        select p.polname as name, p.polpermissive as is_permissive, pg_get_expr(p.polqual, p.polrelid) as condition, p.polqual::text as tree
+        from pg_policy as p
+        where p.polrelid = policy_condition.relation
+            and p.polcmd in ('r', '*')
+            and p.polqual is not null
+            and exists (
+                select
+                from unnest(p.polroles) as member (oid)
+                where member.oid = 0 or pg_has_role(policy_condition.role, member.oid, 'usage')
+            )
+    ) as p;
+end
 $$;
 comment on function realtime.policy_condition(oid, text) is
-    'The policies for SELECT of a table, as they apply to a role, as one condition in which all names outside of pg_catalog are qualified.';
+    'The policies for SELECT of a table, as they apply to a role: as one condition in which all names outside of pg_catalog are qualified, and the node trees that its parts are the texts of.';
 revoke all on function realtime.policy_condition(oid, text) from public;
 
 -- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog. It is read
--- by the server's role, because the client's may not use a schema that the policy reaches into, as is advised for definer functions.
+-- by the server's role, because the client's may not use a schema that the policy reaches into, as is advised for definer functions. Text and
+-- tree come from one statement, or a policy that is altered at this moment could have its text compared with the tree of another one.
 create or replace function realtime.make_visible(name text, relation oid, role text)
 returns void
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    v_condition text;
-    v_trees text[];
 begin
-    -- In one statement, or a policy that is altered at this moment could have its text evaluated by the tree of another one.
-    select
-        realtime.policy_condition(make_visible.relation, make_visible.role),
-        array(select p.tree from realtime.select_policies(make_visible.relation, make_visible.role) as p)
-    into v_condition, v_trees;
     perform realtime.make_guarded(
         make_visible.name,
         make_visible.role,
@@ -968,13 +1024,14 @@ begin
                 from rows from (unnest($1), unnest($2)) as asked (row, n)
                 where (select %s from cast(asked.row as %s) as %I)
             $q$,
-            v_condition,
-            realtime.table_name(make_visible.relation),
+            policies.condition,
+            realtime.table_name(c.oid),
             c.relname
         ),
-        case when v_condition <> 'false' then v_trees else '{}' end
+        policies.trees
     )
     from pg_class as c
+    cross join realtime.policy_condition(make_visible.relation, make_visible.role) as policies
     where c.oid = make_visible.relation;
 end
 $$;
@@ -1027,6 +1084,7 @@ begin
         from jsonb_array_elements(visible_changes.images) with ordinality as i (image, n)
         where not i.image ?& v_columns
     );
+    perform realtime.prepare_guarded();
     begin
         for v_asked in
             select
@@ -1377,9 +1435,9 @@ create or replace function realtime.change_doorbell_key()
 returns bigint
 language sql
 immutable
-as $$
-    select realtime.doorbell_key() + 2
-$$;
+begin atomic
+    select realtime.doorbell_key() + 2;
+end;
 comment on function realtime.change_doorbell_key() is 'Advisory lock that a reader of realtime.changes holds while it sleeps.';
 revoke all on function realtime.change_doorbell_key() from public;
 
@@ -1573,6 +1631,7 @@ create or replace function realtime.capture_trigger(relation oid)
 returns text
 language sql
 immutable
+set search_path = pg_catalog, pg_temp
 as $$
     select '!realtime_capture_' || relation::text
 $$;

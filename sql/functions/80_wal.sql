@@ -158,6 +158,22 @@ comment on function realtime.end_walsender(integer, numeric) is
     'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
 revoke all on function realtime.end_walsender(integer, numeric) from public;
 
+create or replace function realtime.slot_waits()
+returns table (pid integer, role name, application text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select blocking.pid, a.usename, coalesce(a.application_name, 'a prepared transaction')
+    from pg_replication_slots as s
+    cross join lateral unnest(pg_blocking_pids(s.active_pid)) as blocking (pid)
+    left join pg_stat_activity as a on a.pid = blocking.pid
+    where s.slot_name = realtime.slot_name() and s.confirmed_flush_lsn is null
+$$;
+comment on function realtime.slot_waits() is
+    'Whose transaction the creation of the slot waits for now: that of one session after the other, pid 0 for a prepared one.';
+revoke all on function realtime.slot_waits() from public;
+
 create or replace function realtime.slot_status()
 returns table (
     slot text,

@@ -85,6 +85,34 @@ comment on function realtime.doctor_roles(text[]) is
     'For realtime.doctor: whether the roles that tokens name are there, may be taken on and are bound by row-level security.';
 revoke all on function realtime.doctor_roles(text[]) from public;
 
+-- Functions in pg_temp evaluate what is of users. They are made by the server's role and belong to the client's.
+create or replace function realtime.doctor_temporary(roles text[])
+returns table ("check" text, level text, finding text, advice text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        'temporary',
+        'problem',
+        format(
+            'role %I has no right TEMPORARY on database %I: %s',
+            r.rolname,
+            current_database(),
+            case
+                when r.rolname = current_user then 'the server cannot evaluate policies of tables, so row changes are withheld from all whom policies bind'
+                else 'the server cannot evaluate policies of tables for it, so row changes are withheld from its clients'
+            end
+        ),
+        format('grant temporary on database %I to %I', current_database(), r.rolname)
+    from pg_roles as r
+    where (r.rolname = current_user or r.rolname = any (doctor_temporary.roles))
+        and not has_database_privilege(r.oid, current_database(), 'temporary')
+$$;
+comment on function realtime.doctor_temporary(text[]) is
+    'For realtime.doctor: whether policies of tables can be evaluated in pg_temp.';
+revoke all on function realtime.doctor_temporary(text[]) from public;
+
 -- Policies that are asked for clients: those of private topics, of published tables, and of the tables that such policies read.
 create or replace function realtime.doctor_policies(roles text[])
 returns table ("check" text, level text, finding text, advice text)
@@ -349,6 +377,21 @@ as $$
         ),
         case when not active or wal_status in ('lost', 'unreserved') then problem end
     from ours
+    union all
+    select
+        'slot',
+        'problem',
+        format(
+            'the replication slot is being created and waits for a transaction: there are no row changes until then (pid %s, role %s, application %L)',
+            pid,
+            role,
+            application
+        ),
+        case
+            when pid = 0 then 'commit it or roll it back: see pg_prepared_xacts'
+            else format('wait for it, or select pg_terminate_backend(%s)', pid)
+        end
+    from realtime.slot_waits()
     union all
     select
         'max_slot_wal_keep_size',
@@ -840,6 +883,7 @@ begin
     end if;
     return query select * from realtime.doctor_servers();
     return query select * from realtime.doctor_roles(doctor.roles);
+    return query select * from realtime.doctor_temporary(doctor.roles);
     return query select * from realtime.doctor_policies(doctor.roles);
     return query select * from realtime.doctor_partitions();
     return query select * from realtime.doctor_maintenance();

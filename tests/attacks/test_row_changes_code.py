@@ -124,6 +124,34 @@ def test_code_of_a_table_runs_with_the_rights_of_clients_and_leaves_nothing(db: 
     ) == [(True, "public, extensions, pg_temp", "")]
 
 
+def test_policies_are_evaluated_where_the_client_has_temporary(db: psycopg.Connection[Any]) -> None:
+    """PostgreSQL gives it to PUBLIC. Without it, a role cannot own what is in pg_temp, and its clients are told nothing."""
+    run(db, "create table notes (id int primary key, owner uuid); alter table notes enable row level security")
+    run(db, "create policy own on notes for select using (owner = auth.uid())")
+    ask = (
+        "select visible, problem from realtime.visible_changes('notes'::regclass,"
+        f""" '[{{"id": "1", "owner": "{USER}"}}]', array['authenticated'], array['{{"sub": "{USER}"}}'::jsonb], '[[0]]')"""
+    )
+    assert run(db, ask) == [([0], None)]
+    name = psycopg.sql.Identifier(db.info.dbname).as_string()
+    run(db, f"revoke temporary on database {name} from public")
+    ((visible, problem),) = run(db, ask)
+    assert visible == []
+    assert problem.startswith("42501: permission denied for schema pg_temp")
+    advised = run(
+        db, "select advice from realtime.doctor() where \"check\" = 'temporary' and finding ~ 'authenticated'"
+    )
+    run(db, advised[0][0])
+    assert run(db, ask) == [([0], None)]
+    run(db, f"revoke temporary on database {name} from session_user, authenticated")
+    with psycopg.connect(db.info.dsn, password=db.info.password, autocommit=True) as other:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="temporary"):
+            run(other, ask)
+        assert run(
+            other, "select level from realtime.doctor() where \"check\" = 'temporary' and finding ~ 'from all whom'"
+        ) == [("problem",)]
+
+
 def test_operator_planted_for_a_join_in_a_policy_is_not_called(db: psycopg.Connection[Any]) -> None:
     run(db, "create table rooms (id varchar primary key); create table members (id varchar, who uuid)")
     run(db, "grant select on rooms, members to public; insert into rooms values ('a'), ('b')")

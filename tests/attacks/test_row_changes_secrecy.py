@@ -27,8 +27,9 @@ def source(request: pytest.FixtureRequest) -> Source:
     return result
 
 
-@pytest.fixture(scope="module")
-async def server(source: Source, cluster: Cluster) -> AsyncIterator[Server]:
+@pytest.fixture(scope="module", params=["cluster", "old_cluster"], ids=["newest", "oldest"])
+async def server(request: pytest.FixtureRequest, source: Source) -> AsyncIterator[Server]:
+    cluster: Cluster = request.getfixturevalue(request.param)
     async with changes_server(cluster, source) as server:
         yield server
 

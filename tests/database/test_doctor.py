@@ -126,6 +126,8 @@ DENIED = (
     " permission denied"
 )
 
+NO_TEMPORARY = "do $$ begin execute format('revoke temporary on database %I from public', current_database()); end $$"
+
 CAUSES = [
     # -- policies
     Cause(
@@ -177,6 +179,22 @@ CAUSES = [
         ("grant execute on function is_allowed() to authenticated",),
     ),
     # -- roles
+    Cause(
+        "temporary",
+        "problem",
+        "role authenticated has no right TEMPORARY on database",
+        (NO_TEMPORARY,),
+        (
+            "do $$ begin execute format('grant temporary on database %I to anon, authenticated', current_database()); end $$",
+        ),
+    ),
+    Cause(
+        "temporary",
+        "problem",
+        f"role {OWNER} has no right TEMPORARY on database",
+        (NO_TEMPORARY, NO_TEMPORARY.replace("public", OWNER)),
+        (NO_TEMPORARY.replace("revoke", "grant").replace("from", "to"),),
+    ),
     Cause(
         "bypassrls",
         "problem",

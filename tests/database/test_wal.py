@@ -20,13 +20,14 @@ from typing import Any, LiteralString
 import msgspec
 import psycopg
 import pytest
+import structlog
 from psycopg import conninfo, sql
 
 from realtime_server.changes import pgoutput, wal
 from realtime_server.changes.change import Change, Image
 from realtime_server.changes.pgoutput import Begin, Insert
 from realtime_server.changes.wal import SourceLost, WalSource
-from realtime_server.database import APPLICATION_SEARCH_PATH, Pool, Target
+from realtime_server.database import Pool, Target
 from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.errors import EmbeddedError
 from tests.database.test_relay import until
@@ -495,7 +496,7 @@ ODD_SETTINGS = {
     "bytea_output": "escape",
     "extra_float_digits": "-3",
 }
-PLAIN = "-c search_path=public -c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c bytea_output=hex -c extra_float_digits=1"
+PLAIN = "-c search_path=pg_catalog -c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c bytea_output=hex -c extra_float_digits=1"
 
 
 async def test_values_of_every_type_are_as_postgresql_writes_them_and_reads_them_back(
@@ -531,26 +532,27 @@ async def test_values_of_every_type_are_as_postgresql_writes_them_and_reads_them
         with (
             psycopg.connect(source_database.url, autocommit=True, options=PLAIN) as plain_session,
             psycopg.connect(
-                Target(source_database.url).parameters(name="pool", timeout_s=5, search_path=APPLICATION_SEARCH_PATH),
+                Target(source_database.url).parameters(name="pool", timeout_s=5),
                 autocommit=True,
             ) as odd_session,
         ):
             for number, row in enumerate(written):
                 marks = ", ".join("%s" for _ in row)
-                plain_session.execute(f"insert into every values (%s, {marks})".encode(), [number, *row])
-            nulls = f"insert into every (number, c{list(VALUES).index('deep_document')}) values (%s, '{{}}')"
+                plain_session.execute(f"insert into public.every values (%s, {marks})".encode(), [number, *row])
+            nulls = f"insert into public.every (number, c{list(VALUES).index('deep_document')}) values (%s, '{{}}')"
             plain_session.execute(nulls.encode(), [rows])
             changes = await received.until_there_are(rows + 1)
             for number, change in enumerate(changes):
                 assert change.new is not None
                 stored = plain_session.execute(
-                    f"select {texts} from every where number = %s".encode(), [number]
+                    f"select {texts} from public.every as every where number = %s".encode(), [number]
                 ).fetchone()
                 for name, type_, text in zip(columns, VALUES, stored or (), strict=True):
                     assert json.loads(bytes(change.new[name])) == text, type_
                 ((unlike,),) = odd_session.execute(
                     f"select array_remove(array[{differences}], null)"
-                    " from every, cast(realtime.row_texts('every'::regclass, %s::jsonb) ->> 0 as every) as read"
+                    " from public.every as every,"
+                    " cast(realtime.row_texts('public.every'::regclass, %s::jsonb) ->> 0 as public.every) as read"
                     " where every.number = %s".encode(),
                     [msgspec.json.encode([change.new]).decode(), number],
                 ).fetchall()
@@ -1090,6 +1092,38 @@ async def test_slot_is_made_once_the_writers_of_that_moment_have_ended(source_da
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert received.gaps == []
+
+
+async def test_transaction_that_the_slot_waits_for_is_named(
+    source_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "SLOT_WAITS_S", 0.02)
+    source_database.execute("create table item (number int)")
+    findings = "select finding, advice from realtime.doctor() where \"check\" = 'slot' and level = 'problem'"
+    with (
+        structlog.testing.capture_logs() as logs,
+        psycopg.connect(source_database.administrator_url, application_name="report") as db,
+    ):
+        db.execute("insert into item values (1)")
+        pid = db.info.backend_pid
+        source = source_of(source_database)
+        await source._pool.open()
+        task = asyncio.create_task(source.run(Received(source_database)))
+        await until(lambda: any("waits" in entry["event"] for entry in logs), "the log to name it")
+        ((finding, advice),) = source_database.execute(findings)
+        assert f"(pid {pid}, role " in finding
+        assert f"pg_terminate_backend({pid})" in advice
+        # It is said once, however long it takes.
+        await asyncio.sleep(0.2)
+        assert [(entry["pid"], entry["application"]) for entry in logs if "waits" in entry["event"]] == [
+            (pid, "report")
+        ]
+        db.commit()
+        await until(lambda: source.is_ready, "the source to be ready")
+    assert source_database.execute(findings) == []
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await source._pool.close()
 
 
 async def test_cancelling_leaves_no_half_made_slot(source_database: WalDatabase) -> None:

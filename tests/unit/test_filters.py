@@ -177,6 +177,17 @@ def test_what_is_longer_than_the_bounds_is_refused() -> None:
     assert problem(",".join(["a=eq.1"] * 101)) == "Error parsing `filter` params: expected at most 100 conditions"
 
 
+@pytest.mark.parametrize("operator", sorted(filters.PATTERNS))
+@pytest.mark.parametrize("negation", ["", "not."])
+def test_patterns_are_bounded(operator: str, negation: str) -> None:
+    longest = f"a={negation}{operator}." + "x" * filters.MAX_PATTERN_CHARS
+    assert len(filters.parse(longest)) == 1
+    sentence = "Error parsing `filter` params: expected a pattern of at most 1000 characters, got 1001"
+    assert problem(longest + "x") == sentence
+    # Without its quotes.
+    assert len(filters.parse(f'a={negation}{operator}."{"x" * filters.MAX_PATTERN_CHARS}"')) == 1
+
+
 @pytest.mark.parametrize("unit", ["(", ")", '"', '."', "\\", '.("', ',"', '"\\', "(,", "a=eq.("])
 def test_time_is_in_proportion_to_length(unit: str) -> None:
     for text in ("a=eq." + unit * 100_000, 'a=eq."' + unit * 100_000):
