@@ -49,7 +49,7 @@ def measure(db: psycopg.Connection[tuple[object, ...]], other: psycopg.Connectio
     for write in (False, True):
         if write:
             other.execute("select realtime.send('{}', 'e', 'topic:1', false)")
-        pages, milliseconds = explain(db, "select * from realtime.messages_since(%s::pg_snapshot)", now[0])
+        pages, milliseconds = explain(db, "select * from realtime_internal.messages_since(%s::pg_snapshot)", now[0])
         cells += [pages, f"{milliseconds:.2f}"]
     place = db.execute("select realtime.cursor()").fetchone()
     assert place is not None

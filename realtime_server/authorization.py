@@ -204,7 +204,8 @@ class Authorization:
         """The answers in the order of the questions; those that were complete before an error come before it."""
         rows = self._pool.stream(
             # A set in the select list is returned row by row, while one in FROM is complete before its first row is returned.
-            "select (answered.row).* from (select realtime.authorize_batch(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[]) as row)"
+            "select (answered.row).* from"
+            " (select realtime_internal.authorize_batch(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[]) as row)"
             " as answered",
             (
                 [question.topic for question in questions],

@@ -43,7 +43,7 @@ class Snapshot:
 
     @property
     def in_cursor(self) -> str:
-        """As `realtime.snapshot_text` writes it: what is beyond the bound is cut off, so that it counts as not seen."""
+        """As `realtime_internal.snapshot_text` writes it: what is beyond the bound is cut off, so that it counts as not seen."""
         xids = sorted(self.in_progress)
         xmax = xids[MOST_IN_PROGRESS] if len(xids) > MOST_IN_PROGRESS else self.xmax
         return ".".join(map(str, [self.xmin, xmax, *xids[:MOST_IN_PROGRESS]]))

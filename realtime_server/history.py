@@ -69,7 +69,7 @@ class History:
         """
         found = self._pool.stream(
             "select id, event, payload::text, binary_payload, xid::text, null"
-            " from realtime.messages_between(%s, to_timestamp(%s / 1000.0), %s)",
+            " from realtime_internal.messages_between(%s, to_timestamp(%s / 1000.0), %s)",
             (room.topic.removeprefix(TOPIC_PREFIX), since_ms, max_rows),
         )
         rows: deque[tuple[Any, ...]] = deque()

@@ -39,7 +39,7 @@ class Maintenance:
                         pause_s = RETRY_S
                     else:
                         log.info(f"partition {action}", partition=partition)
-                ((last_success,),) = await self._pool.fetch("select realtime.last_maintenance()")
+                ((last_success,),) = await self._pool.fetch("select realtime_internal.last_maintenance()")
                 self.last_success = last_success.timestamp()
             except (RealtimeError, database.Error) as error:
                 # Not the end of the server: the rows go to the default partition meanwhile.

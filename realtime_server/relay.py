@@ -96,7 +96,7 @@ R_contra = TypeVar("R_contra", contravariant=True)
 class Outbox(NamedTuple, Generic[R]):
     """A table that transactions write to. `read` is the function that returns its rows; `begin` a statement that tells the life, the
     snapshot, the highest sequence number, the oldest cursor and the highest transaction id that was dropped; `has` one that tells whether
-    a row is still there."""
+    a row is still there. `doorbell` is the key of the advisory lock, which the trigger `ring_doorbell` has as an argument."""
 
     row: type[R]
     listen: LiteralString
@@ -109,19 +109,19 @@ class Outbox(NamedTuple, Generic[R]):
 MESSAGES: Final = Outbox(
     Row,
     listen="listen realtime",
-    read="realtime.messages_since",
-    doorbell="realtime.doorbell_key()",
+    read="realtime_internal.messages_since",
+    doorbell="7237125663275445356",
     begin="select realtime.life(), pg_current_snapshot()::text, substring(realtime.cursor() from '[0-9]+$')::bigint,"
-    " realtime.oldest_cursor(), realtime.dropped_xid()::text::bigint",
+    " realtime.oldest_cursor(), realtime_internal.dropped_xid()::text::bigint",
     has="select exists (select from realtime.messages where id = %(id)s and seq = %(seq)s)",
 )
 CHANGES: Final = Outbox(
     ChangeRow,
     listen="listen realtime_changes",
-    read="realtime.captured_since",
-    doorbell="realtime.change_doorbell_key()",
-    begin="select realtime.life(), pg_current_snapshot()::text, 0::bigint, '', realtime.dropped_change_xid()::text::bigint",
-    has="select exists (select from realtime.changes where xid = %(xid)s::text::xid8 and seq = %(seq)s"
+    read="realtime_internal.captured_since",
+    doorbell="7237125663275445358",
+    begin="select realtime.life(), pg_current_snapshot()::text, 0::bigint, '', realtime_internal.dropped_change_xid()::text::bigint",
+    has="select exists (select from realtime_internal.changes where xid = %(xid)s::text::xid8 and seq = %(seq)s"
     " and extract(epoch from changed_at)::double precision = %(changed_at)s)",
 )
 
@@ -382,7 +382,7 @@ class Relay(Generic[R]):
             waiting = asyncio.create_task(queue.execute(f"select pg_advisory_lock({key})"))
             try:
                 while not await self._scalar(
-                    reader, f"select realtime.doorbell_is_held(%s, {key})", queue.info.backend_pid
+                    reader, f"select realtime_internal.doorbell_is_held(%s, {key})", queue.info.backend_pid
                 ):
                     if waiting.done():
                         await waiting

@@ -121,14 +121,14 @@ class Roster:
 
     async def _call(self, entries: list[bytes], gone: set[str]) -> bool:
         rows = await self._pool.fetch(
-            "select realtime.write_presence(%s, %s::jsonb, %s::text[])",
+            "select realtime_internal.write_presence(%s, %s::jsonb, %s::text[])",
             (self._node, f"[{b','.join(entries).decode()}]", list(gone)),
         )
         return bool(rows[0][0])
 
 
 def _row(room: Room, meta: Meta) -> bytes:
-    """An entry as `realtime.write_presence` takes it."""
+    """An entry as `realtime_internal.write_presence` takes it."""
     return msgspec.json.encode(
         {
             "ref": meta.ref,

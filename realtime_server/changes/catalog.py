@@ -111,7 +111,9 @@ class Catalog:
         Raises: DatabaseUnavailable, QueryCanceled.
         """
         with database.changing():
-            rows = await self._pool.fetch("select relation, mark from realtime.table_marks(%s)", (list(relations),))
+            rows = await self._pool.fetch(
+                "select relation, mark from realtime_internal.table_marks(%s)", (list(relations),)
+            )
         found = dict(rows)
         self._new_marks |= found
         return found == {relation: self._marks.get(relation) for relation in relations}
@@ -124,7 +126,7 @@ class Catalog:
     async def _refresh(self) -> bool:
         marks, self._new_marks = self._new_marks, {}
         with database.changing():
-            rows = await self._pool.fetch("select * from realtime.published_tables(%s)", (self._roles,))
+            rows = await self._pool.fetch("select * from realtime_internal.published_tables(%s)", (self._roles,))
         old, new = self._rows or {}, {row[0]: row for row in rows}
         self._marks = {relation: mark for relation, mark in (self._marks | marks).items() if relation in new}
         if new == self._rows:

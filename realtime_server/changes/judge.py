@@ -102,7 +102,7 @@ class Judge:
         """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected, TookTooLong."""
         try:
             rows = await self._pool.fetch(
-                "select n, is_exact, vals from realtime.check_filters(%s, %s, %s::jsonb, %s)",
+                "select n, is_exact, vals from realtime_internal.check_filters(%s, %s, %s::jsonb, %s)",
                 (table.relation, role, _json(conditions), list(select)),
                 limit_s=LIMIT_FILTERS_S,
             )
@@ -132,7 +132,7 @@ class Judge:
     async def _match(self, table: Table, role: str, images: bytes, questions: Sequence[Question]) -> Matches:
         async def ask(some: Sequence[Question], limit_s: float) -> list[tuple[Any, ...]]:
             return await self._ask(
-                "select image, condition from realtime.match_changes(%s, %s, %s::jsonb, %s::jsonb)",
+                "select image, condition from realtime_internal.match_changes(%s, %s, %s::jsonb, %s::jsonb)",
                 table.relation,
                 role,
                 images,
@@ -197,7 +197,7 @@ class Judge:
     ) -> list[Sight]:
         rows = await self._ask(
             "select question, visible, unknown, problem"
-            " from realtime.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
+            " from realtime_internal.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
             table.relation,
             images,
             [identity.role for identity, _ in wanted],
@@ -211,7 +211,7 @@ class Judge:
         """The images as `to_jsonb` writes them. Raises: QueryCanceled."""
         rows = await self._ask(
             "select (select jsonb_object_agg(v.key, v.value::text)::text from jsonb_each(image::jsonb) as v)"
-            " from realtime.render_changes(%s, %s::jsonb) as image",
+            " from realtime_internal.render_changes(%s, %s::jsonb) as image",
             table.relation,
             images,
         )
@@ -222,12 +222,14 @@ class Judge:
 
         Raises: QueryCanceled.
         """
-        ((text,),) = await self._ask("select realtime.complete_changes(%s, %s::jsonb)::text", table.relation, images)
+        ((text,),) = await self._ask(
+            "select realtime_internal.complete_changes(%s, %s::jsonb)::text", table.relation, images
+        )
         return msgspec.json.decode(text, type=list[Image])
 
     async def published(self, table: Table, images: bytes) -> frozenset[int]:
         """Which images pass the row filter of the publication. Raises: QueryCanceled."""
-        rows = await self._ask("select realtime.filter_changes(%s, %s::jsonb)", table.relation, images)
+        rows = await self._ask("select realtime_internal.filter_changes(%s, %s::jsonb)", table.relation, images)
         return frozenset(number for (number,) in rows)
 
     async def _blame(self, table: Table, images: bytes, error: Exception) -> None:

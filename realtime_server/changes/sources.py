@@ -153,7 +153,7 @@ class Sources:
                 obstacle = await wal.obstacle()
             if obstacle is None:
                 with database.changing():
-                    await self._pool.fetch("select * from realtime.release_capture()")
+                    await self._pool.fetch("select * from realtime_internal.release_capture()")
                 self.situation = "wal"
                 return wal
             if self._mode == "wal":
@@ -169,7 +169,7 @@ class Sources:
         )
 
     async def _make_wal(self) -> WalSource:
-        ((slot,),) = await self._pool.fetch("select realtime.slot_name()")
+        ((slot,),) = await self._pool.fetch("select realtime_internal.slot_name()")
         return WalSource(
             self._target,
             self._pool,
@@ -181,7 +181,7 @@ class Sources:
 
     async def _is_slot_active(self) -> bool:
         ((is_active,),) = await self._pool.fetch(
-            "select exists (select from pg_replication_slots where slot_name = realtime.slot_name() and active)"
+            "select exists (select from pg_replication_slots where slot_name = realtime_internal.slot_name() and active)"
         )
         return bool(is_active)
 

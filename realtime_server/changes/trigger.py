@@ -1,4 +1,7 @@
-"""Row changes from capture triggers, which write them to `realtime.changes` in the transaction of the change. An ordinary role will do."""
+"""Row changes from capture triggers, which write them to `realtime_internal.changes` in the transaction of the change.
+
+An ordinary role will do.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +73,14 @@ class TriggerSource:
         whichever server put it back. Raises: DatabaseUnavailable, QueryCanceled."""
         await self._triggers.put()
         with database.changing():
-            marks = dict(await self._pool.fetch("select relation, mark from realtime.capture_marks()"))
+            marks = dict(await self._pool.fetch("select relation, mark from realtime_internal.capture_marks()"))
         renewed = [relation for relation, mark in marks.items() if self._marks.get(relation, mark) != mark]
         self._marks |= marks
         return renewed
 
 
 class _Step(NamedTuple):
-    """What is to be done to a table; to take its trigger away, if there are no events. A row of realtime.capture_plan."""
+    """What is to be done to a table; to take its trigger away, if there are no events. A row of realtime_internal.capture_plan."""
 
     relation: int
     table: str
@@ -105,11 +108,13 @@ class CaptureTriggers:
 
     async def put(self) -> list[int]:
         """On the tables of the publication, and on no others; the tables that got one. Call it again and again."""
-        return await self._follow("select * from realtime.capture_plan()")
+        return await self._follow("select * from realtime_internal.capture_plan()")
 
     async def take_away(self) -> None:
         """From all tables, unless somebody reads what they write. Call it again and again."""
-        await self._follow("select * from realtime.capture_plan(false) where not realtime.has_change_reader()")
+        await self._follow(
+            "select * from realtime_internal.capture_plan(false) where not realtime_internal.has_change_reader()"
+        )
 
     async def _follow(self, plan: LiteralString) -> list[int]:
         try:
@@ -165,7 +170,7 @@ class CaptureTriggers:
         action: str | None
         try:
             rows = await self._pool.fetch(
-                "select action, problem from realtime.capture_table(%s::oid, %s, make_interval(secs => %s))",
+                "select action, problem from realtime_internal.capture_table(%s::oid, %s, make_interval(secs => %s))",
                 (step.relation, step.events, patience_s),
                 limit_s=LIMIT_S,
             )

@@ -54,13 +54,13 @@ class Upkeep:
 
     async def clean(self) -> None:
         """Drop what is old from the outbox, or all of it if nobody needs it. Raises: DatabaseUnavailable, QueryCanceled."""
-        ((is_emptied,),) = await self._pool.fetch("select realtime.empty_changes()")
+        ((is_emptied,),) = await self._pool.fetch("select realtime_internal.empty_changes()")
         if is_emptied:
             log.info("captured changes that nobody reads were dropped")
         block: int | None = 0
         while block is not None:
             done = await self._pool.fetch(
-                "select next_block from realtime.drop_old_changes(from_block => %s, blocks => %s)",
+                "select next_block from realtime_internal.drop_old_changes(from_block => %s, blocks => %s)",
                 (block, BLOCKS_AT_ONCE),
             )
             # No row: another server is at it.

@@ -132,7 +132,9 @@ class WalSource:
         """Why changes can't be read from the log here, as a sentence, or None. Raises: DatabaseUnavailable, QueryCanceled."""
         if self._target.is_pooled:
             return POOLED
-        ((problem,),) = await self._pool.fetch("select realtime.wal_obstacle(%s, %s)", (self._publication, self._slot))
+        ((problem,),) = await self._pool.fetch(
+            "select realtime_internal.wal_obstacle(%s, %s)", (self._publication, self._slot)
+        )
         if problem is not None:
             return str(problem)
         try:
@@ -192,9 +194,11 @@ class WalSource:
             db = await database.connect(self._target, name="wal", timeout_s=self._timeout_s)
             stack.push_async_callback(db.close)
             if self._holder is not None:
-                await self._ask(db, "select realtime.end_walsender(%s, %s)", *self._holder)
+                await self._ask(db, "select realtime_internal.end_walsender(%s, %s)", *self._holder)
                 self._holder = None
-            (obstacle,) = await self._ask(db, "select realtime.wal_obstacle(%s, %s)", self._publication, self._slot)
+            (obstacle,) = await self._ask(
+                db, "select realtime_internal.wal_obstacle(%s, %s)", self._publication, self._slot
+            )
             if obstacle is not None:
                 raise SourceLost(obstacle)
             await self._ensure_slot(db)
@@ -257,7 +261,7 @@ class WalSource:
             await asyncio.sleep(SLOT_WAITS_S)
             # That the database is away is noticed by the session that creates the slot.
             with contextlib.suppress(DatabaseUnavailable, QueryCanceled), database.changing():
-                waits = await self._pool.fetch("select pid, role, application from realtime.slot_waits()")
+                waits = await self._pool.fetch("select pid, role, application from realtime_internal.slot_waits()")
             for pid, role, application in waits if waits != said else ():
                 log.warning("the replication slot waits for a transaction", pid=pid, role=role, application=application)
             said = waits
@@ -347,14 +351,14 @@ class WalSource:
         while True:
             is_visible, near = await self._ask(
                 db,
-                "select realtime.wait_until_visible(%s::bigint[], make_interval(secs => %s)),"
+                "select realtime_internal.wait_until_visible(%s::bigint[], make_interval(secs => %s)),"
                 " pg_snapshot_xmax(pg_current_snapshot())::text::bigint",
                 "{" + ",".join(map(str, xids)) + "}",
                 VISIBLE_S,
             )
             if is_visible:
                 return int(near)
-            (is_waited_for,) = await self._ask(db, "select realtime.commits_wait_for_readers()")
+            (is_waited_for,) = await self._ask(db, "select realtime_internal.commits_wait_for_readers()")
             if is_waited_for:
                 # Then it is us that the commits wait for.
                 raise SourceLost("synchronous_standby_names makes commits wait for this server")
@@ -370,7 +374,7 @@ class WalSource:
                     return await stream.readable()
             except TimeoutError as error:
                 pid, started = self._holder
-                (found,) = await self._ask(db, "select realtime.backend_started(%s)", pid)
+                (found,) = await self._ask(db, "select realtime_internal.backend_started(%s)", pid)
                 if found != started:
                     raise DatabaseUnavailable from error
 
@@ -384,7 +388,7 @@ class WalSource:
 
     async def _backend(self, db: Database, of: Database) -> _Backend:
         pid = of.info.backend_pid
-        (started,) = await self._ask(db, "select realtime.backend_started(%s)", pid)
+        (started,) = await self._ask(db, "select realtime_internal.backend_started(%s)", pid)
         return _Backend(pid, started)
 
     async def _ask(self, db: Database, query: LiteralString, *arguments: object) -> Any:

@@ -3,7 +3,7 @@
 -- them is qualified.
 
 -- What a message must be, whoever writes it: one truth for realtime.send and for inserts.
-create or replace function realtime.check_message(topic text, event text, payload jsonb, binary_payload bytea)
+create or replace function realtime_internal.check_message(topic text, event text, payload jsonb, binary_payload bytea)
 returns boolean
 language plpgsql
 immutable
@@ -59,7 +59,7 @@ begin
     return true;
 end
 $$;
-comment on function realtime.check_message(text, text, jsonb, bytea) is
+comment on function realtime_internal.check_message(text, text, jsonb, bytea) is
     'True for a message that clients can receive; raises what is wrong with another one.';
 
 -- A check of the table, although it calls a function: it comes with that one. It does not hold for what is meant for the servers, and not
@@ -73,13 +73,13 @@ begin
         alter table realtime.messages add constraint messages_sound check (
             extension = 'revalidate'
             or inserted_at < '1970-01-02'
-            or realtime.check_message(topic, event, payload, binary_payload)
+            or realtime_internal.check_message(topic, event, payload, binary_payload)
         );
     end if;
 end
 $$;
 
-create or replace function realtime.stamp_message()
+create or replace function realtime_internal.stamp_message()
 returns trigger
 language plpgsql
 volatile
@@ -102,19 +102,19 @@ begin
     return new;
 end
 $$;
-comment on function realtime.stamp_message() is
+comment on function realtime_internal.stamp_message() is
     'Sets the transaction and the number of a message that has none, or one that is yet to come, and adds the key "id" to a JSON object without it.';
-revoke all on function realtime.stamp_message() from public;
+revoke all on function realtime_internal.stamp_message() from public;
 
 -- Not for probe rows: those that realtime.authorize means to fail have a null here, and it gives the others what they need.
 create or replace trigger stamp_message
     before insert on realtime.messages
     for each row
     when (new.updated_at is not null and new.inserted_at >= '1970-01-02')
-    execute function realtime.stamp_message();
+    execute function realtime_internal.stamp_message();
 comment on trigger stamp_message on realtime.messages is 'Sets what is not for writers to choose.';
 
-create or replace function realtime.refuse_probe_row()
+create or replace function realtime_internal.refuse_probe_row()
 returns trigger
 language plpgsql
 volatile
@@ -127,8 +127,8 @@ begin
         hint = 'Leave inserted_at to its default.';
 end
 $$;
-comment on function realtime.refuse_probe_row() is 'Raises at commit: a row in the partition of probe rows would be delivered and be gone afterwards.';
-revoke all on function realtime.refuse_probe_row() from public;
+comment on function realtime_internal.refuse_probe_row() is 'Raises at commit: a row in the partition of probe rows would be delivered and be gone afterwards.';
+revoke all on function realtime_internal.refuse_probe_row() from public;
 
 do $$
 begin
@@ -140,7 +140,7 @@ begin
             after insert on realtime.messages_probe
             deferrable initially deferred
             for each row
-            execute function realtime.refuse_probe_row();
+            execute function realtime_internal.refuse_probe_row();
         comment on trigger refuse_probe_row on realtime.messages_probe is 'Probe rows are rolled back.';
     end if;
 end

@@ -159,7 +159,7 @@ comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
     'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated, or may not read what it needs; then what it guards is not allowed.';
 revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
 
-create or replace function realtime.authorize_batch(topics text[], roles text[], claims jsonb[], headers jsonb[])
+create or replace function realtime_internal.authorize_batch(topics text[], roles text[], claims jsonb[], headers jsonb[])
 returns table (question bigint, extension text, can_read boolean, can_write boolean, problem text)
 language sql
 volatile
@@ -168,6 +168,6 @@ begin atomic
     from unnest(topics, roles, claims, headers) with ordinality as asked (topic, role, claims, headers, question)
     cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer;
 end;
-comment on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) is
+comment on function realtime_internal.authorize_batch(text[], text[], jsonb[], jsonb[]) is
     'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
-revoke all on function realtime.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;
+revoke all on function realtime_internal.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;

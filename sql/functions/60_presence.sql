@@ -2,8 +2,8 @@
 
 create or replace view realtime.presence as
 select entry.topic, entry.private, entry.key, entry.payload, entry.since, entry.ref, entry.node
-from realtime.presence_entries as entry
-join realtime.nodes as node on node.id = entry.node
+from realtime_internal.presence_entries as entry
+join realtime_internal.nodes as node on node.id = entry.node
 where node.last_seen_at > now() - interval '30 seconds';
 comment on view realtime.presence is 'Who is present where now, with what they track.';
 comment on column realtime.presence.topic is 'Without "realtime:" in front.';
@@ -14,7 +14,7 @@ comment on column realtime.presence.since is 'When it was written here.';
 comment on column realtime.presence.ref is 'phx_ref of the entry.';
 comment on column realtime.presence.node is 'Server that the client is connected to.';
 
-create or replace function realtime.write_presence(node uuid, entries jsonb, gone text[])
+create or replace function realtime_internal.write_presence(node uuid, entries jsonb, gone text[])
 returns boolean
 language plpgsql
 volatile
@@ -23,18 +23,18 @@ as $$
 declare
     v_is_new boolean;
 begin
-    delete from realtime.nodes where last_seen_at < now() - interval '30 seconds' and id <> write_presence.node;
-    insert into realtime.nodes (id) values (write_presence.node)
+    delete from realtime_internal.nodes where last_seen_at < now() - interval '30 seconds' and id <> write_presence.node;
+    insert into realtime_internal.nodes (id) values (write_presence.node)
     on conflict (id) do update set last_seen_at = now()
     returning started_at = last_seen_at into v_is_new;
-    delete from realtime.presence_entries as e where e.node = write_presence.node and e.ref = any (gone);
-    insert into realtime.presence_entries (node, ref, topic, private, key, payload)
+    delete from realtime_internal.presence_entries as e where e.node = write_presence.node and e.ref = any (gone);
+    insert into realtime_internal.presence_entries (node, ref, topic, private, key, payload)
     select write_presence.node, entry.ref, entry.topic, entry.private, entry.key, entry.payload
     from jsonb_to_recordset(entries) as entry (ref text, topic text, private boolean, key text, payload jsonb)
     on conflict do nothing;
     return v_is_new;
 end
 $$;
-comment on function realtime.write_presence(uuid, jsonb, text[]) is
+comment on function realtime_internal.write_presence(uuid, jsonb, text[]) is
     'Called by each server every few seconds and when presence changed. True when the server was not known: then it must write everything.';
-revoke all on function realtime.write_presence(uuid, jsonb, text[]) from public;
+revoke all on function realtime_internal.write_presence(uuid, jsonb, text[]) from public;

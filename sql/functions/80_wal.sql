@@ -1,6 +1,6 @@
 -- Row changes from PostgreSQL's log: the server's replication slot, and what a DBA asks about it.
 
-create or replace function realtime.slot_name()
+create or replace function realtime_internal.slot_name()
 returns text
 language sql
 stable
@@ -8,11 +8,11 @@ set search_path = pg_catalog, pg_temp
 as $$
     select 'realtime_changes_' || oid from pg_database where datname = current_database()
 $$;
-comment on function realtime.slot_name() is
+comment on function realtime_internal.slot_name() is
     'Name of the replication slot that the server reads row changes of this database from. Slots are of the whole cluster, so it names the database.';
-revoke all on function realtime.slot_name() from public;
+revoke all on function realtime_internal.slot_name() from public;
 
-create or replace function realtime.commits_wait_for_readers()
+create or replace function realtime_internal.commits_wait_for_readers()
 returns boolean
 language sql
 stable
@@ -20,12 +20,12 @@ set search_path = pg_catalog, pg_temp
 as $$
     select current_setting('synchronous_standby_names') ~ '(^|[\s,(])\*([\s,)]|$)'
 $$;
-comment on function realtime.commits_wait_for_readers() is
+comment on function realtime_internal.commits_wait_for_readers() is
     'Whether synchronous_standby_names has a *: then a commit waits for whoever reads the log, who in turn waits for the commit.';
-revoke all on function realtime.commits_wait_for_readers() from public;
+revoke all on function realtime_internal.commits_wait_for_readers() from public;
 
 -- Called before each connection of the reader; what only shows in the attempt (pg_hba.conf, max_wal_senders) is left to it.
-create or replace function realtime.wal_obstacle(publication text, slot text)
+create or replace function realtime_internal.wal_obstacle(publication text, slot text)
 returns text
 language sql
 volatile
@@ -43,7 +43,7 @@ as $$
                 then format(
                     'wal_level is %s: set it to logical and restart PostgreSQL', current_setting('wal_level')
                 )
-            when realtime.commits_wait_for_readers()
+            when realtime_internal.commits_wait_for_readers()
                 then 'synchronous_standby_names is *, which would make commits wait for this server, too: name the standbys'
             when not exists (
                 select
@@ -72,12 +72,12 @@ as $$
     from (values (1)) as one
     left join pg_replication_slots as taken on taken.slot_name = wal_obstacle.slot
 $$;
-comment on function realtime.wal_obstacle(text, text) is
+comment on function realtime_internal.wal_obstacle(text, text) is
     'Why row changes cannot be read from the log of this database through this publication and slot; null when nothing is known to stand in the way.';
-revoke all on function realtime.wal_obstacle(text, text) from public;
+revoke all on function realtime_internal.wal_obstacle(text, text) from public;
 
 -- The log, and all that streams it, has 32 bits of a transaction id.
-create or replace function realtime.full_xid(xid bigint, near bigint)
+create or replace function realtime_internal.full_xid(xid bigint, near bigint)
 returns bigint
 language sql
 immutable
@@ -85,13 +85,13 @@ set search_path = pg_catalog, pg_temp
 as $$
     select full_xid.near + (((full_xid.xid - full_xid.near) & 4294967295) # 2147483648) - 2147483648
 $$;
-comment on function realtime.full_xid(bigint, bigint) is
+comment on function realtime_internal.full_xid(bigint, bigint) is
     'The transaction id of 64 bits with these lower 32 bits, at most 2^31 away from near.';
-revoke all on function realtime.full_xid(bigint, bigint) from public;
+revoke all on function realtime_internal.full_xid(bigint, bigint) from public;
 
 -- A commit is in the log before other sessions see it, and much before where a synchronous standby is slow. Each statement here has a
 -- snapshot of its own. All ids are asked about: transactions do not become visible in the order of their commits.
-create or replace function realtime.wait_until_visible(xids bigint[], timeout interval)
+create or replace function realtime_internal.wait_until_visible(xids bigint[], timeout interval)
 returns boolean
 language plpgsql
 volatile
@@ -107,7 +107,7 @@ begin
             select
             from unnest(wait_until_visible.xids) as waited (xid)
             where not pg_visible_in_snapshot(
-                realtime.full_xid(waited.xid, pg_snapshot_xmax(v_snapshot)::text::bigint)::text::xid8, v_snapshot
+                realtime_internal.full_xid(waited.xid, pg_snapshot_xmax(v_snapshot)::text::bigint)::text::xid8, v_snapshot
             )
         ) then
             return true;
@@ -119,11 +119,11 @@ begin
     end loop;
 end
 $$;
-comment on function realtime.wait_until_visible(bigint[], interval) is
+comment on function realtime_internal.wait_until_visible(bigint[], interval) is
     'Waits until transactions that are known to have committed are visible to other sessions, too; false when that took longer than the timeout. The ids may be of 32 bits.';
-revoke all on function realtime.wait_until_visible(bigint[], interval) from public;
+revoke all on function realtime_internal.wait_until_visible(bigint[], interval) from public;
 
-create or replace function realtime.backend_started(backend integer)
+create or replace function realtime_internal.backend_started(backend integer)
 returns numeric
 language sql
 stable
@@ -131,12 +131,12 @@ set search_path = pg_catalog, pg_temp
 as $$
     select extract(epoch from backend_start) from pg_stat_activity where pid = backend_started.backend
 $$;
-comment on function realtime.backend_started(integer) is
+comment on function realtime_internal.backend_started(integer) is
     'When the process with this id began, in seconds since 1970; null when there is none. It tells it from another one of the same id.';
-revoke all on function realtime.backend_started(integer) from public;
+revoke all on function realtime_internal.backend_started(integer) from public;
 
 -- Told to end, a process first says so to its client, and where that one does not read, it stays at it until it is told again.
-create or replace function realtime.end_walsender(backend integer, started numeric)
+create or replace function realtime_internal.end_walsender(backend integer, started numeric)
 returns boolean
 language plpgsql
 volatile
@@ -147,18 +147,18 @@ begin
     for attempt in 1 .. 10 loop
         -- What is seen of other processes stays the same in a transaction, otherwise.
         perform pg_stat_clear_snapshot();
-        if realtime.backend_started(backend) is distinct from started or pg_terminate_backend(backend, 300) then
+        if realtime_internal.backend_started(backend) is distinct from started or pg_terminate_backend(backend, 300) then
             return true;
         end if;
     end loop;
     return false;
 end
 $$;
-comment on function realtime.end_walsender(integer, numeric) is
+comment on function realtime_internal.end_walsender(integer, numeric) is
     'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
-revoke all on function realtime.end_walsender(integer, numeric) from public;
+revoke all on function realtime_internal.end_walsender(integer, numeric) from public;
 
-create or replace function realtime.slot_waits()
+create or replace function realtime_internal.slot_waits()
 returns table (pid integer, role name, application text)
 language sql
 stable
@@ -168,11 +168,11 @@ as $$
     from pg_replication_slots as s
     cross join lateral unnest(pg_blocking_pids(s.active_pid)) as blocking (pid)
     left join pg_stat_activity as a on a.pid = blocking.pid
-    where s.slot_name = realtime.slot_name() and s.confirmed_flush_lsn is null
+    where s.slot_name = realtime_internal.slot_name() and s.confirmed_flush_lsn is null
 $$;
-comment on function realtime.slot_waits() is
+comment on function realtime_internal.slot_waits() is
     'Whose transaction the creation of the slot waits for now: that of one session after the other, pid 0 for a prepared one.';
-revoke all on function realtime.slot_waits() from public;
+revoke all on function realtime_internal.slot_waits() from public;
 
 create or replace function realtime.slot_status()
 returns table (
@@ -210,7 +210,7 @@ as $$
         end
     from pg_replication_slots as s
     cross join here
-    where s.slot_name = realtime.slot_name()
+    where s.slot_name = realtime_internal.slot_name()
 $$;
 comment on function realtime.slot_status() is
     'The slot that the server reads row changes from, no row when there is none: whether somebody reads, bytes of log that are kept for it and that are not confirmed yet, wal_status and safe_wal_size as in pg_replication_slots, and what is wrong.';
@@ -224,7 +224,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select count(pg_drop_replication_slot(slot_name)) > 0
     from pg_replication_slots
-    where slot_name = realtime.slot_name()
+    where slot_name = realtime_internal.slot_name()
 $$;
 comment on function realtime.drop_slot() is
     'Gives up the slot that the server reads row changes from, so that PostgreSQL keeps no log for it; whether there was one. Fails while a server reads.';

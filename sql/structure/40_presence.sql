@@ -1,17 +1,17 @@
 -- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
 
-create unlogged table realtime.nodes (
+create unlogged table realtime_internal.nodes (
     id uuid primary key,
     started_at timestamptz not null default now(),
     last_seen_at timestamptz not null default now()
 );
-comment on table realtime.nodes is 'The servers on this database.';
-comment on column realtime.nodes.id is 'Drawn by the server when it starts.';
-comment on column realtime.nodes.started_at is 'When it first wrote here.';
-comment on column realtime.nodes.last_seen_at is 'Written every few seconds; a server not seen for half a minute is taken for dead.';
+comment on table realtime_internal.nodes is 'The servers on this database.';
+comment on column realtime_internal.nodes.id is 'Drawn by the server when it starts.';
+comment on column realtime_internal.nodes.started_at is 'When it first wrote here.';
+comment on column realtime_internal.nodes.last_seen_at is 'Written every few seconds; a server not seen for half a minute is taken for dead.';
 
-create unlogged table realtime.presence_entries (
-    node uuid not null references realtime.nodes (id) on delete cascade,
+create unlogged table realtime_internal.presence_entries (
+    node uuid not null references realtime_internal.nodes (id) on delete cascade,
     ref text not null,
     topic text not null,
     private boolean not null,
@@ -20,15 +20,15 @@ create unlogged table realtime.presence_entries (
     since timestamptz not null default now(),
     constraint presence_entries_pkey primary key (node, ref)
 );
-comment on table realtime.presence_entries is 'What clients track, written by the servers a moment after the clients saw it. Read the view realtime.presence.';
-comment on column realtime.presence_entries.node is 'Server that the client is connected to.';
-comment on column realtime.presence_entries.ref is 'phx_ref of the entry.';
-comment on column realtime.presence_entries.topic is 'Without "realtime:" in front.';
-comment on column realtime.presence_entries.private is 'Which of the two rooms of this name.';
-comment on column realtime.presence_entries.key is 'Presence key of the client.';
-comment on column realtime.presence_entries.payload is 'What the client tracks.';
-comment on column realtime.presence_entries.since is 'When it was written here.';
+comment on table realtime_internal.presence_entries is 'What clients track, written by the servers a moment after the clients saw it. Read the view realtime.presence.';
+comment on column realtime_internal.presence_entries.node is 'Server that the client is connected to.';
+comment on column realtime_internal.presence_entries.ref is 'phx_ref of the entry.';
+comment on column realtime_internal.presence_entries.topic is 'Without "realtime:" in front.';
+comment on column realtime_internal.presence_entries.private is 'Which of the two rooms of this name.';
+comment on column realtime_internal.presence_entries.key is 'Presence key of the client.';
+comment on column realtime_internal.presence_entries.payload is 'What the client tracks.';
+comment on column realtime_internal.presence_entries.since is 'When it was written here.';
 
 -- No policies: for their owner only.
-alter table realtime.nodes enable row level security;
-alter table realtime.presence_entries enable row level security;
+alter table realtime_internal.nodes enable row level security;
+alter table realtime_internal.presence_entries enable row level security;

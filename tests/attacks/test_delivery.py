@@ -365,13 +365,13 @@ def test_topics_that_are_remembered_are_bounded(database: TestDatabase) -> None:
     assert not has_gap(database, "other", now)
     # As many others that were dropped later.
     database.execute(
-        "insert into realtime.dropped_topics select -n, pg_current_xact_id(), 0 from generate_series(1, 100000) as n"
+        "insert into realtime_internal.dropped_topics select -n, pg_current_xact_id(), 0 from generate_series(1, 100000) as n"
     )
     send(database, "later")
     drop(database, "later")
-    assert database.execute("select count(*) from realtime.dropped_topics") == [(100_000,)]
+    assert database.execute("select count(*) from realtime_internal.dropped_topics") == [(100_000,)]
     assert has_gap(database, "other", now)
-    database.execute("delete from realtime.dropped_topics where topic_hash between -100000 and -1")
+    database.execute("delete from realtime_internal.dropped_topics where topic_hash between -100000 and -1")
 
 
 async def test_heartbeat_that_asks_for_it_is_answered_with_the_position(

@@ -23,7 +23,7 @@ ATTACK = """
     grant usage on sequence app.hits to public;
     create function app.attack(value text) returns boolean language plpgsql immutable as $$
     begin
-        if pg_catalog.has_table_privilege('realtime.stream', 'update') then
+        if pg_catalog.has_schema_privilege('realtime_internal', 'usage') then
             perform pg_catalog.nextval('app.hits');
         end if;
         begin
@@ -80,7 +80,7 @@ def db(any_database: TestDatabase) -> Iterator[psycopg.Connection[Any]]:
 def visible(db: psycopg.Connection[Any]) -> tuple[Any, ...]:
     (answer,) = run(
         db,
-        "select visible, problem from realtime.visible_changes('app.notes'::regclass, %s, array['authenticated'],"
+        "select visible, problem from realtime_internal.visible_changes('app.notes'::regclass, %s, array['authenticated'],"
         " array['{}'::jsonb], '[[0]]')",
         '[{"id": "1", "body": "x", "mood": "x"}]',
     )
@@ -97,7 +97,7 @@ def test_literals_are_not_read_by_code_of_users(db: psycopg.Connection[Any], lit
     run(db, f"alter table app.notes add column loud boolean generated always as ({literal} is not null) stored")
     run(db, RESET)
     with pytest.raises(psycopg.errors.FeatureNotSupported):
-        run(db, "select realtime.complete_changes('app.notes'::regclass, %s)", '[{"id": "1"}]')
+        run(db, "select realtime_internal.complete_changes('app.notes'::regclass, %s)", '[{"id": "1"}]')
     assert not is_hit(db)
 
 
@@ -124,15 +124,18 @@ def test_casts_from_and_to_enums_run_as_the_client(db: psycopg.Connection[Any]) 
     ):
         condition = json.dumps([{"column": column, "operator": operator, "is_negated": False, "value": value}])
         for query, arguments in (
-            ("select realtime.check_filters('app.notes'::regclass, 'authenticated', %s)", (condition,)),
-            ("select realtime.match_changes('app.notes'::regclass, 'authenticated', %s, %s)", (image, condition)),
+            ("select realtime_internal.check_filters('app.notes'::regclass, 'authenticated', %s)", (condition,)),
+            (
+                "select realtime_internal.match_changes('app.notes'::regclass, 'authenticated', %s, %s)",
+                (image, condition),
+            ),
         ):
             # Who makes such a cast takes the comparison away from everybody.
             with contextlib.suppress(
                 psycopg.errors.AmbiguousFunction, psycopg.errors.UndefinedFunction, psycopg.errors.RaiseException
             ):
                 run(db, query, *arguments)
-    run(db, "select realtime.render_changes('app.notes'::regclass, %s)", image)
+    run(db, "select realtime_internal.render_changes('app.notes'::regclass, %s)", image)
     assert not is_hit(db)
 
 
@@ -147,7 +150,7 @@ def test_casts_from_and_to_enums_run_as_the_client(db: psycopg.Connection[Any]) 
 def test_tables_are_not_read_where_planning_calls_code_of_users(
     db: psycopg.Connection[Any], any_database: TestDatabase, statement: str
 ) -> None:
-    query = "select realtime.complete_changes('app.notes'::regclass, %s) -> 0 ->> 'body'"
+    query = "select realtime_internal.complete_changes('app.notes'::regclass, %s) -> 0 ->> 'body'"
     assert run(db, query, '[{"id": "1"}]') == [("x",)]
     run(db, statement)
     run(db, RESET)

@@ -72,22 +72,22 @@ USER = "00000000-0000-0000-0000-00000000000a"
 IMAGE = {"id": "1", "owner": USER, "title": "x", "pair": "(1,x)"}
 QUESTIONS = {
     "policy": (
-        "select visible from realtime.visible_changes('app.notes'::regclass, %s, array['authenticated'],"
+        "select visible from realtime_internal.visible_changes('app.notes'::regclass, %s, array['authenticated'],"
         f""" array['{{"sub": "{USER}"}}'::jsonb], '[[0]]')""",
         ([0],),
     ),
     "rendering": (
-        "select render_changes::jsonb ->> 'title' from realtime.render_changes('app.notes'::regclass, %s)",
+        "select render_changes::jsonb ->> 'title' from realtime_internal.render_changes('app.notes'::regclass, %s)",
         ("x",),
     ),
-    "completing": ("select realtime.complete_changes('app.notes'::regclass, %s) -> 0 ->> 'loud'", ("X",)),
+    "completing": ("select realtime_internal.complete_changes('app.notes'::regclass, %s) -> 0 ->> 'loud'", ("X",)),
     "matching": (
-        "select image, condition from realtime.match_changes('app.notes'::regclass, 'authenticated', %s,"
+        "select image, condition from realtime_internal.match_changes('app.notes'::regclass, 'authenticated', %s,"
         """ '[{"column": "title", "operator": "eq", "is_negated": false, "value": "x"}]')""",
         (0, 0),
     ),
     "checking": (
-        "select vals from realtime.check_filters('app.notes'::regclass, 'authenticated',"
+        "select vals from realtime_internal.check_filters('app.notes'::regclass, 'authenticated',"
         """ '[{"column": "title", "operator": "eq", "is_negated": false, "value": "x"}]') where %s::jsonb is not null""",
         (["x"],),
     ),
@@ -129,7 +129,7 @@ def test_policies_are_evaluated_where_the_client_has_temporary(db: psycopg.Conne
     run(db, "create table notes (id int primary key, owner uuid); alter table notes enable row level security")
     run(db, "create policy own on notes for select using (owner = auth.uid())")
     ask = (
-        "select visible, problem from realtime.visible_changes('notes'::regclass,"
+        "select visible, problem from realtime_internal.visible_changes('notes'::regclass,"
         f""" '[{{"id": "1", "owner": "{USER}"}}]', array['authenticated'], array['{{"sub": "{USER}"}}'::jsonb], '[[0]]')"""
     )
     assert run(db, ask) == [([0], None)]
@@ -166,7 +166,7 @@ def test_operator_planted_for_a_join_in_a_policy_is_not_called(db: psycopg.Conne
     run(db, "create operator = (leftarg = varchar, rightarg = varchar, function = yes)")
     assert run(
         db,
-        "select visible, problem from realtime.visible_changes('notes'::regclass,"
+        "select visible, problem from realtime_internal.visible_changes('notes'::regclass,"
         """ '[{"id": "1", "room": "a"}, {"id": "2", "room": "b"}]', array['authenticated'],"""
         f""" array['{{"sub": "{USER}"}}'::jsonb], '[[0, 1]]')""",
     ) == [([1], None)]
@@ -182,7 +182,7 @@ def test_policy_with_an_operator_that_its_text_does_not_name_is_not_evaluated_ot
     run(db, "create policy own on notes for select using (nullif(room, 'x'::varchar) is null)")
     ((visible, problem),) = run(
         db,
-        "select visible, problem from realtime.visible_changes('notes'::regclass,"
+        "select visible, problem from realtime_internal.visible_changes('notes'::regclass,"
         """ '[{"id": "1", "room": "a"}]', array['authenticated'], array['{}'::jsonb], '[[0]]')""",
     )
     assert visible == []
@@ -202,7 +202,7 @@ def test_functions_without_a_path_of_their_own_run_under_the_usual_one(db: psyco
     run(db, "set search_path = pg_catalog, pg_temp")
     assert run(
         db,
-        "select visible, problem from realtime.visible_changes('public.notes'::regclass,"
+        "select visible, problem from realtime_internal.visible_changes('public.notes'::regclass,"
         f""" '[{{"id": "1"}}]', array['authenticated'], array['{{"sub": "{USER}"}}'::jsonb], '[[0]]')""",
     ) == [([0], None)]
 
@@ -295,37 +295,41 @@ def test_operators_and_functions_planted_in_public_are_not_called(db: psycopg.Co
             for is_negated in (False, True)
         ]
     )
-    run(db, "select * from realtime.check_filters('notes'::regclass, 'authenticated', %s, '{id,n}')", conditions)
+    run(
+        db,
+        "select * from realtime_internal.check_filters('notes'::regclass, 'authenticated', %s, '{id,n}')",
+        conditions,
+    )
     matched = run(
         db,
-        "select condition from realtime.match_changes('notes'::regclass, 'authenticated', %s, %s)",
+        "select condition from realtime_internal.match_changes('notes'::regclass, 'authenticated', %s, %s)",
         image,
         conditions,
     )
     assert len(matched) == 24
     assert run(
         db,
-        "select visible, problem from realtime.visible_changes('notes'::regclass, %s, array['authenticated'],"
+        "select visible, problem from realtime_internal.visible_changes('notes'::regclass, %s, array['authenticated'],"
         " array['{}'::jsonb], '[[0]]')",
         image,
     ) == [([0], None)]
-    ((completed,),) = run(db, "select realtime.complete_changes('notes'::regclass, %s) -> 0", image)
+    ((completed,),) = run(db, "select realtime_internal.complete_changes('notes'::regclass, %s) -> 0", image)
     assert (completed["big"], completed["twice"]) == ("big", "2")
-    run(db, "select * from realtime.render_changes('notes'::regclass, %s)", image)
-    assert run(db, "select * from realtime.filter_changes('notes'::regclass, %s)", image) == [(0,)]
-    run(db, "select * from realtime.published_tables(array['anon', 'authenticated'])")
-    run(db, "select * from realtime.table_marks(array['notes'::regclass::oid])")
+    run(db, "select * from realtime_internal.render_changes('notes'::regclass, %s)", image)
+    assert run(db, "select * from realtime_internal.filter_changes('notes'::regclass, %s)", image) == [(0,)]
+    run(db, "select * from realtime_internal.published_tables(array['anon', 'authenticated'])")
+    run(db, "select * from realtime_internal.table_marks(array['notes'::regclass::oid])")
     for query in (
-        "select * from realtime.sync_capture()",
+        "select * from realtime_internal.sync_capture()",
         "insert into notes values ('b', 'b', 1, '{}', 'big')",
-        "select * from realtime.captured_since(pg_current_snapshot())",
-        "select * from realtime.changes_since(pg_current_snapshot())",
-        "select * from realtime.capture_plan(false)",
-        "select * from realtime.capture_marks()",
-        "select * from realtime.drop_old_changes('0 s')",
-        "select * from realtime.sync_capture(false)",
-        "select realtime.empty_changes(), realtime.has_change_reader(), realtime.dropped_change_xid()",
-        "select realtime.wal_obstacle('supabase_realtime', realtime.slot_name()), realtime.wait_until_visible('{3}', '1 s')",
+        "select * from realtime_internal.captured_since(pg_current_snapshot())",
+        "select * from realtime_internal.capture_plan(false)",
+        "select * from realtime_internal.capture_marks()",
+        "select * from realtime_internal.drop_old_changes('0 s')",
+        "select * from realtime_internal.sync_capture(false)",
+        "select realtime_internal.empty_changes(), realtime_internal.has_change_reader(), realtime_internal.dropped_change_xid()",
+        "select realtime_internal.wal_obstacle('supabase_realtime', realtime_internal.slot_name()),"
+        " realtime_internal.wait_until_visible('{3}', '1 s')",
         "select * from realtime.slot_status()",
     ):
         run(db, query)

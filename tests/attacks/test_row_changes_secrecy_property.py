@@ -187,7 +187,7 @@ def seen_by(world: World, table: Table, who: Claims, all_rows: Sequence[Row]) ->
             )
             try:
                 with world.db.transaction():
-                    world.db.execute("select realtime.take_identity(%s, %s)", (who.role, who.json))
+                    world.db.execute("select realtime_internal.take_identity(%s, %s)", (who.role, who.json))
                     if world.db.execute(f"select id from {table}".encode()).fetchall():
                         found.add(row)
                     raise psycopg.Rollback

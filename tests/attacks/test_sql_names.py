@@ -104,7 +104,8 @@ begin
         from pg_proc as ours
         cross join lateral regexp_matches(pg_get_functiondef(ours.oid), '([a-z_0-9]+)\(', 'g') as found (names)
         cross join lateral (select found.names[1] union select unnest('{to_timestamp,make_interval}'::text[])) as called (name)
-        where ours.pronamespace in (select oid from pg_namespace where nspname in ('realtime', 'auth')) and ours.prokind = 'f'
+        where ours.pronamespace in (select oid from pg_namespace where nspname in ('realtime', 'realtime_internal', 'auth'))
+            and ours.prokind = 'f'
             and called.name not in ('coalesce', 'nullif', 'greatest', 'least', 'exists', 'any', 'all', 'array', 'values')
             and exists (
                 select from pg_proc as p where p.pronamespace = 'pg_catalog'::regnamespace and p.proname = called.name
@@ -196,16 +197,16 @@ OWNERS_STATEMENTS: list[LiteralString] = [
     "insert into public.things values (1, 'a'); update public.things set name = 'b'; delete from public.things",
     "select * from realtime.authorize('room', 'authenticated', '{\"sub\": \"00000000-0000-0000-0000-00000000000a\"}')",
     "select * from realtime.authorize('room', 'anon', '{}')",
-    "select * from realtime.authorize_batch(array['room'], array['authenticated'], array['{}']::jsonb[], array['{}']::jsonb[])",
-    "select * from realtime.messages_since('1:1:')",
-    "select * from realtime.messages_between('room', now() - interval '1 hour', 10)",
-    "select realtime.doorbell_is_held(pg_backend_pid(), realtime.doorbell_key())",
+    "select * from realtime_internal.authorize_batch(array['room'], array['authenticated'], array['{}']::jsonb[], array['{}']::jsonb[])",
+    "select * from realtime_internal.messages_since('1:1:')",
+    "select * from realtime_internal.messages_between('room', now() - interval '1 hour', 10)",
+    "select realtime_internal.doorbell_is_held(pg_backend_pid(), 7237125663275445356)",
     "select realtime.revalidate('room', 'sub')",
-    "select * from realtime.create_partitions(5)",
+    "select * from realtime_internal.create_partitions(5)",
     "select * from realtime.maintain()",
-    "select * from realtime.drop_old_messages('1 hour')",
-    "select realtime.last_maintenance()",
-    'select realtime.write_presence(gen_random_uuid(), \'[{"ref": "r", "topic": "t", "private": true, "key": "k",'
+    "select * from realtime_internal.drop_old_messages('1 hour')",
+    "select realtime_internal.last_maintenance()",
+    'select realtime_internal.write_presence(gen_random_uuid(), \'[{"ref": "r", "topic": "t", "private": true, "key": "k",'
     " \"payload\": {}}]', '{gone}')",
     "select * from realtime.presence",
     "select * from realtime.partitions",
@@ -216,7 +217,7 @@ OWNERS_STATEMENTS: list[LiteralString] = [
 UNPINNED = {
     "realtime.broadcast_changes",
     "realtime.messages_after",
-    "realtime.ring_doorbell",
+    "realtime_internal.ring_doorbell",
     "realtime.send",
     "realtime.send_binary",
     "realtime.snapshot",
@@ -229,7 +230,7 @@ def test_every_other_function_has_a_path_of_its_own_or_was_parsed_when_it_was_cr
 ) -> None:
     functions = any_database.execute(
         "select oid::regproc::text from pg_proc"
-        " where pronamespace in ('realtime'::regnamespace, 'auth'::regnamespace)"
+        " where pronamespace in ('realtime'::regnamespace, 'realtime_internal'::regnamespace, 'auth'::regnamespace)"
         " and prosqlbody is null and not coalesce(array_to_string(proconfig, ',') ~ 'search_path=(pg_catalog, pg_temp|\"\")', false)"
     )
     assert {name for (name,) in functions} == UNPINNED

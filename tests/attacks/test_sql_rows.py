@@ -93,7 +93,7 @@ def test_messages_of_a_restored_dump_poison_no_cursor_when_they_are_dropped(
             f" for values from ('{day}') to ('{day + timedelta(1)}')"
         )
     restore(any_database, "inserted_at, xid", f"(now() at time zone 'utc')::date - 5 + time '12:00', '{FOREIGN}'")
-    any_database.execute("select * from realtime.drop_old_messages('72 hours')")
+    any_database.execute("select * from realtime_internal.drop_old_messages('72 hours')")
     assert any_database.execute("select count(*) from realtime.messages") == [(0,)]
     any_database.execute(INSERT)
     # Nobody has missed anything.
@@ -115,14 +115,15 @@ def test_messages_of_a_restored_dump_are_history_and_not_news_of_a_later_day(any
 
 
 def test_captured_changes_of_a_restored_dump_poison_no_position(any_database: TestDatabase) -> None:
-    for drop in ("select * from realtime.drop_old_changes()", "select realtime.empty_changes()"):
+    for drop in ("select * from realtime_internal.drop_old_changes()", "select realtime_internal.empty_changes()"):
         any_database.execute(
-            "insert into realtime.changes (relation, action, changed_at, xid) values (1, 'INSERT', now() - interval '2 hours', %s)",
+            "insert into realtime_internal.changes (relation, action, changed_at, xid)"
+            " values (1, 'INSERT', now() - interval '2 hours', %s)",
             FOREIGN,
         )
         any_database.execute(drop)
-        assert any_database.execute("select count(*) from realtime.changes") == [(0,)]
-        assert any_database.execute("select realtime.dropped_change_xid()") == [("0",)]
+        assert any_database.execute("select count(*) from realtime_internal.changes") == [(0,)]
+        assert any_database.execute("select realtime_internal.dropped_change_xid()") == [("0",)]
 
 
 @pytest.mark.parametrize("role", USERS)
@@ -245,12 +246,12 @@ def test_no_advisory_lock_of_a_client_role_stops_maintenance(any_database: TestD
     with any_database.connect() as holder, any_database.connect() as db:
         holder.execute("set role anon")
         holder.execute(
-            "select pg_advisory_lock(realtime.doorbell_key() + n) from generate_series(0, 3) as n"
-            " union all select pg_advisory_lock(realtime.doorbell_key() + 'things'::regclass::oid::bigint)"
+            "select pg_advisory_lock(7237125663275445356 + n) from generate_series(0, 3) as n"
+            " union all select pg_advisory_lock(7237125663275445356 + 'things'::regclass::oid::bigint)"
         )
         assert db.execute("select partition, action from realtime.maintain()").fetchall() == [(old, "dropped")]
-        assert db.execute("select dropped from realtime.drop_old_changes()").fetchall() == [(0,)]
-        assert db.execute("select name, action from realtime.sync_capture()").fetchall() == [
+        assert db.execute("select dropped from realtime_internal.drop_old_changes()").fetchall() == [(0,)]
+        assert db.execute("select name, action from realtime_internal.sync_capture()").fetchall() == [
             ("public.things", "captured")
         ]
 
@@ -258,8 +259,8 @@ def test_no_advisory_lock_of_a_client_role_stops_maintenance(any_database: TestD
 @pytest.mark.parametrize("role", ["anon", "authenticated", "service_role"])
 def test_the_lock_of_maintenance_is_out_of_reach(database: TestDatabase, role: str) -> None:
     statements: tuple[LiteralString, ...] = (
-        "select from realtime.maintenance for update",
-        "lock table realtime.maintenance in access share mode",
+        "select from realtime_internal.maintenance for update",
+        "lock table realtime_internal.maintenance in access share mode",
     )
     for statement in statements:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -271,7 +272,7 @@ def test_an_open_transaction_that_has_read_messages_keeps_them_for_no_longer_tha
 ) -> None:
     old = old_partition(any_database)
     before = cursor(any_database, "oldest_cursor")
-    any_database.execute("update realtime.maintenance set succeeded_at = 'epoch'")
+    any_database.execute("update realtime_internal.maintenance set succeeded_at = 'epoch'")
     with psycopg.connect(any_database.url) as reader, any_database.connect() as db:
         reader.execute("set local role authenticated")
         reader.execute("select count(*) from realtime.messages")
@@ -282,7 +283,9 @@ def test_an_open_transaction_that_has_read_messages_keeps_them_for_no_longer_tha
             db.execute("select realtime.messages_after('old', %s)", (before,))
         # Nothing is missing of other topics.
         assert db.execute("select realtime.messages_after('t', %s)", (before,)).fetchall() == []
-        assert db.execute("select realtime.last_maintenance() > now() - interval '1 hour'").fetchone() == (True,)
+        assert db.execute("select realtime_internal.last_maintenance() > now() - interval '1 hour'").fetchone() == (
+            True,
+        )
         db.execute("select realtime.send('{}', 'e', 't')")
     assert any_database.execute("select partition, action from realtime.maintain()") == [(old, "dropped")]
 
@@ -292,26 +295,28 @@ def test_partitions_that_wait_are_told_and_the_rest_is_done(any_database: TestDa
     old = old_partition(any_database)
     ahead = datetime.now(UTC).date() + timedelta(3)
     any_database.execute(f"drop table realtime.messages_{ahead:%Y_%m_%d}")
-    any_database.execute("update realtime.maintenance set succeeded_at = 'epoch'")
+    any_database.execute("update realtime_internal.maintenance set succeeded_at = 'epoch'")
     with psycopg.connect(any_database.url) as reader, any_database.connect() as db:
         reader.execute("select count(*) from realtime.messages")
         rows = db.execute("select partition, action from realtime.maintain()").fetchall()
         assert rows == [("messages_default", "waiting"), (old, "emptied")]
-        assert db.execute("select realtime.last_maintenance() = 'epoch'").fetchone() == (True,)
+        assert db.execute("select realtime_internal.last_maintenance() = 'epoch'").fetchone() == (True,)
 
 
 def test_doctor_tells_when_maintenance_has_not_worked_for_long(any_database: TestDatabase) -> None:
     query: LiteralString = """select level, finding from realtime.doctor() where "check" = 'maintenance'"""
     assert any_database.execute(query) == []
-    any_database.execute("update realtime.maintenance set succeeded_at = '2020-01-01 12:00+00'")
+    any_database.execute("update realtime_internal.maintenance set succeeded_at = '2020-01-01 12:00+00'")
     ((level, finding),) = any_database.execute(query)
     assert (level, "2020-01-01 12:00 UTC" in finding) == ("note", True)
-    any_database.execute("insert into realtime.nodes (id) values (gen_random_uuid())")
+    any_database.execute("insert into realtime_internal.nodes (id) values (gen_random_uuid())")
     assert [level for level, _ in any_database.execute(query)] == ["problem"]
 
 
 async def test_the_metric_tells_when_maintenance_last_worked(shared_server: Server, http: httpx2.AsyncClient) -> None:
-    ((moment,),) = shared_server.database.execute("select extract(epoch from realtime.last_maintenance())::float8")
+    ((moment,),) = shared_server.database.execute(
+        "select extract(epoch from realtime_internal.last_maintenance())::float8"
+    )
     token = {"Authorization": f"Bearer {shared_server.service_key}"}
     answer = await http.get(f"{shared_server.url}/metrics", headers=token)
     lines: list[Any] = [

@@ -33,7 +33,7 @@ CURSOR = {"private": True, "broadcast": {"cursor": True}}
 def relay_kept_waiting(database: TestDatabase) -> Iterator[psycopg.Connection[Any]]:
     """Until the transaction ends, no relay that starts gets an answer to its first query; all else is answered."""
     with psycopg.connect(database.url) as db:
-        db.execute("lock table realtime.stream in access exclusive mode")
+        db.execute("lock table realtime_internal.stream in access exclusive mode")
         yield db
 
 

@@ -368,7 +368,7 @@ def test_policy_that_may_not_write_is_a_problem_of_its_own(rooms: TestDatabase) 
     )
     policy(rooms, "for all using (case when realtime.topic() = 'room:1' then fail() else true end)")
     answers = rooms.execute(
-        "select question, extension, can_read, can_write, left(problem, 5) from realtime.authorize_batch("
+        "select question, extension, can_read, can_write, left(problem, 5) from realtime_internal.authorize_batch("
         "array['room:1', 'room:2'], array['authenticated', 'authenticated'], '{\"{}\", \"{}\"}', '{\"{}\", \"{}\"}') order by 1, 2"
     )
     assert answers == [
@@ -403,7 +403,7 @@ def test_a_batch_answers_in_order_and_a_failing_question_harms_no_other(rooms: T
     topics, roles, claims, _, _ = (list(column) for column in zip(*questions, strict=True))
     rows = rooms.execute(
         "select question, extension, can_read, can_write, problem is not null"
-        " from realtime.authorize_batch(%s::text[], %s::text[], %s::jsonb[], array_fill('{}'::jsonb, array[%s]))",
+        " from realtime_internal.authorize_batch(%s::text[], %s::text[], %s::jsonb[], array_fill('{}'::jsonb, array[%s]))",
         topics,
         roles,
         claims,
@@ -451,7 +451,7 @@ def test_a_batch_takes_no_transaction_id_a_question_and_writes_nothing_where_all
     with rooms.connect() as db:
         before = db.execute(next_id).fetchone() or (0,)
         allowed = db.execute(
-            "select count(*) from realtime.authorize_batch(array_fill(%s::text, array[50]),"
+            "select count(*) from realtime_internal.authorize_batch(array_fill(%s::text, array[50]),"
             " array_fill('authenticated'::text, array[50]), array_fill(%s::jsonb, array[50]),"
             " array_fill('{}'::jsonb, array[50])) where can_read and can_write",
             (TOPIC, claims_of(MEMBER)),
@@ -481,7 +481,7 @@ def test_a_check_rings_no_bell_that_is_heard(rooms: TestDatabase) -> None:
     """The probe rows' own bell is rolled back with them."""
     with rooms.connect() as sleeper, rooms.connect() as listener, rooms.connect() as db:
         listener.execute("listen realtime")
-        sleeper.execute("select pg_advisory_lock(realtime.doorbell_key())")
+        sleeper.execute("select pg_advisory_lock(7237125663275445356)")
         authorize(db)
         rooms.execute("select pg_notify('realtime', 'mark')")
         assert [notify.payload for notify in listener.notifies(timeout=10, stop_after=1)] == ["mark"]

@@ -61,9 +61,9 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 def test_both_sides_write_a_snapshot_alike_and_what_is_cut_off_counts_as_not_seen(
     db: psycopg.Connection[Any], whole: Snapshot
 ) -> None:
-    text = value(db, "select realtime.snapshot_text(%s::pg_snapshot)", whole.text)
+    text = value(db, "select realtime_internal.snapshot_text(%s::pg_snapshot)", whole.text)
     assert whole.in_cursor == text
-    read = Snapshot.parse(value(db, "select realtime.snapshot_from_text(%s)::text", text))
+    read = Snapshot.parse(value(db, "select realtime_internal.snapshot_from_text(%s)::text", text))
     in_progress = sorted(whole.in_progress)
     if len(in_progress) <= MOST_IN_PROGRESS:
         assert read == whole
@@ -97,7 +97,7 @@ def test_cursor_where_ids_of_transactions_have_gone_once_around(db: psycopg.Conn
     """There is none whose lower half is zero, and PostgreSQL takes no snapshot that begins there."""
     first = last + 1 if (last + 1) % 2**32 else last + 2
     with db.transaction(force_rollback=True):
-        db.execute("select realtime.note_dropped(%s::text::xid8)", (str(last),))
+        db.execute("select realtime_internal.note_dropped(%s::text::xid8)", (str(last),))
         assert value(db, "select realtime.oldest_cursor()").split("-")[2] == f"{first}.{first}"
         snapshot = f"{last + 100}:{last + 100}:"
         assert value(db, "select realtime.durable(%s::pg_snapshot)::text", snapshot) == f"{first}:{first}:"

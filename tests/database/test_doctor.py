@@ -20,7 +20,7 @@ from tests.database.test_wal import OwnCluster
 from tests.fix_database import OWNER, Cluster, TestDatabase
 from tests.fix_postgres import FAST, open_folder
 
-NODE = "insert into realtime.nodes (id) values ('00000000-0000-0000-0000-000000000001')"
+NODE = "insert into realtime_internal.nodes (id) values ('00000000-0000-0000-0000-000000000001')"
 # Nothing is found about it but that it is published.
 THINGS = (
     "create table things (id int primary key, title text, big text)",
@@ -235,13 +235,13 @@ CAUSES = [
         "ok",
         "in the last half minute: 1",
         (NODE,),
-        ("update realtime.nodes set last_seen_at = now() - '31 s'::interval",),
+        ("update realtime_internal.nodes set last_seen_at = now() - '31 s'::interval",),
     ),
     Cause(
         "partitions",
         "problem",
         "has no partition for",
-        ("select realtime.drop_old_messages('-2 days')",),
+        ("select realtime_internal.drop_old_messages('-2 days')",),
         ("select realtime.maintain()",),
     ),
     Cause(
@@ -249,7 +249,7 @@ CAUSES = [
         "note",
         "are in realtime.messages_default",
         (
-            "select realtime.drop_old_messages('-2 days')",
+            "select realtime_internal.drop_old_messages('-2 days')",
             "select realtime.send('{}', 'e', 't')",
             "select realtime.maintain()",
         ),
@@ -281,8 +281,8 @@ CAUSES = [
         "publication",
         "note",
         "the server's own tables",
-        ("alter publication supabase_realtime add table realtime.changes",),
-        ("alter publication supabase_realtime drop table realtime.changes",),
+        ("alter publication supabase_realtime add table realtime_internal.changes",),
+        ("alter publication supabase_realtime drop table realtime_internal.changes",),
     ),
     Cause(
         "partitioned",
@@ -482,21 +482,28 @@ CAUSES = [
         as_administrator=True,
     ),
     # -- capture triggers
-    Cause("capture", "note", "public.things has no capture trigger", (), ("select realtime.sync_capture()",), TRIGGER),
+    Cause(
+        "capture",
+        "note",
+        "public.things has no capture trigger",
+        (),
+        ("select realtime_internal.sync_capture()",),
+        TRIGGER,
+    ),
     Cause(
         "capture",
         "problem",
         "public.things has no capture trigger",
         (NODE,),
-        ("select realtime.sync_capture()",),
+        ("select realtime_internal.sync_capture()",),
         TRIGGER,
     ),
     Cause(
         "capture",
         "problem",
         "the capture trigger of public.things is disabled",
-        ("select realtime.sync_capture()", "alter table things disable trigger user"),
-        ("select realtime.sync_capture()",),
+        ("select realtime_internal.sync_capture()", "alter table things disable trigger user"),
+        ("select realtime_internal.sync_capture()",),
         TRIGGER,
     ),
     Cause(
@@ -504,7 +511,7 @@ CAUSES = [
         "problem",
         "public.things has no capture trigger",
         ("alter table things owner to current_user",),
-        (f"grant trigger on things to {OWNER}", f"set role {OWNER}", "select realtime.sync_capture()"),
+        (f"grant trigger on things to {OWNER}", f"set role {OWNER}", "select realtime_internal.sync_capture()"),
         TRIGGER,
         as_administrator=True,
     ),
@@ -512,26 +519,26 @@ CAUSES = [
         "capture",
         "note",
         f"public.things is not owned by role {OWNER}",
-        ("select realtime.sync_capture()", "alter table things owner to current_user"),
+        ("select realtime_internal.sync_capture()", "alter table things owner to current_user"),
         (f"alter table things owner to {OWNER}",),
         TRIGGER,
         as_administrator=True,
     ),
-    Cause("outbox", "note", "and no server runs", ("select realtime.sync_capture()",), (NODE,), TRIGGER),
+    Cause("outbox", "note", "and no server runs", ("select realtime_internal.sync_capture()",), (NODE,), TRIGGER),
     Cause(
         "capture_left",
         "problem",
         "public.things has a capture trigger, and nobody reads",
-        ("select realtime.sync_capture()",),
-        ("select realtime.release_capture()",),
+        ("select realtime_internal.sync_capture()",),
+        ("select realtime_internal.release_capture()",),
         WAL,
     ),
     Cause(
         "capture_left",
         "problem",
         "public.things has a capture trigger and is not in the publication",
-        ("select realtime.sync_capture()", "alter publication supabase_realtime drop table things"),
-        ("select realtime.sync_capture()",),
+        ("select realtime_internal.sync_capture()", "alter publication supabase_realtime drop table things"),
+        ("select realtime_internal.sync_capture()",),
         TRIGGER,
     ),
 ]
@@ -563,7 +570,7 @@ def test_finding_comes_and_goes_with_its_cause(lab: Lab, cause: Cause) -> None:
 def test_healthy_database_has_nothing_but_ok(lab: Lab) -> None:
     lab.run(NODE)
     assert {one.level for one in lab.ask(changes="wal")} == {"ok"}
-    lab.run("select realtime.sync_capture()")
+    lab.run("select realtime_internal.sync_capture()")
     assert {one.level for one in lab.ask(changes="trigger")} == {"ok"}
 
 
@@ -613,14 +620,14 @@ def levels(findings: list[Finding], *checks: str) -> dict[str, list[str]]:
     return {check: [one.level for one in findings if one.check == check] for check in checks}
 
 
-CREATE_SLOT = "select pg_create_logical_replication_slot(realtime.slot_name(), 'pgoutput')"
+CREATE_SLOT = "select pg_create_logical_replication_slot(realtime_internal.slot_name(), 'pgoutput')"
 DROP_SLOT = "select realtime.drop_slot()"
 
 
 @contextmanager
 def reading(database: TestDatabase) -> Iterator[None]:
     """Somebody reads the server's slot."""
-    ((slot,),) = database.execute("select realtime.slot_name()")
+    ((slot,),) = database.execute("select realtime_internal.slot_name()")
     url = conninfo.make_conninfo(database.administrator_url, replication="database")
     # Leaving the connection's own context would ask it something, which it cannot answer while it streams.
     with closing(psycopg.connect(url, autocommit=True)) as db:
@@ -705,7 +712,7 @@ def test_triggers_for_one_server_while_another_one_reads_the_log(own: OwnCluster
     administrate(own_database, f"alter role {OWNER} replication")
     for statement in THINGS:
         administrate(own_database, f"set role {OWNER}", statement)
-    own_database.execute("select realtime.sync_capture()")
+    own_database.execute("select realtime_internal.sync_capture()")
     assert levels(ask(own_database), "capture_left") == {"capture_left": ["problem"]}
     name = {"application_name": "realtime-server changes"}
     with psycopg.connect(conninfo.make_conninfo(own_database.url, **name), autocommit=True):

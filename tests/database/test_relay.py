@@ -182,7 +182,7 @@ async def test_what_was_dropped_is_a_gap_only_if_it_may_have_been_missed(ledger:
                 ledger.execute("select write_row('old')")
                 await until(lambda number=number: len(received.rows) == number - 1, f"row {number}")  # type: ignore[misc]
                 ledger.execute("update realtime.messages set inserted_at = '2001-01-01'")
-                ledger.execute("select realtime.drop_old_messages('72 hours')")
+                ledger.execute("select realtime_internal.drop_old_messages('72 hours')")
             with psycopg.connect(ledger.administrator_url, autocommit=True) as db:
                 # Nobody gets in, for long enough to end what is to be ended.
                 name = sql.Identifier(db.info.dbname)
@@ -368,14 +368,16 @@ async def test_line_that_is_silent_for_ever_is_given_up(
 async def test_answers_that_take_long_are_not_taken_for_silence_again_and_again(
     ledger: Ledger, proxy_to: ProxyFactory
 ) -> None:
-    ((result,),) = ledger.execute("select pg_get_function_result('realtime.messages_since(pg_snapshot)'::regprocedure)")
+    ((result,),) = ledger.execute(
+        "select pg_get_function_result('realtime_internal.messages_since(pg_snapshot)'::regprocedure)"
+    )
     there, proxy = await through_proxy(ledger, proxy_to)
     received = Received()
     async with running(there, received, timeout_s=0.2):
         ledger.execute(
-            "alter function realtime.messages_since(pg_snapshot) rename to messages_soon;"
-            f" create function realtime.messages_since(pg_snapshot) returns {result} language plpgsql as $$"
-            " begin perform pg_sleep(0.5); return query select * from realtime.messages_soon($1); end $$"
+            "alter function realtime_internal.messages_since(pg_snapshot) rename to messages_soon;"
+            f" create function realtime_internal.messages_since(pg_snapshot) returns {result} language plpgsql as $$"
+            " begin perform pg_sleep(0.5); return query select * from realtime_internal.messages_soon($1); end $$"
         )
         ledger.execute("select write_row('t')")
         await until(lambda: len(received.rows) == 1, "the row, once there is patience enough")

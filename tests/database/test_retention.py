@@ -27,7 +27,7 @@ def name_of(day: date) -> str:
 
 def old_partition(database: TestDatabase) -> str:
     """A day that the retention has passed, with a message; all other partitions are as they should be."""
-    database.execute("select realtime.create_partitions()")
+    database.execute("select realtime_internal.create_partitions()")
     (day,) = days(-5, -5)
     name = name_of(day)
     database.execute(

@@ -138,11 +138,11 @@ def test_everything_here_runs_as_an_ordinary_role_that_owns_the_database(any_dat
     others = any_database.execute(
         """
         select relname from pg_class
-        where relnamespace in ('realtime'::regnamespace, 'public'::regnamespace)
+        where relnamespace in ('realtime'::regnamespace, 'realtime_internal'::regnamespace, 'public'::regnamespace)
             and relowner <> current_user::regrole
         union all
         select proname from pg_proc
-        where pronamespace in ('realtime'::regnamespace, 'auth'::regnamespace, 'public'::regnamespace)
+        where pronamespace in ('realtime'::regnamespace, 'realtime_internal'::regnamespace, 'auth'::regnamespace, 'public'::regnamespace)
             and proowner <> current_user::regrole
         """
     )

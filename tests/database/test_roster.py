@@ -90,11 +90,11 @@ async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
         assert link.gone <= 11
     come(roster, "new")
     # So long it takes the database to find a server dead.
-    database.execute("update realtime.nodes set last_seen_at = now() - interval '31 seconds'")
+    database.execute("update realtime_internal.nodes set last_seen_at = now() - interval '31 seconds'")
     link.is_cut = False
     await until([*names[25:], "new"])
     # The entries of the old name are gone from the table as well.
-    assert database.execute("select count(*), count(distinct node) from realtime.presence_entries") == [(6, 1)]
+    assert database.execute("select count(*), count(distinct node) from realtime_internal.presence_entries") == [(6, 1)]
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
@@ -116,7 +116,7 @@ async def test_word_that_the_database_has_forgotten_all_may_get_lost(
     come(roster, "first")
     await until(["first"])
     # As a crash does.
-    database.execute("truncate realtime.nodes cascade")
+    database.execute("truncate realtime_internal.nodes cascade")
     link.loses_answer = True
     come(roster, "second")
     await until(["first", "second"])

@@ -40,8 +40,8 @@ PLACES = {
 FOR_EVERYBODY = PLACES | {
     "realtime.messages_after(text,realtime.cursor,integer,boolean)",
     "realtime.snapshot(text)",
-    "realtime.snapshot_text(pg_snapshot)",
-    "realtime.snapshot_from_text(text)",
+    "realtime_internal.snapshot_text(pg_snapshot)",
+    "realtime_internal.snapshot_from_text(text)",
     "realtime.overlapping(pg_snapshot)",
     "realtime.durable(pg_snapshot)",
     "realtime.format_cursor(text,pg_snapshot,pg_snapshot,bigint)",
@@ -50,11 +50,9 @@ FOR_EVERYBODY = PLACES | {
     "realtime.send_binary(bytea,text,text,boolean)",
     "realtime.broadcast_changes(text,text,text,text,text,record,record,text)",
     "realtime.write_message(text,text,jsonb,bytea,boolean)",
-    "realtime.check_message(text,text,jsonb,bytea)",
-    "realtime.ring_doorbell()",
-    "realtime.doorbell_key()",
-    "realtime.base_type(oid)",
-    "realtime.comparison(text,boolean,text)",
+    "realtime_internal.check_message(text,text,jsonb,bytea)",
+    "realtime_internal.base_type(oid)",
+    "realtime_internal.comparison(text,boolean,text)",
 }
 
 NewDatabase = Callable[..., TestDatabase]
@@ -227,7 +225,7 @@ def test_each_revision_upgrades_one_by_one_with_rows_in_it(new_database: NewData
         assert rows(database) > before
         answer = database.execute("select can_read from realtime.authorize('topic', 'service_role', '{}')")
         assert answer == [(True,), (True,)]
-        read = database.execute("select topic from realtime.messages_since('1:1:') where seq is not null")
+        read = database.execute("select topic from realtime_internal.messages_since('1:1:') where seq is not null")
         assert ("topic",) in read
     assert installed(database) == heads(*BRANCHES)
 
@@ -418,11 +416,26 @@ def test_last_revision_is_taken_back_and_comes_again(new_database: NewDatabase) 
     assert_equal(before, dump(database))
 
 
+def test_what_people_call_fits_on_a_screen(any_database: TestDatabase) -> None:
+    names = any_database.execute("select proname from pg_proc where pronamespace = 'realtime'::regnamespace")
+    assert len(names) < 30
+    assert {
+        "send",
+        "broadcast_changes",
+        "messages_after",
+        "snapshot",
+        "revalidate",
+        "authorize",
+        "doctor",
+        "maintain",
+    } <= {name for (name,) in names}
+
+
 def test_every_function_table_and_column_has_a_comment(any_database: TestDatabase) -> None:
     without = any_database.execute(
         """
         with schemas as (
-            select oid from pg_namespace where nspname in ('realtime', 'auth', 'public')
+            select oid from pg_namespace where nspname in ('realtime', 'realtime_internal', 'auth', 'public')
         )
         select 'function ' || oid::regprocedure
         from pg_proc
@@ -468,7 +481,8 @@ def test_definer_functions_pin_their_search_path_and_are_not_for_everybody(any_d
 def test_user_roles_may_execute_nothing_internal(any_database: TestDatabase, role: str) -> None:
     allowed = any_database.execute(
         "select oid::regprocedure::text from pg_proc"
-        " where pronamespace = 'realtime'::regnamespace and has_function_privilege(%s, oid, 'execute')",
+        " where pronamespace in ('realtime'::regnamespace, 'realtime_internal'::regnamespace)"
+        " and has_function_privilege(%s, oid, 'execute')",
         role,
     )
     assert {name for (name,) in allowed} == FOR_EVERYBODY
@@ -480,7 +494,7 @@ def test_user_roles_may_change_and_delete_nothing_in_schema_realtime(any_databas
         """
         select relname, privilege
         from pg_class, unnest(array['update', 'delete', 'truncate', 'references', 'trigger']) as privilege
-        where relnamespace = 'realtime'::regnamespace
+        where relnamespace in ('realtime'::regnamespace, 'realtime_internal'::regnamespace)
             and relkind in ('r', 'p')
             and has_table_privilege(%s, pg_class.oid, privilege)
         """,
@@ -488,8 +502,11 @@ def test_user_roles_may_change_and_delete_nothing_in_schema_realtime(any_databas
     )
     assert allowed == []
     assert any_database.execute("select has_schema_privilege(%s, 'realtime', 'create')", role) == [(False,)]
+    assert any_database.execute("select has_schema_privilege(%s, 'realtime_internal', 'usage, create')", role) == [
+        (False,)
+    ]
     readable = any_database.execute(
-        "select relname from pg_class where relnamespace = 'realtime'::regnamespace"
+        "select relname from pg_class where relnamespace in ('realtime'::regnamespace, 'realtime_internal'::regnamespace)"
         " and relkind in ('r', 'p') and has_table_privilege(%s, oid, 'select')",
         role,
     )

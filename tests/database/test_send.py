@@ -375,10 +375,10 @@ def test_an_insert_does_not_fail_for_want_of_a_partition(db: Connection) -> None
     assert partition(db) == "realtime.messages_default"
 
     # That day stays in the default partition; the others are made, once.
-    made = [name for (name,) in db.execute("select realtime.create_partitions()")]
+    made = [name for (name,) in db.execute("select realtime_internal.create_partitions()")]
     assert datetime.datetime.now(UTC).date() == first, "midnight passed; run again"
     assert made == [day(offset).removeprefix("realtime.") for offset in (-1, 1, 2, 3)]
-    assert db.execute("select realtime.create_partitions()").fetchall() == []
+    assert db.execute("select realtime_internal.create_partitions()").fetchall() == []
     db.execute("select realtime.send('{}', 'event', 'topic')")
     assert count(db) == 2
 
@@ -391,7 +391,7 @@ def test_the_time_zone_of_a_session_does_not_change_the_day(db: Connection, zone
     db.execute("select realtime.send('{}', 'event', 'topic')")
     assert partition(db) in days | {day()}
     drop_days(db)
-    made = {name for (name,) in db.execute("select realtime.create_partitions(1)")}
+    made = {name for (name,) in db.execute("select realtime_internal.create_partitions(1)")}
     assert made == {day(offset).removeprefix("realtime.") for offset in (-1, 0, 1)}
     bounds = db.execute(
         "select pg_get_expr(relpartbound, oid) from pg_class where oid = %s::regclass", (day(),)
@@ -414,7 +414,7 @@ def notifications(listener: Connection, database: TestDatabase) -> list[tuple[st
 def test_the_doorbell_rings_once_a_transaction_where_somebody_sleeps(any_database: TestDatabase) -> None:
     with any_database.connect() as sleeper, any_database.connect() as listener, any_database.connect() as db:
         listener.execute("listen realtime")
-        sleeper.execute("select pg_advisory_lock(realtime.doorbell_key())")
+        sleeper.execute("select pg_advisory_lock(7237125663275445356)")
         with db.transaction():
             for _ in range(3):
                 db.execute("select realtime.send('{}', 'event', 'topic')")
@@ -436,13 +436,13 @@ def test_the_doorbell_is_silent_while_nobody_sleeps(any_database: TestDatabase) 
         # The writer keeps nothing of the lock, not even until the end of its transaction.
         with db.transaction():
             db.execute("select realtime.send('{}', 'event', 'topic')")
-            assert any_database.execute("select pg_try_advisory_lock(realtime.doorbell_key())") == [(True,)]
+            assert any_database.execute("select pg_try_advisory_lock(7237125663275445356)") == [(True,)]
 
 
 def test_the_doorbell_rings_for_a_user_who_may_send(policies: TestDatabase) -> None:
     with policies.connect() as sleeper, policies.connect() as listener, policies.connect() as db:
         listener.execute("listen realtime")
-        sleeper.execute("select pg_advisory_lock(realtime.doorbell_key())")
+        sleeper.execute("select pg_advisory_lock(7237125663275445356)")
         with db.transaction():
             act_as(db, "anon")
             db.execute("select realtime.send('{}', 'event', 'open:1')")

@@ -31,8 +31,8 @@ def test_maintenance_finds_no_function_of_a_stranger(any_database: TestDatabase)
         db.execute("grant insert on public.found to public")
     with psycopg.connect(conninfo.make_conninfo(any_database.url, **path), autocommit=True) as db:
         db.execute("select realtime.maintain('1 hour')")
-        db.execute("select realtime.create_partitions(30)")
-        db.execute("select realtime.drop_old_messages('1 hour')")
+        db.execute("select realtime_internal.create_partitions(30)")
+        db.execute("select realtime_internal.drop_old_messages('1 hour')")
     with psycopg.connect(any_database.administrator_url) as db:
         assert db.execute("select * from public.found").fetchall() == []
 
@@ -71,7 +71,9 @@ def test_rows_are_told_alike_whatever_the_database_sets_for_everybody(database: 
     image = r"""[{"id": "1", "f": "0.30000000000000004", "b": "\\x41ff", "t": "2025-01-02 00:00:00+00", "i": "-1 days +02:00:00"}]"""
     odd = "-c datestyle=German -c intervalstyle=iso_8601 -c timezone=Asia/Kathmandu -c bytea_output=escape -c extra_float_digits=0"
     with psycopg.connect(database.url, options=odd) as db:
-        row = db.execute("select realtime.render_changes('public.things'::regclass, %s)::jsonb", (image,)).fetchone()
+        row = db.execute(
+            "select realtime_internal.render_changes('public.things'::regclass, %s)::jsonb", (image,)
+        ).fetchone()
     told = {
         "id": 1,
         "f": 0.30000000000000004,
@@ -105,8 +107,8 @@ async def test_server_outlives_a_canceled_read(server: Server) -> None:
 async def test_failure_of_a_part_is_told_by_the_exit_code(server: Server) -> None:
     """Rows of another form than any version of the schema has: nobody foresaw that, and waiting does not help."""
     server.database.execute(
-        "alter function realtime.messages_since(pg_snapshot) rename to gone;"
-        " create function realtime.messages_since(pg_snapshot) returns table (seq bigint, snapshot text) language sql"
+        "alter function realtime_internal.messages_since(pg_snapshot) rename to gone;"
+        " create function realtime_internal.messages_since(pg_snapshot) returns table (seq bigint, snapshot text) language sql"
         " as $$ select null, pg_current_snapshot()::text union all select 1, null $$"
     )
     async with asyncio.timeout(20):

@@ -69,7 +69,7 @@ def selected(db: Connection, table: str, who: Viewer) -> set[int] | None:
     """The rows that `select` returns; None, if it raises."""
     try:
         with db.transaction(force_rollback=True):
-            db.execute("select realtime.take_identity(%s, %s)", who)
+            db.execute("select realtime_internal.take_identity(%s, %s)", who)
             return {id for (id,) in run(db, f"select id from {table}")}
     except psycopg.Error:
         return None
@@ -124,7 +124,8 @@ class Judged(NamedTuple):
 def judged(db: Connection, table: str, images: Images, viewers: Sequence[Viewer]) -> Judged:
     """As the server asks: of whom row-level security binds."""
     [(relation, access)] = db.execute(
-        "select relation, access from realtime.published_tables(%s) where relation = %s::regclass", (ROLES, table)
+        "select relation, access from realtime_internal.published_tables(%s) where relation = %s::regclass",
+        (ROLES, table),
     ).fetchall()
     ids = [id for id, _ in images]
     bound = [who for who in viewers if access[who.role]["is_bound"]]
@@ -132,7 +133,7 @@ def judged(db: Connection, table: str, images: Images, viewers: Sequence[Viewer]
     with db.transaction():
         answers = db.execute(
             "select question, visible, problem"
-            " from realtime.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
+            " from realtime_internal.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
             (
                 relation,
                 json.dumps([image for _, image in images]),
@@ -730,7 +731,7 @@ def test_row_without_a_value_that_its_domain_insists_on_is_no_fault_of_its_polic
     database.execute("alter table notes enable row level security")
     database.execute("create policy positive on notes for select using (id > 0)")
     answers = database.execute(
-        "select visible, unknown, problem from realtime.visible_changes('notes'::regclass,"
+        "select visible, unknown, problem from realtime_internal.visible_changes('notes'::regclass,"
         """ '[{"id": "1"}, {"id": "2", "body": "x"}]', array['authenticated'], array['{}'::jsonb], '[[0, 1]]')"""
     )
     assert answers == [([1], [0], None) if is_needed else ([0, 1], [], None)]
@@ -761,7 +762,7 @@ def test_table_that_is_altered_meanwhile_is_no_fault_of_its_policies(database: T
                 try:
                     answers.extend(
                         db.execute(
-                            "select visible, problem from realtime.visible_changes('notes'::regclass,"
+                            "select visible, problem from realtime_internal.visible_changes('notes'::regclass,"
                             """ '[{"id": "1", "owner": null}]', array['authenticated'], array['{}'::jsonb], '[[0]]')"""
                         )
                     )

@@ -261,7 +261,7 @@ async def test_source_is_changed_and_changed_back(
     server = await start_row_server()
     oracle = await with_crowd(row_oracle_of(server))
     triggers: LiteralString = "select count(*)::int from pg_trigger where tgname like '!realtime_capture_%%'"
-    captured: LiteralString = "select count(*)::int from realtime.changes"
+    captured: LiteralString = "select count(*)::int from realtime_internal.changes"
     slots: LiteralString = "select active from pg_replication_slots where database = current_database()"
     sources: list[Source] = ["trigger", "wal"]
     for oracle.source in sources * row_size.rounds:

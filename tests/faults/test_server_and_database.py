@@ -250,13 +250,17 @@ async def test_database_that_refuses_the_read(steady_server: Server, oracle_of: 
     await oracle.connected()
     for _ in range(size.rounds):
         said = steady_server.log.count("relay cannot read this database")
-        oracle.database.execute("alter function realtime.messages_since(pg_snapshot) rename to messages_hidden")
+        oracle.database.execute(
+            "alter function realtime_internal.messages_since(pg_snapshot) rename to messages_hidden"
+        )
         try:
             await oracle.write()
             await turns(steady_server, ready=False)
             async with httpx2.AsyncClient() as http:
                 answer = await http.get(f"{steady_server.url}/readyz")
-            assert answer.json()["why"].startswith("ERROR 42883 (undefined_function) function realtime.messages_since")
+            assert answer.json()["why"].startswith(
+                "ERROR 42883 (undefined_function) function realtime_internal.messages_since"
+            )
             # Time to try several times.
             await asyncio.sleep(1)
         finally:
@@ -402,7 +406,7 @@ def cost_of_a_read(database: TestDatabase) -> int:
     # Auto-vacuum would do this sooner or later; without, the planner knows nothing of a table that is this new.
     database.execute("analyze realtime.messages")
     position = database.execute("select pg_current_snapshot()::text")[0][0]
-    query = f"explain (analyze, buffers, format json) select * from realtime.messages_since('{position}'::pg_snapshot)"
+    query = f"explain (analyze, buffers, format json) select * from realtime_internal.messages_since('{position}'::pg_snapshot)"
     with database.connect() as db:
         # The second time: the first one fills the session's caches.
         for _ in range(2):
@@ -434,7 +438,7 @@ async def test_clock_passes_midnight(fault_server: ServerOf, oracle_of: OracleFa
     made: list[Any] = []
     while not writing.done():
         made += oracle.database.execute("select * from realtime.maintain('72 hours')")
-        made += oracle.database.execute("select realtime.create_partitions(12)")
+        made += oracle.database.execute("select realtime_internal.create_partitions(12)")
         await asyncio.sleep(0.2)
     await writing
     await oracle.verdict()

@@ -143,10 +143,10 @@ async def test_who_is_told_changes_is_not_told_that_another_look_failed(
     tables.create()
     socket = await wire(server.websocket_url, server.anon_key)
     await subscribe(socket, "all", tables.binding(None))
-    ((works,),) = tables.execute("select pg_get_functiondef('realtime.table_marks'::regproc)")
+    ((works,),) = tables.execute("select pg_get_functiondef('realtime_internal.table_marks'::regproc)")
     tables.execute("create sequence asked")
     tables.execute(
-        "create or replace function realtime.table_marks(relations oid[])"
+        "create or replace function realtime_internal.table_marks(relations oid[])"
         " returns table (relation oid, mark text) language plpgsql as"
         f" $$ begin perform nextval('{tables.schema}.asked'); raise query_canceled; end $$"
     )

@@ -52,10 +52,10 @@ async def test_tracking_is_seen_in_sql_and_so_is_its_end(server: Server, wire: W
     await alice.socket.close()
     await until(server, both("gay")[1:])
     # The database forgets (as after a crash): the server writes everything again.
-    server.database.execute("truncate realtime.nodes cascade")
+    server.database.execute("truncate realtime_internal.nodes cascade")
     await track(bob, {"mood": "sad"})
     await until(server, [("room", False, "bob", {"mood": "sad"})])
-    assert server.database.execute("select count(*) from realtime.nodes") == [(1,)]
+    assert server.database.execute("select count(*) from realtime_internal.nodes") == [(1,)]
 
 
 async def test_entries_of_a_dead_server_are_not_shown(server: Server, wire: WireFactory) -> None:
@@ -64,7 +64,7 @@ async def test_entries_of_a_dead_server_are_not_shown(server: Server, wire: Wire
     await track(socket, {})
     await until(server, [("room", False, "k", {})])
     await server.kill()
-    server.database.execute("update realtime.nodes set last_seen_at = now() - interval '31 seconds'")
+    server.database.execute("update realtime_internal.nodes set last_seen_at = now() - interval '31 seconds'")
     assert present(server) == []
 
 
@@ -76,12 +76,12 @@ async def test_more_than_postgresql_takes_at_once_is_seen_too(start_server: Serv
     payload = {"type": "presence", "event": "track", "payload": {"text": "x" * 2_900_000}}
     with server.database.connect() as db, db.transaction():
         # All of them wait for the table.
-        db.execute("lock table realtime.presence_entries in access exclusive mode")
+        db.execute("lock table realtime_internal.presence_entries in access exclusive mode")
         for topic in topics:
             await socket.join(topic)
             await socket.say(f"realtime:{topic}", "presence", payload)
             while (await socket.hear())[3] != "presence_diff":
                 pass
     async with asyncio.timeout(60):
-        while server.database.execute("select count(*) from realtime.presence_entries") != [(len(topics),)]:
+        while server.database.execute("select count(*) from realtime_internal.presence_entries") != [(len(topics),)]:
             await asyncio.sleep(0.1)

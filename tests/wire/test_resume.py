@@ -207,7 +207,7 @@ async def test_083_message_that_is_replayed_and_comes_live_is_delivered_once(
     with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
         # Each statement of it sees what has been committed by then.
         db.execute(
-            "create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)"
+            "create or replace function realtime_internal.messages_between(topic text, since timestamptz, max_rows integer)"
             " returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)"
             " language plpgsql volatile as $$ begin perform pg_sleep(1); return query"
             " select m.id, m.event, m.payload, m.binary_payload, m.xid from realtime.messages as m"
@@ -232,7 +232,7 @@ async def test_client_that_goes_during_a_replay_by_time_leaves_nothing_behind(
 ) -> None:
     with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
         db.execute(
-            "create or replace function realtime.messages_between(topic text, since timestamptz, max_rows integer)"
+            "create or replace function realtime_internal.messages_between(topic text, since timestamptz, max_rows integer)"
             " returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8) language sql stable"
             " as 'select null::uuid, null, null::jsonb, null::bytea, pg_current_xact_id() from pg_sleep(3)'"
         )
@@ -400,7 +400,7 @@ def test_snapshot_and_stream_show_what_the_caller_may_see(database: TestDatabase
 
 def test_what_was_dropped_in_another_life_is_no_gap_in_this_one(any_database: TestDatabase) -> None:
     """A restored database remembers transaction ids that its own counter has yet to reach."""
-    any_database.execute("update realtime.stream set dropped_xid = '999999999', dropped_in_life = 'another'")
+    any_database.execute("update realtime_internal.stream set dropped_xid = '999999999', dropped_in_life = 'another'")
     cursor = any_database.execute("select realtime.cursor()")[0][0]
     send(any_database, "t", 1)
     assert len(any_database.execute("select id from realtime.messages_after('t', %s)", cursor)) == 1

@@ -346,7 +346,7 @@ async def test_gap_of_a_new_life_is_a_place_to_come_back_with_though_rights_are_
         send(database, "life", 1)
         assert await witness.numbers(1) == [1]
         with psycopg.connect(database.administrator_url, autocommit=True) as db:
-            db.execute("update realtime.stream set epoch = gen_random_uuid()")
+            db.execute("update realtime_internal.stream set epoch = gen_random_uuid()")
             db.execute(
                 "select pg_terminate_backend(pid) from pg_stat_activity"
                 " where application_name = 'realtime-server relay' and datname = current_database()"

@@ -124,7 +124,7 @@ create domain realtime.cursor as text
     );
 comment on domain realtime.cursor is 'Place in the stream of messages. Opaque to clients; hand it back as it came.';
 
-create table realtime.stream (
+create table realtime_internal.stream (
     only_row boolean primary key default true,
     epoch uuid not null default gen_random_uuid(),
     dropped_xid xid8 not null default '0',
@@ -134,56 +134,56 @@ create table realtime.stream (
     dropped_change_in_life text not null default '',
     constraint stream_only_row check (only_row)
 );
-comment on table realtime.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
-comment on column realtime.stream.only_row is 'Always true: there is one row.';
-comment on column realtime.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
-comment on column realtime.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
-comment on column realtime.stream.dropped_xid is 'Highest transaction id among dropped messages of all topics; the relay must lie wholly behind it.';
-comment on column realtime.stream.dropped_anywhere_xid is
-    'Highest transaction id among dropped messages that realtime.dropped_topics does not cover: cursors of every topic must lie behind it.';
-comment on column realtime.stream.dropped_change_xid is 'The same for captured row changes.';
-comment on column realtime.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
-alter table realtime.stream enable row level security;  -- no policies: for its owner only
-insert into realtime.stream default values;
+comment on table realtime_internal.stream is 'One row: which stream this is, and how far back it reaches. Written by maintenance only.';
+comment on column realtime_internal.stream.only_row is 'Always true: there is one row.';
+comment on column realtime_internal.stream.epoch is 'Drawn at install: cursors of another installation do not fit.';
+comment on column realtime_internal.stream.dropped_in_life is 'Life of the database in which dropped_xid was drawn: in another it means nothing.';
+comment on column realtime_internal.stream.dropped_xid is 'Highest transaction id among dropped messages of all topics; the relay must lie wholly behind it.';
+comment on column realtime_internal.stream.dropped_anywhere_xid is
+    'Highest transaction id among dropped messages that realtime_internal.dropped_topics does not cover: cursors of every topic must lie behind it.';
+comment on column realtime_internal.stream.dropped_change_xid is 'The same for captured row changes.';
+comment on column realtime_internal.stream.dropped_change_in_life is 'Life of the database in which dropped_change_xid was drawn.';
+alter table realtime_internal.stream enable row level security;  -- no policies: for its owner only
+insert into realtime_internal.stream default values;
 
--- Bounded by realtime.note_dropped_topics: what does not fit raises realtime.stream.dropped_anywhere_xid instead.
-create table realtime.dropped_topics (
+-- Bounded by realtime_internal.note_dropped_topics: what does not fit raises realtime_internal.stream.dropped_anywhere_xid instead.
+create table realtime_internal.dropped_topics (
     topic_hash bigint primary key,
     xid xid8 not null,
     seq bigint not null
 );
-comment on table realtime.dropped_topics is
+comment on table realtime_internal.dropped_topics is
     'How far back each topic reaches, where messages of it were dropped: a cursor must lie behind these. Written by maintenance only.';
-comment on column realtime.dropped_topics.topic_hash is 'hashtextextended(topic, 0): topics that share one share the bound.';
-comment on column realtime.dropped_topics.xid is 'Highest transaction id among dropped messages of the topic.';
-comment on column realtime.dropped_topics.seq is 'Highest sequence number among dropped messages of the topic.';
-alter table realtime.dropped_topics enable row level security;  -- no policies: for its owner only
+comment on column realtime_internal.dropped_topics.topic_hash is 'hashtextextended(topic, 0): topics that share one share the bound.';
+comment on column realtime_internal.dropped_topics.xid is 'Highest transaction id among dropped messages of the topic.';
+comment on column realtime_internal.dropped_topics.seq is 'Highest sequence number among dropped messages of the topic.';
+alter table realtime_internal.dropped_topics enable row level security;  -- no policies: for its owner only
 
 -- A row a task: its lock lets one session at a time do the work. Advisory locks would not do, any role can take those.
-create table realtime.maintenance (
+create table realtime_internal.maintenance (
     task text primary key,
     succeeded_at timestamptz not null default now()
 );
-comment on table realtime.maintenance is 'What the servers do from time to time, one of them at a time.';
-comment on column realtime.maintenance.task is
+comment on table realtime_internal.maintenance is 'What the servers do from time to time, one of them at a time.';
+comment on column realtime_internal.maintenance.task is
     'messages: partitions and retention; changes: retention of captured row changes; capture: triggers on the tables of the publication.';
-comment on column realtime.maintenance.succeeded_at is 'When all of it was last done.';
-alter table realtime.maintenance enable row level security;  -- no policies: for its owner only
-insert into realtime.maintenance (task) values ('messages'), ('changes'), ('capture');
+comment on column realtime_internal.maintenance.succeeded_at is 'When all of it was last done.';
+alter table realtime_internal.maintenance enable row level security;  -- no policies: for its owner only
+insert into realtime_internal.maintenance (task) values ('messages'), ('changes'), ('capture');
 -- Who is present where, as the servers know it. Unlogged: it is true only as long as the servers live.
 
-create unlogged table realtime.nodes (
+create unlogged table realtime_internal.nodes (
     id uuid primary key,
     started_at timestamptz not null default now(),
     last_seen_at timestamptz not null default now()
 );
-comment on table realtime.nodes is 'The servers on this database.';
-comment on column realtime.nodes.id is 'Drawn by the server when it starts.';
-comment on column realtime.nodes.started_at is 'When it first wrote here.';
-comment on column realtime.nodes.last_seen_at is 'Written every few seconds; a server not seen for half a minute is taken for dead.';
+comment on table realtime_internal.nodes is 'The servers on this database.';
+comment on column realtime_internal.nodes.id is 'Drawn by the server when it starts.';
+comment on column realtime_internal.nodes.started_at is 'When it first wrote here.';
+comment on column realtime_internal.nodes.last_seen_at is 'Written every few seconds; a server not seen for half a minute is taken for dead.';
 
-create unlogged table realtime.presence_entries (
-    node uuid not null references realtime.nodes (id) on delete cascade,
+create unlogged table realtime_internal.presence_entries (
+    node uuid not null references realtime_internal.nodes (id) on delete cascade,
     ref text not null,
     topic text not null,
     private boolean not null,
@@ -192,18 +192,18 @@ create unlogged table realtime.presence_entries (
     since timestamptz not null default now(),
     constraint presence_entries_pkey primary key (node, ref)
 );
-comment on table realtime.presence_entries is 'What clients track, written by the servers a moment after the clients saw it. Read the view realtime.presence.';
-comment on column realtime.presence_entries.node is 'Server that the client is connected to.';
-comment on column realtime.presence_entries.ref is 'phx_ref of the entry.';
-comment on column realtime.presence_entries.topic is 'Without "realtime:" in front.';
-comment on column realtime.presence_entries.private is 'Which of the two rooms of this name.';
-comment on column realtime.presence_entries.key is 'Presence key of the client.';
-comment on column realtime.presence_entries.payload is 'What the client tracks.';
-comment on column realtime.presence_entries.since is 'When it was written here.';
+comment on table realtime_internal.presence_entries is 'What clients track, written by the servers a moment after the clients saw it. Read the view realtime.presence.';
+comment on column realtime_internal.presence_entries.node is 'Server that the client is connected to.';
+comment on column realtime_internal.presence_entries.ref is 'phx_ref of the entry.';
+comment on column realtime_internal.presence_entries.topic is 'Without "realtime:" in front.';
+comment on column realtime_internal.presence_entries.private is 'Which of the two rooms of this name.';
+comment on column realtime_internal.presence_entries.key is 'Presence key of the client.';
+comment on column realtime_internal.presence_entries.payload is 'What the client tracks.';
+comment on column realtime_internal.presence_entries.since is 'When it was written here.';
 
 -- No policies: for their owner only.
-alter table realtime.nodes enable row level security;
-alter table realtime.presence_entries enable row level security;
+alter table realtime_internal.nodes enable row level security;
+alter table realtime_internal.presence_entries enable row level security;
 -- Row changes: which tables tell theirs, and the outbox of the triggers that capture them.
 
 -- A table emits changes if and only if it is in this publication; where it exists already, it belongs to whoever made it.
@@ -216,11 +216,11 @@ begin
 end
 $$;
 
-create sequence realtime.changes_seq as bigint;
-comment on sequence realtime.changes_seq is 'Order of writing. Cache must stay 1, or order between sessions is lost.';
+create sequence realtime_internal.changes_seq as bigint;
+comment on sequence realtime_internal.changes_seq is 'Order of writing. Cache must stay 1, or order between sessions is lost.';
 
-create table realtime.changes (
-    seq bigint not null default nextval('realtime.changes_seq'),
+create table realtime_internal.changes (
+    seq bigint not null default nextval('realtime_internal.changes_seq'),
     xid xid8 not null default pg_current_xact_id(),
     relation oid not null,
     action text not null,
@@ -229,17 +229,17 @@ create table realtime.changes (
     old_record jsonb,
     columns text[]
 );
-alter sequence realtime.changes_seq owned by realtime.changes.seq;
+alter sequence realtime_internal.changes_seq owned by realtime_internal.changes.seq;
 
-comment on table realtime.changes is 'Captured row changes, for the servers only. A server deletes what is older than an hour, every five minutes, and all of it when no table is captured and no server reads here.';
-comment on column realtime.changes.seq is 'Order of writing.';
-comment on column realtime.changes.xid is 'Transaction that wrote the row: the servers read by it.';
-comment on column realtime.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
-comment on column realtime.changes.action is 'INSERT, UPDATE or DELETE.';
-comment on column realtime.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
-comment on column realtime.changes.record is 'The new row as a string, the text of its values in brackets; null for DELETE. Both are null where they are too large.';
-comment on column realtime.changes.old_record is 'The old row; null for INSERT.';
-comment on column realtime.changes.columns is 'Names of the columns, in the order of the values in the rows.';
+comment on table realtime_internal.changes is 'Captured row changes, for the servers only. A server deletes what is older than an hour, every five minutes, and all of it when no table is captured and no server reads here.';
+comment on column realtime_internal.changes.seq is 'Order of writing.';
+comment on column realtime_internal.changes.xid is 'Transaction that wrote the row: the servers read by it.';
+comment on column realtime_internal.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
+comment on column realtime_internal.changes.action is 'INSERT, UPDATE or DELETE.';
+comment on column realtime_internal.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
+comment on column realtime_internal.changes.record is 'The new row as a string, the text of its values in brackets; null for DELETE. Both are null where they are too large.';
+comment on column realtime_internal.changes.old_record is 'The old row; null for INSERT.';
+comment on column realtime_internal.changes.columns is 'Names of the columns, in the order of the values in the rows.';
 
-create index changes_xid_idx on realtime.changes (xid);
-alter table realtime.changes enable row level security;  -- no policies: for its owner only
+create index changes_xid_idx on realtime_internal.changes (xid);
+alter table realtime_internal.changes enable row level security;  -- no policies: for its owner only

@@ -1,0 +1,267 @@
+-- Reading from a place on: paged, exact, and with a plain word where something is missing.
+--
+-- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row whose transaction got its id later has a sequence number
+-- up to "seq", so a read may start there, but for what realtime.overlapping names. Or it is "since", "until" and "seq": behind all that
+-- "since" sees and, of what the later snapshot "until" sees as well, behind "seq".
+
+-- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
+-- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
+create or replace function realtime_internal.snapshot_text("snapshot" pg_snapshot)
+returns text
+language sql
+immutable
+strict
+begin atomic
+    select concat_ws(
+        '.',
+        pg_catalog.pg_snapshot_xmin("snapshot"),
+        coalesce(
+            (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip offset 1000 limit 1),
+            pg_catalog.pg_snapshot_xmax("snapshot")
+        ),
+        (
+            select pg_catalog.string_agg(first.xip::text, '.' order by first.xip)
+            from (select xip from pg_catalog.pg_snapshot_xip("snapshot") as xip order by xip limit 1000) as first
+        )
+    );
+end;
+comment on function realtime_internal.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
+
+create or replace function realtime_internal.snapshot_from_text(part text)
+returns pg_snapshot
+language sql
+immutable
+strict
+begin atomic
+    select pg_catalog.translate(
+        pg_catalog.regexp_replace(part, '^([0-9]+)[.]([0-9]+)[.]?', '\1:\2:'), '.', ','
+    )::pg_snapshot;
+end;
+comment on function realtime_internal.snapshot_from_text(text) is 'The reverse of realtime_internal.snapshot_text.';
+
+create or replace function realtime.format_cursor(life text, since pg_snapshot, until pg_snapshot, seq bigint)
+returns realtime.cursor
+language sql
+immutable
+begin atomic
+    select pg_catalog.concat_ws('-', '1', life, realtime_internal.snapshot_text(since), realtime_internal.snapshot_text(until), seq)::realtime.cursor;
+end;
+comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
+
+create or replace function realtime_internal.xid_after(xid bigint)
+returns bigint
+language sql
+immutable
+strict
+begin atomic
+    select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end;
+end;
+comment on function realtime_internal.xid_after(bigint) is
+    'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
+revoke all on function realtime_internal.xid_after(bigint) from public;
+
+-- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
+-- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
+create or replace function realtime.durable("snapshot" pg_snapshot)
+returns pg_snapshot
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        '%s:%s:%s',
+        least(pg_snapshot_xmin("snapshot")::text::bigint, bound.xmax),
+        bound.xmax,
+        (
+            select string_agg(xip::text, ',' order by xip)
+            from pg_snapshot_xip("snapshot") as xip
+            where xip::text::bigint < bound.xmax
+        )
+    )::pg_snapshot
+    from (
+        select least(
+            pg_snapshot_xmax("snapshot")::text::bigint,
+            realtime_internal.xid_after(greatest(
+                2,
+                realtime_internal.dropped_xid()::text::bigint,
+                (
+                    select m.xid::text::bigint
+                    from realtime.messages as m
+                    where m.xid < pg_snapshot_xmax("snapshot") and pg_visible_in_snapshot(m.xid, "snapshot")
+                    order by m.xid desc
+                    limit 1
+                )
+            ))
+        ) as xmax
+    ) as bound
+$$;
+comment on function realtime.durable(pg_snapshot) is
+    'The same messages as in the snapshot, seen by transactions that a crash of the database cannot take back.';
+revoke all on function realtime.durable(pg_snapshot) from public;
+grant execute on function realtime.durable(pg_snapshot) to anon, authenticated, service_role;
+
+create or replace function realtime.cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    -- Any row that is visible will do for "seq"; the newest transaction has a high one.
+    select realtime.format_cursor(
+        realtime.life(),
+        realtime.durable(pg_current_snapshot()),
+        null,
+        coalesce(
+            (
+                select m.seq
+                from realtime.messages as m
+                where m.xid < pg_snapshot_xmax(pg_current_snapshot())
+                order by m.xid desc
+                limit 1
+            ),
+            0
+        )
+    )
+$$;
+comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
+
+create or replace function realtime.oldest_cursor()
+returns realtime.cursor
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select realtime.format_cursor(
+        realtime.life(),
+        format('%1$s:%1$s:', realtime_internal.xid_after(greatest(realtime_internal.dropped_xid()::text::bigint, 2)))::pg_snapshot,
+        null,
+        0
+    )
+$$;
+comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
+
+create or replace function realtime_internal.sees_dropped("snapshot" pg_snapshot, xid xid8)
+returns boolean
+language sql
+stable
+begin atomic
+    -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+    select pg_catalog.pg_snapshot_xmax("snapshot") > xid
+        and not exists (
+            select
+            from pg_catalog.pg_snapshot_xip("snapshot") as xip
+            where xip <= xid and pg_catalog.pg_visible_in_snapshot(xip, pg_catalog.pg_current_snapshot())
+        );
+end;
+comment on function realtime_internal.sees_dropped(pg_snapshot, xid8) is 'Whether a snapshot sees all that was dropped of transactions up to this one.';
+revoke all on function realtime_internal.sees_dropped(pg_snapshot, xid8) from public;
+
+create or replace function realtime.read_cursor(
+    place realtime.cursor, topic text, out since pg_snapshot, out until pg_snapshot, out seq bigint
+)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_parts text[] := string_to_array(place, '-');
+    v_dropped xid8 := realtime_internal.dropped_xid();
+    v_of_topic realtime_internal.dropped_topics;
+    v_problem text;
+begin
+    if topic is not null then
+        select dropped_anywhere_xid into v_dropped from realtime_internal.stream where dropped_in_life = realtime.life();
+        select known.* into v_of_topic
+        from realtime_internal.dropped_topics as known
+        where topic_hash = hashtextextended(topic, 0) and v_dropped is not null;
+        v_dropped := coalesce(v_dropped, '0');
+    end if;
+    -- Its life has no name of its own, so that every cursor would seem to be of another one.
+    if pg_is_in_recovery() then
+        raise exception using
+            errcode = 'read_only_sql_transaction', message = 'this is a standby', hint = 'Messages are read from the primary.';
+    end if;
+    begin
+        since := realtime_internal.snapshot_from_text(v_parts[3]);
+        if cardinality(v_parts) = 5 then
+            until := realtime_internal.snapshot_from_text(v_parts[4]);
+        end if;
+        seq := v_parts[cardinality(v_parts)]::bigint;
+    exception when invalid_text_representation or numeric_value_out_of_range then
+        since := null;
+    end;
+    if since is null then
+        raise exception using
+            errcode = 'invalid_parameter_value', message = 'malformed cursor', hint = 'Hand a cursor back as it came.';
+    end if;
+
+    if v_parts[2] <> realtime.life() then
+        v_problem := 'the cursor is of another life of this database (restored, promoted or upgraded since)';
+    elsif pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
+        v_problem := 'the cursor is ahead of this database';
+    elsif not realtime_internal.sees_dropped(since, v_dropped)
+        or not realtime_internal.sees_dropped(since, v_of_topic.xid)
+        and not (until is not null and v_of_topic.seq <= seq and realtime_internal.sees_dropped(until, v_of_topic.xid))
+    then
+        v_problem := 'the cursor is older than what is kept';
+    end if;
+    if v_problem is not null then
+        raise exception using
+            errcode = 'RT001',
+            message = 'gap: ' || v_problem,
+            detail = realtime.oldest_cursor(),
+            hint = 'Load the present state and follow from realtime.cursor(). The detail is the oldest cursor that can be read from.';
+    end if;
+end
+$$;
+comment on function realtime.read_cursor(realtime.cursor, text) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages of the topic behind it are gone, of any topic where it is null; 22023 when it is malformed, 25006 on a standby.';
+-- Not for everybody: it tells whether anything was sent to a topic.
+revoke all on function realtime.read_cursor(realtime.cursor, text) from public;
+grant execute on function realtime.read_cursor(realtime.cursor, text) to service_role;
+
+create or replace function realtime.read_cursor(place realtime.cursor, out since pg_snapshot, out until pg_snapshot, out seq bigint)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select * from realtime.read_cursor(place, null)
+$$;
+comment on function realtime.read_cursor(realtime.cursor) is
+    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
+
+-- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
+-- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.
+create or replace function realtime.overlapping(since pg_snapshot)
+returns xid8[]
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive written as (
+        (select m.xid, 1 as number from realtime.messages as m where m.xid >= pg_snapshot_xmax(since) order by m.xid limit 1)
+        union all
+        select following.xid, written.number + 1
+        from written
+        cross join lateral (
+            select m.xid from realtime.messages as m where m.xid > written.xid order by m.xid limit 1
+        ) as following
+        -- Sessions, workers of the server itself, prepared transactions.
+        where written.number < current_setting('max_connections')::integer
+            + current_setting('max_worker_processes')::integer
+            + current_setting('max_wal_senders')::integer
+            + current_setting('autovacuum_max_workers')::integer
+            + current_setting('max_prepared_transactions')::integer
+    )
+    select coalesce(array_agg(written.xid), '{}') from written
+$$;
+comment on function realtime.overlapping(pg_snapshot) is
+    'Transactions at or above the xmax of a snapshot that have written messages, as many as may have been running when it was taken.';
+revoke all on function realtime.overlapping(pg_snapshot) from public;
+grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;
