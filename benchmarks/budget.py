@@ -24,7 +24,7 @@ from tests.fix_database import TestDatabase
 from tests.fix_nonsense import resident_kb
 from tests.fix_server import Server
 
-SETTLE_S = 1.0
+CHECKPOINT_INTERVAL_S = 1.0
 # A text frame without its end, masked with zeros.
 UNFINISHED = bytes([0x01, 0xFF])
 
@@ -143,10 +143,10 @@ async def measure(database: TestDatabase, case: Case) -> list[object]:
         async with contextlib.AsyncExitStack() as warm_up:
             for number in range(50):
                 await joined(server, warm_up, f"warm:{number}")
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(CHECKPOINT_INTERVAL_S)
         before_kb, before_s = resident_kb(server), cpu_s(server)
         await case.act(server, case.clients, stack)
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(CHECKPOINT_INTERVAL_S)
         grown_kb, spent_s = resident_kb(server) - before_kb, cpu_s(server) - before_s
         return [case.title, case.clients, round(grown_kb / case.clients), round(1000 * spent_s / case.clients, 1)]
 

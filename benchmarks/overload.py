@@ -23,7 +23,7 @@ from tests.fix_server import Server
 
 TOPIC = "crowd"
 BATCH = 10
-SETTLE_S = 1.0
+CHECKPOINT_INTERVAL_S = 1.0
 INSERT = (
     "insert into realtime.messages (topic, extension, event, payload, private)"
     " select %s, 'broadcast', 'e', jsonb_build_object('n', n, 'filler', repeat('x', 150)), false from generate_series(1, %s) as n"
@@ -75,7 +75,7 @@ async def measure(
     """Messages written and deliveries, a second each, while it is written; then waits until all has arrived."""
     writing = asyncio.create_task(offer(server, rate, seconds))
     # What is written first finds empty buffers.
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(CHECKPOINT_INTERVAL_S)
     begun, before = time.perf_counter(), received.value
     written = await writing
     delivered = (received.value - before) / (time.perf_counter() - begun)

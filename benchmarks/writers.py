@@ -22,8 +22,8 @@ import psycopg
 from psycopg import conninfo
 from setup import fresh_database, show
 
-from realtime_server.cursor import Place
-from realtime_server.database import Target
+from realtime_server.cursor import StreamPosition
+from realtime_server.database import Endpoint
 from realtime_server.embedded import bundled_bin
 from realtime_server.relay import MESSAGES, Relay, Row
 from tests.fix_database import TestDatabase
@@ -33,7 +33,7 @@ NOTIFY = "select pg_notify('other', '');\n"
 
 
 class Nobody:
-    def row(self, row: Row, behind: Place) -> None:
+    def row(self, row: Row, behind: StreamPosition) -> None:
         """Nobody listens: what is measured is the reading."""
 
     async def ready(self) -> None:
@@ -50,7 +50,7 @@ def relay(database: TestDatabase) -> Iterator[None]:
     task: list[asyncio.Task[None]] = []
 
     def run() -> None:
-        task.append(loop.create_task(Relay(Target(database.url), MESSAGES, name="relay", timeout_s=5).run(Nobody())))
+        task.append(loop.create_task(Relay(Endpoint(database.url), MESSAGES, name="relay", timeout_s=5).run(Nobody())))
         with suppress(asyncio.CancelledError):
             loop.run_until_complete(task[0])
 

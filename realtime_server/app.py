@@ -26,9 +26,9 @@ from realtime_server.backpressure import Backpressure
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.config import Settings
-from realtime_server.cursor import Place
-from realtime_server.database import Pool, Target
-from realtime_server.delivery import Delivery
+from realtime_server.cursor import StreamPosition
+from realtime_server.database import Endpoint, Pool
+from realtime_server.delivery import MessageDispatcher
 from realtime_server.endpoints import start
 from realtime_server.endpoints.bounds import RequestBounds
 from realtime_server.endpoints.broadcast import BroadcastEndpoints
@@ -46,8 +46,8 @@ from realtime_server.limits import Rate
 from realtime_server.maintenance import Maintenance
 from realtime_server.metrics import Metrics
 from realtime_server.presence import Presence
+from realtime_server.presence_writer import PresenceWriter
 from realtime_server.relay import MESSAGES, Relay
-from realtime_server.roster import Roster
 from realtime_server.services import Authorize, Limits, Rates, Services, Verify
 from realtime_server.tasks import end
 from realtime_server.tokens import Tokens
@@ -61,7 +61,7 @@ UPKEEP_TIMEOUT_S: Final = 5.0
 log = structlog.get_logger()
 
 
-def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key: str | None) -> Starlette:
+def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_key: str | None) -> Starlette:
     """The server as an ASGI application, for any ASGI server. Raises: SettingsError."""
     sockets = Sockets(settings.max_sockets, settings.max_unsent_bytes)
     tokens = Tokens.of(settings, secret)
@@ -79,7 +79,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         size=POOL_SIZE,
         timeout_s=settings.database_timeout_s,
         statement_timeout_s=HISTORY_TIMEOUT_S,
-        patience_s=HISTORY_TIMEOUT_S,
+        acquire_timeout_s=HISTORY_TIMEOUT_S,
     )
     changes_pool = Pool(
         target,
@@ -105,7 +105,7 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         statement_timeout_s=UPKEEP_TIMEOUT_S,
     )
     relay = Relay(target, MESSAGES, name="relay", timeout_s=settings.database_timeout_s)
-    roster = Roster(upkeep_pool)
+    presence_writer = PresenceWriter(upkeep_pool)
     maintenance = Maintenance(upkeep_pool, settings.retention)
     metrics = Metrics(__version__)
     changes = Feed(
@@ -127,9 +127,9 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         authorize=authorization.authorize,
         # Half, so that a client is not too slow only because one page of what it missed is sent to it.
         history=History(history_pool, page_bytes=settings.max_buffered_bytes // 2),
-        roster=roster,
-        place=lambda: relay.place,
-        first_place=relay.first_place,
+        presence_writer=presence_writer,
+        position=lambda: relay.position,
+        first_position=relay.first_position,
     )
 
     @contextlib.asynccontextmanager
@@ -140,10 +140,10 @@ def make_app(settings: Settings, *, target: Target, secret: str | None, anon_key
         parts = [
             asyncio.create_task(_supervise(app, name, part))
             for name, part in (
-                ("relay", relay.run(Delivery(services, Backpressure(settings.max_buffered_bytes)))),
+                ("relay", relay.run(MessageDispatcher(services, Backpressure(settings.max_buffered_bytes)))),
                 ("authorization", authorization.run()),
                 ("tokens", tokens.run()),
-                ("roster", roster.run()),
+                ("presence writer", presence_writer.run()),
                 ("changes", changes.run()),
                 ("maintenance", maintenance.run()),
                 ("upkeep of row changes", Upkeep(upkeep_pool, lambda: changes.mode).run()),
@@ -231,9 +231,9 @@ def _services(
     verify: Verify,
     authorize: Authorize,
     history: History,
-    roster: Roster,
-    place: Callable[[], Place | None],
-    first_place: Callable[[], Awaitable[Place]],
+    presence_writer: PresenceWriter,
+    position: Callable[[], StreamPosition | None],
+    first_position: Callable[[], Awaitable[StreamPosition]],
 ) -> Services:
     return Services(
         broadcasts=Hub(),
@@ -264,9 +264,9 @@ def _services(
         users=set(),
         metrics=metrics,
         history=history,
-        roster=roster,
-        place=place,
-        first_place=first_place,
+        presence_writer=presence_writer,
+        position=position,
+        first_position=first_position,
         changes=changes,
     )
 

@@ -24,7 +24,7 @@ from realtime_server import database
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
-from realtime_server.tasks import together
+from realtime_server.tasks import run_until_first_failure
 
 QUESTIONS_AT_ONCE: Final = 50
 # How long one slow question may delay the others of its batch.
@@ -135,7 +135,7 @@ class Authorization:
 
     async def run(self) -> None:
         """Answer questions until cancelled, on as many connections as the pool has."""
-        await together(
+        await run_until_first_failure(
             *(self._answer_batches() for _ in range(self._pool.size - ALONE_AT_ONCE)),
             *(self._answer_alone() for _ in range(ALONE_AT_ONCE)),
         )

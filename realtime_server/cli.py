@@ -30,7 +30,7 @@ from realtime_server.logs import ClientLines
 
 if TYPE_CHECKING:
     from realtime_server.client import Client, Gap, Message
-    from realtime_server.database import Target
+    from realtime_server.database import Endpoint
     from realtime_server.running import Record
     from realtime_server.tokens import Tokens
 
@@ -560,12 +560,12 @@ def _plain_database_errors() -> Iterator[None]:
         _fail(f"the database refused: {error.orig}")
 
 
-def _target(settings: Settings, url: str) -> Target:
-    from realtime_server.database import Target, target_of
+def _target(settings: Settings, url: str) -> Endpoint:
+    from realtime_server.database import Endpoint, probe
 
     if settings.wakeup == "auto":
-        return target_of(url, timeout_s=settings.database_timeout_s)
-    return Target(url, is_pooled=settings.wakeup == "poll")
+        return probe(url, timeout_s=settings.database_timeout_s)
+    return Endpoint(url, is_pooled=settings.wakeup == "poll")
 
 
 def _migrate(url: str, targets: list[str]) -> None:

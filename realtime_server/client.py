@@ -60,10 +60,10 @@ FINAL_FOR_TOKEN: Final = frozenset({"MalformedJWT", "InvalidJWTToken", "JwtSigna
 log = logging.getLogger(__name__)
 
 
-class Refused(RealtimeError):
+class PermanentError(RealtimeError):
     """The server says no, and will say so again. `reason` is its own sentence."""
 
-    code = "Refused"
+    code = "PermanentError"
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -103,7 +103,7 @@ class Client:
     """Listens and sends with one API key, as the user of `token` where there is one.
 
     `url` is the server's: http, https, ws or wss. A `token` that is a function is called before each join and before the old token ends;
-    what it raises is logged and tried again, except Refused. Leaving the context closes all that is open.
+    what it raises is logged and tried again, except PermanentError. Leaving the context closes all that is open.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Client:
     ) -> Listener:
         """Messages behind the cursor `after`, in order and each once, then live ones, for ever; without `after`, from the first join on.
 
-        Connects when first waited for. With `events`, only those. Raises from the iterator: Refused.
+        Connects when first waited for. With `events`, only those. Raises from the iterator: PermanentError.
         """
         listener = Listener(self, topic, after, private, None if events is None else frozenset(events))
         self._listeners.add(listener)
@@ -155,7 +155,7 @@ class Client:
     async def send(self, topic: str, event: str, payload: dict[str, Any] | bytes, *, private: bool = True) -> None:
         """Send to those who listen now. It is not stored: what must not be missed is written in the database, with `realtime.send`.
 
-        Raises: Refused; ConnectionError when the server could not be asked, or its answer is not known.
+        Raises: PermanentError; ConnectionError when the server could not be asked, or its answer is not known.
         """
         body, media_type = (
             (payload, "application/octet-stream")
@@ -175,7 +175,7 @@ class Client:
         except httpx2.TransportError as error:
             raise ConnectionError(f"not sent, or not known whether: {error or type(error).__name__}") from error
         if answer.status_code != 202:
-            raise Refused(_said(answer.status_code, answer.content))
+            raise PermanentError(_error_text(answer.status_code, answer.content))
 
     async def _current_token(self) -> str | None:
         return await self._token() if callable(self._token) else self._token
@@ -204,7 +204,7 @@ class Listener(AsyncIterator[Message | Gap]):
         return self._cursor
 
     async def ready(self) -> None:
-        """Wait until joined: what is written from now on will come. Not needed in front of the first message. Raises: Refused."""
+        """Wait until joined: what is written from now on will come. Not needed in front of the first message. Raises: PermanentError."""
         await self._joined()
 
     async def aclose(self) -> None:
@@ -221,8 +221,8 @@ class Listener(AsyncIterator[Message | Gap]):
         while (socket := await self._joined()) is not None:
             # Between the arrival of a frame and the return nothing is awaited: a cancelled wait has not taken a message.
             try:
-                item = self._take(socket, await socket.hear())
-            except _Lost as problem:
+                item = self._take(socket, await socket.recv())
+            except ConnectionLost as problem:
                 self._lose(socket, str(problem))
             else:
                 if item is not None:
@@ -230,7 +230,7 @@ class Listener(AsyncIterator[Message | Gap]):
         raise StopAsyncIteration
 
     async def _joined(self) -> _Socket | None:
-        """The socket, a new one where there is none; None once closed. Raises: Refused."""
+        """The socket, a new one where there is none; None once closed. Raises: PermanentError."""
         while True:
             if self._socket is not None:
                 if not self._socket.is_over:
@@ -242,7 +242,7 @@ class Listener(AsyncIterator[Message | Gap]):
                 return None
             try:
                 self._socket = await self._join()
-            except _Lost as problem:
+            except ConnectionLost as problem:
                 self._lose(None, str(problem))
             else:
                 if self._closed.is_set():
@@ -267,7 +267,7 @@ class Listener(AsyncIterator[Message | Gap]):
                     await self._closed.wait()
 
     async def _join(self) -> _Socket:
-        """Connect and join behind the last message. Raises: Refused, _Lost."""
+        """Connect and join behind the last message. Raises: PermanentError, ConnectionLost."""
         client = self._client
         try:
             async with asyncio.timeout(JOIN_S):
@@ -289,16 +289,16 @@ class Listener(AsyncIterator[Message | Gap]):
                     web.transport.abort()
                     raise
         except InvalidStatus as error:
-            reason = _said(error.response.status_code, error.response.body)
+            reason = _error_text(error.response.status_code, error.response.body)
             if error.response.status_code in (401, 403):
-                raise Refused(reason) from error
-            raise _Lost(reason) from error
+                raise PermanentError(reason) from error
+            raise ConnectionLost(reason) from error
         except ConnectionClosed as error:
-            raise _Lost(_how_closed(error)) from error
+            raise ConnectionLost(_how_closed(error)) from error
         except TimeoutError as error:
-            raise _Lost(f"no answer within {JOIN_S:g} s") from error
+            raise ConnectionLost(f"no answer within {JOIN_S:g} s") from error
         except (OSError, WebSocketException) as error:
-            raise _Lost(f"no connection: {error}") from error
+            raise ConnectionLost(f"no connection: {error}") from error
 
     async def _ask_to_join(self, web: ClientConnection, token: str | None) -> _Socket:
         broadcast: dict[str, object] = {"cursor": True}
@@ -309,7 +309,7 @@ class Listener(AsyncIterator[Message | Gap]):
             payload["access_token"] = token
         wire_topic = messages.TOPIC_PREFIX + self.topic
         join = messages.Message(JOIN_REF, JOIN_REF, wire_topic, messages.JOIN, messages.dumps(payload))
-        await _say(web, join)
+        await _send(web, join)
         while True:
             # Nothing of the channel comes before its reply.
             reply = _decode(await web.recv())
@@ -318,23 +318,23 @@ class Listener(AsyncIterator[Message | Gap]):
         answer = messages.loads_object(reply.payload) or {}
         response = answer.get("response")
         if not isinstance(response, dict):
-            raise _Lost("the join was answered with something else than an object")
+            raise ConnectionLost("the join was answered with something else than an object")
         if answer.get("status") != "ok":
             reason = str(response.get("reason"))
             code = reason.partition(":")[0]
             if code in FINAL or (code in FINAL_FOR_TOKEN and not callable(self._client._token)):
-                raise Refused(reason)
-            raise _Lost(reason)
+                raise PermanentError(reason)
+            raise ConnectionLost(reason)
         is_resumed = response.get("resumed") is True
         cursor = self._cursor if is_resumed else _text(response.get("cursor"))
         if cursor is None or is_resumed != (self._cursor is not None):
-            raise Refused("this server gives no cursors, so nothing could be resumed")
+            raise PermanentError("this server gives no cursors, so nothing could be resumed")
         self._cursor = cursor
         self._complaint = ""
         return _Socket(web, self._client, wire_topic, token)
 
     def _take(self, socket: _Socket, frame: str | bytes) -> Message | Gap | None:
-        """What the caller is given for a frame, None for nothing. Raises: _Lost."""
+        """What the caller is given for a frame, None for nothing. Raises: ConnectionLost."""
         message = _decode(frame)
         if isinstance(message, binary.UserBroadcast):
             meta = messages.loads_object(message.metadata) or {}
@@ -367,7 +367,7 @@ class Listener(AsyncIterator[Message | Gap]):
                     # All before it has been handed out, also while nothing comes for this topic.
                     self._cursor = cursor
             case messages.CLOSE | messages.ERROR:
-                raise _Lost(f"the server ended the channel: {self._complaint or message.event}")
+                raise ConnectionLost(f"the server ended the channel: {self._complaint or message.event}")
         return None
 
     def _take_broadcast(self, socket: _Socket, event: str, payload: Any, meta: dict[str, Any]) -> Message | None:
@@ -384,7 +384,7 @@ class Listener(AsyncIterator[Message | Gap]):
 
     def _take_gap(self, socket: _Socket, problem: str, oldest: object) -> Gap:
         if not isinstance(oldest, str):
-            raise _Lost(f"the server names no cursor behind a gap: {problem}")
+            raise ConnectionLost(f"the server names no cursor behind a gap: {problem}")
         # The server goes on live; a new join also brings what is still stored.
         self._cursor = oldest
         self._lose(socket, problem)
@@ -399,7 +399,7 @@ class Listener(AsyncIterator[Message | Gap]):
         return True
 
 
-class _Lost(Exception):
+class ConnectionLost(Exception):
     """This socket is of no use any more; the next one may be."""
 
 
@@ -415,23 +415,23 @@ class _Socket:
         self._wire_topic = wire_topic
         self._token = token
         self._joined_at = time.monotonic()
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeper = asyncio.create_task(self._heartbeat_loop())
 
     @property
     def is_old(self) -> bool:
         return time.monotonic() - self._joined_at > LONGEST_BACKOFF_S
 
-    async def hear(self) -> str | bytes:
-        """The next frame. Raises: _Lost, also when nothing comes for longer than an answered heartbeat may take."""
+    async def recv(self) -> str | bytes:
+        """The next frame. Raises: ConnectionLost, also when nothing comes for longer than an answered heartbeat may take."""
         # Counted only while somebody waits: a slow caller must not take its own slowness for a dead peer.
         limit_s = self._client._heartbeat_s + self._client._answer_s
         try:
             async with asyncio.timeout(limit_s):
                 return await self._web.recv()
         except TimeoutError as error:
-            raise _Lost(f"nothing heard for {limit_s:g} s") from error
+            raise ConnectionLost(f"nothing heard for {limit_s:g} s") from error
         except ConnectionClosed as error:
-            raise _Lost(_how_closed(error)) from error
+            raise ConnectionLost(_how_closed(error)) from error
 
     def drop(self) -> None:
         """End it at once, without a word to a peer that may not be there."""
@@ -453,7 +453,7 @@ class _Socket:
         if not self._keeper.cancelled() and (error := self._keeper.exception()) is not None:
             raise error
 
-    async def _keep(self) -> None:
+    async def _heartbeat_loop(self) -> None:
         """Send heartbeats, and a new token before the old one ends, also while the caller is busy."""
         last_beat_at = self._joined_at
         renew_at = _renewal(self._client, self._token)
@@ -467,37 +467,37 @@ class _Socket:
                 if time.monotonic() >= next_beat_at:
                     last_beat_at, number = time.monotonic(), number + 1
                     beat = messages.Message(None, str(number), messages.PHOENIX, messages.HEARTBEAT, b'{"cursor":true}')
-                    await _say(self._web, beat)
+                    await _send(self._web, beat)
 
     async def _renew(self) -> float:
         """Give the channel a new token; when to do so again."""
         try:
             async with asyncio.timeout(JOIN_S):
                 token = await _ask_for_token(self._client)
-        except (_Lost, Refused, TimeoutError):
+        except (ConnectionLost, PermanentError, TimeoutError):
             # The server ends the channel when the token does; the join after that asks again, and tells the caller.
             token = self._token
         if token is None or token == self._token:
             return time.monotonic() + self._client._heartbeat_s
         self._token = token
         payload = messages.dumps({"access_token": token})
-        await _say(self._web, messages.Message(JOIN_REF, None, self._wire_topic, messages.ACCESS_TOKEN, payload))
+        await _send(self._web, messages.Message(JOIN_REF, None, self._wire_topic, messages.ACCESS_TOKEN, payload))
         return _renewal(self._client, token)
 
 
-async def _say(web: ClientConnection, message: messages.Message) -> None:
+async def _send(web: ClientConnection, message: messages.Message) -> None:
     await web.send(encode_text(message, Format.V2), text=True)
 
 
 async def _ask_for_token(client: Client) -> str | None:
-    """Raises: Refused, _Lost."""
+    """Raises: PermanentError, ConnectionLost."""
     try:
         return await client._current_token()
-    except Refused:
+    except PermanentError:
         raise
     except Exception as error:
         log.exception("no token")
-        raise _Lost(f"no token: {error}") from error
+        raise ConnectionLost(f"no token: {error}") from error
 
 
 def _renewal(client: Client, token: str | None) -> float:
@@ -520,11 +520,11 @@ def _expiry(token: str) -> float | None:
 
 
 def _decode(frame: str | bytes) -> messages.Message | binary.UserBroadcast:
-    """Raises: _Lost; to skip what cannot be read would be to lose it in silence."""
+    """Raises: ConnectionLost; to skip what cannot be read would be to lose it in silence."""
     try:
         return binary.decode_broadcast(frame) if isinstance(frame, bytes) else messages.decode_text(frame, Format.V2)
     except MalformedFrame as error:
-        raise _Lost(f"the server sent a malformed frame: {error}") from error
+        raise ConnectionLost(f"the server sent a malformed frame: {error}") from error
 
 
 def _parse(text: bytes | msgspec.Raw) -> Any:
@@ -545,7 +545,7 @@ def _how_closed(error: ConnectionClosed) -> str:
     return f"closed by the server with {error.rcvd.code} {error.rcvd.reason}".rstrip()
 
 
-def _said(status: int, body: bytes | bytearray) -> str:
+def _error_text(status: int, body: bytes | bytearray) -> str:
     """The sentence in a refusing answer."""
     content = messages.loads_object(bytes(body)) or {}
     sentence = content.get("message") or content.get("error") or content.get("errors")

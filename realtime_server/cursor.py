@@ -50,10 +50,10 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Behind all that `since` sees and, of what `until` sees as well, behind `seq`; `life` names the database's life."""
+class StreamPosition:
+    """Behind all that `since` sees and, of what `until` sees as well, behind `seq`; `incarnation` names the database's life."""
 
-    life: str
+    incarnation: str
     since: Snapshot
     until: Snapshot | None
     seq: int
@@ -61,4 +61,4 @@ class Place:
     @property
     def cursor(self) -> str:
         until = () if self.until is None else (self.until.in_cursor,)
-        return "-".join(("1", self.life, self.since.in_cursor, *until, str(self.seq)))
+        return "-".join(("1", self.incarnation, self.since.in_cursor, *until, str(self.seq)))

@@ -44,7 +44,7 @@ CURSOR_FORMAT: Final = "cursor_format"
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Endpoint:
     """Where the database is. `is_pooled`: behind a transaction pooler, where no session is ours: nothing may be set for one, prepared in
     one or listened to in one. `can_check_clients`: PostgreSQL runs on a system where backends can find out whether their client is gone."""
 
@@ -86,12 +86,12 @@ class Target:
         return {"autocommit": True} | ({"prepare_threshold": None} if self.is_pooled else {})
 
 
-def target_of(url: str, *, timeout_s: float) -> Target:
+def probe(url: str, *, timeout_s: float) -> Endpoint:
     """Find out whether a pooler stands before the database, and what its system can do. Raises: DatabaseUnavailable."""
-    return _examine(Target(url), timeout_s)
+    return _examine(Endpoint(url), timeout_s)
 
 
-def _examine(direct: Target, timeout_s: float) -> Target:
+def _examine(direct: Endpoint, timeout_s: float) -> Endpoint:
     try:
         with psycopg.connect(direct.parameters(name="look", timeout_s=timeout_s), autocommit=True) as db:
             db.execute("listen realtime")
@@ -110,7 +110,7 @@ def _examine(direct: Target, timeout_s: float) -> Target:
         raise DatabaseUnavailable from error
 
 
-async def connect(target: Target, *, name: str, timeout_s: float) -> Database:
+async def connect(target: Endpoint, *, name: str, timeout_s: float) -> Database:
     """One connection of its own, in autocommit. Raises: DatabaseUnavailable."""
     with errors():
         parameters = target.parameters(name=name, timeout_s=timeout_s)
@@ -120,21 +120,21 @@ async def connect(target: Target, *, name: str, timeout_s: float) -> Database:
 class Pool:
     """Connections for short questions, each answered within `statement_timeout_s`.
 
-    `timeout_s`: how long it may take to connect, and how long a line may be silent beyond what the database takes for an answer at most;
-    `patience_s`: how long to wait for a connection that others have, by default no longer than that. `runs_user_code`: policies and other
-    code of users runs in the sessions. Prepared statements and session-level locks outlive a rollback, so the server prepares none that
-    could be replaced, and whatever is left behind is dropped before the next question.
+    `timeout_s`: how long it may take to connect, and how long a connection may be silent beyond the longest time that the database takes
+    for an answer. `acquire_timeout_s`: how long to wait for a connection that others use, by default no longer than that.
+    `runs_user_code`: policies and other code of users runs in the sessions. Prepared statements and session-level locks outlive a rollback,
+    so the server prepares none that could be replaced, and whatever is left behind is dropped before the next question.
     """
 
     def __init__(
         self,
-        target: Target,
+        target: Endpoint,
         *,
         name: str,
         size: int,
         timeout_s: float,
         statement_timeout_s: float,
-        patience_s: float | None = None,
+        acquire_timeout_s: float | None = None,
         runs_user_code: bool = False,
     ) -> None:
         self.size = size
@@ -147,7 +147,7 @@ class Pool:
             reset=self._reset if runs_user_code and not target.is_pooled else None,
             min_size=1,
             max_size=size,
-            timeout=timeout_s if patience_s is None else patience_s,
+            timeout=timeout_s if acquire_timeout_s is None else acquire_timeout_s,
             check=self._check,
             # Who asks begins anew; the pause between attempts would grow to minutes.
             reconnect_timeout=timeout_s,
@@ -171,7 +171,7 @@ class Pool:
         """
         longest_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
         async with self._connection() as db:
-            with hanging_up(db, longest_s):
+            with abort_after(db, longest_s):
                 async with contextlib.nullcontext() if limit_s is None else _limited(db, limit_s):
                     cursor = await db.execute(query, arguments)
                     return await cursor.fetchall()
@@ -195,7 +195,7 @@ class Pool:
             streaming(db, query, arguments, closing_s=longest_s, rows_at_once=rows_at_once) as rows,
         ):
             while True:
-                with hanging_up(db, longest_s):
+                with abort_after(db, longest_s):
                     row = await anext(rows, None)
                 if row is None:
                     return
@@ -209,11 +209,11 @@ class Pool:
                 async with db, contextlib.AsyncExitStack() as stack:
                     if self._is_pooled:
                         # Settings of a session would be some other client's next.
-                        with hanging_up(db, self._timeout_s):
+                        with abort_after(db, self._timeout_s):
                             await stack.enter_async_context(_limited(db, self._statement_timeout_s))
                             await db.execute("select pg_catalog.set_config('search_path', %s, true)", (SEARCH_PATH,))
                     yield db
-                    with hanging_up(db, self._timeout_s):
+                    with abort_after(db, self._timeout_s):
                         await stack.aclose()
             except psycopg.errors.FeatureNotSupported as error:
                 # Our tables with an unlogged part cannot be read on a standby, which may become the primary.
@@ -227,13 +227,13 @@ class Pool:
 
     async def _reset(self, db: Database) -> None:
         # In one round trip, and without DISCARD ALL, which would drop what the session knows of the catalog.
-        with hanging_up(db, self._timeout_s):
+        with abort_after(db, self._timeout_s):
             await db.execute("deallocate all; reset all; select pg_catalog.pg_advisory_unlock_all()")
 
     async def _check(self, db: Database) -> None:
         try:
             # Half of it, so that who waits for this one has time for another.
-            with hanging_up(db, self._timeout_s / 2):
+            with abort_after(db, self._timeout_s / 2):
                 await AsyncConnectionPool.check_connection(db)
         except psycopg.Error:
             # What silenced or ended one has as a rule done so to all: they are not waited for one after the other.
@@ -250,16 +250,16 @@ async def _limited(db: Database, limit_s: float) -> AsyncIterator[None]:
 
 
 @contextlib.contextmanager
-def hanging_up(db: Database, timeout_s: float) -> Iterator[None]:
+def abort_after(db: Database, timeout_s: float) -> Iterator[None]:
     """End the connection when this takes longer. To cancel would be to ask the server first, which takes long if it is away."""
-    timer = asyncio.get_running_loop().call_later(timeout_s, hang_up, db)
+    timer = asyncio.get_running_loop().call_later(timeout_s, abort_connection, db)
     try:
         yield
     finally:
         timer.cancel()
 
 
-def hang_up(db: Database) -> None:
+def abort_connection(db: Database) -> None:
     """End the connection at once; who waits for its answer gets an error."""
     # The other side, or libpq, may have closed it.
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(db.pgconn.socket)) as line:
@@ -282,7 +282,7 @@ async def streaming(
             yield rows
         finally:
             # Until it is closed the connection takes nothing else, not even its own end.
-            with hanging_up(db, closing_s):
+            with abort_after(db, closing_s):
                 await rows.aclose()
 
 
@@ -293,7 +293,7 @@ def describe(error: psycopg.Error) -> str:
 
 
 @contextlib.contextmanager
-def changing() -> Iterator[None]:
+def retry_on_ddl() -> Iterator[None]:
     """For questions about tables that may be dropped or changed by others meanwhile: ask again later. Raises: DatabaseUnavailable."""
     try:
         yield

@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 
 from realtime_server.backpressure import Backpressure
-from realtime_server.cursor import Place
+from realtime_server.cursor import StreamPosition
 from realtime_server.hub import Room
 from realtime_server.protocol import messages
 from realtime_server.protocol.frames import Broadcast
@@ -20,14 +20,14 @@ ENVELOPE_BYTES: Final = 100
 log = structlog.get_logger()
 
 
-class Delivery:
+class MessageDispatcher:
     """The relay's receiver. Nothing in here may raise: a row that cannot be delivered is logged, and the relay goes on."""
 
     def __init__(self, services: Services, backpressure: Backpressure) -> None:
         self._services = services
         self._backpressure = backpressure
 
-    def row(self, row: Row, behind: Place) -> bool:
+    def row(self, row: Row, behind: StreamPosition) -> bool:
         self._services.metrics.rows.inc()
         match row.extension:
             case "broadcast":
@@ -46,7 +46,7 @@ class Delivery:
             # A word of lost rights may be missing too.
             member.revalidate(None, None)
 
-    def _broadcast(self, row: Row, behind: Place) -> None:
+    def _broadcast(self, row: Row, behind: StreamPosition) -> None:
         room = Room(messages.TOPIC_PREFIX + row.topic, row.private)
         readers = self._services.broadcasts.members(room)
         if not readers:

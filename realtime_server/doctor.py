@@ -17,7 +17,7 @@ from psycopg import conninfo
 from realtime_server import schema
 from realtime_server.changes.wal import POOLED, refusal
 from realtime_server.config import Settings
-from realtime_server.database import Target, target_of
+from realtime_server.database import Endpoint, probe
 from realtime_server.errors import FunctionsMismatch, SchemaMismatch
 
 STATEMENT_TIMEOUT_S: Final = 30.0
@@ -41,7 +41,7 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
         yield Finding("schema", "problem", str(error))
         return
     yield Finding("schema", "ok", f"the database is at {', '.join(schema.revisions(url))}")
-    target = target_of(url, timeout_s=settings.database_timeout_s)
+    target = probe(url, timeout_s=settings.database_timeout_s)
     yield _wakeup(settings.wakeup, target.is_pooled)
     obstacle = None
     if target.is_pooled or settings.wakeup == "poll":
@@ -85,7 +85,7 @@ def _wakeup(wakeup: Literal["auto", "notify", "poll"], is_pooled: bool) -> Findi
     return Finding("wakeup", "ok", "NOTIFY wakes the server")
 
 
-def _replication_refusal(target: Target, timeout_s: float) -> str | None:
+def _replication_refusal(target: Endpoint, timeout_s: float) -> str | None:
     walsender = replace(target, url=conninfo.make_conninfo(target.url, replication="database"))
     try:
         psycopg.connect(walsender.parameters(name="doctor", timeout_s=timeout_s), autocommit=True).close()

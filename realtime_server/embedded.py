@@ -110,7 +110,7 @@ class EmbeddedPostgres:
             with self._locked():
                 remove_leftovers()
                 programs = _Programs.find(self._bin_dir, _account_for(self.location))
-                cluster = self._place(programs)
+                cluster = self._position(programs)
                 self._ensure_initialised(cluster, programs)
                 self._port = self._wait_for_running(cluster) or self._launch(cluster, programs)
                 self._provision()
@@ -207,7 +207,7 @@ class EmbeddedPostgres:
         finally:
             os.close(lock)
 
-    def _place(self, programs: _Programs) -> Path:
+    def _position(self, programs: _Programs) -> Path:
         """The cluster's folder. Its link is made before the folder, so that a half-made cluster is found again."""
         link = self.data_dir / "postgres"
         if not os.path.lexists(link) and not programs.can_enter(self.data_dir):

@@ -18,7 +18,7 @@ CLIENT_MODULES: Final = (
     "realtime_server.session",
     "realtime_server.endpoints.",
     "realtime_server.authorization",
-    "realtime_server.roster",
+    "realtime_server.presence_writer",
 )
 BURST_S: Final = 10.0
 REPORT_S: Final = 1.0

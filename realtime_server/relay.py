@@ -37,23 +37,23 @@ import structlog
 from psycopg import sql
 
 from realtime_server import database
-from realtime_server.cursor import Place, Snapshot
-from realtime_server.database import Database, Target
+from realtime_server.cursor import Snapshot, StreamPosition
+from realtime_server.database import Database, Endpoint
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 
 # Awake: the pause between reads is the latency under load. It grows while nothing comes, until the relay falls asleep.
 SHORTEST_PAUSE_S: Final = 0.004
 LONGEST_PAUSE_S: Final = 0.02
-AWAKE_S: Final = 0.25
+IDLE_AFTER_S: Final = 0.25
 # Behind a transaction pooler, where there is no bell.
-DOZE_S: Final = 0.05
+POLL_INTERVAL_S: Final = 0.05
 # Falling asleep: a transaction older than the lock may still commit silently; this bounds how late its messages can be.
 LONGEST_DRAIN_PAUSE_S: Final = 0.1
 SAFETY_READ_S: Final = 5.0
 # A line that was silent for longer than an answer may take is given up. The next one gets twice as much time, as it may be the answer that
 # takes so long: that of a large read, or of a machine with too much to do.
-LONGEST_SILENCE_S: Final = 300.0
-SETTLE_S: Final = 0.5
+MAX_RESPONSE_TIMEOUT_S: Final = 300.0
+CHECKPOINT_INTERVAL_S: Final = 0.5
 SHORTEST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 5.0
 # What is handed on at once, and so how much is in memory: whatever comes first. The last row may be larger by itself.
@@ -129,7 +129,7 @@ CHANGES: Final = Outbox(
 class Receiver(Protocol[R_contra]):
     """What the relay hands on to; its methods must not raise."""
 
-    def row(self, row: R_contra, behind: Place) -> bool | None:
+    def row(self, row: R_contra, behind: StreamPosition) -> bool | None:
         """One row, and the place right behind it. Must not wait. True when `ready` is to be awaited before the next row."""
 
     async def ready(self) -> None:
@@ -142,7 +142,7 @@ class Receiver(Protocol[R_contra]):
         """
 
 
-class _Numbers:
+class IntervalSet:
     """A set of whole numbers, of which most are neighbours and come in order: in memory are only the ends of each run of them."""
 
     def __init__(self) -> None:
@@ -156,14 +156,14 @@ class _Numbers:
         if number in self:
             return
         for end in (number, number + 1):
-            place = bisect_left(self._ends, end)
-            if place < len(self._ends) and self._ends[place] == end:
-                del self._ends[place]
+            index = bisect_left(self._ends, end)
+            if index < len(self._ends) and self._ends[index] == end:
+                del self._ends[index]
             else:
-                self._ends.insert(place, end)
+                self._ends.insert(index, end)
 
 
-class _Over(Exception):
+class _Stopped(Exception):
     """All that was to be read has been handed on."""
 
 
@@ -173,7 +173,7 @@ class Relay(Generic[R]):
 
     def __init__(
         self,
-        target: Target,
+        target: Endpoint,
         outbox: Outbox[R],
         *,
         name: str,
@@ -185,24 +185,24 @@ class Relay(Generic[R]):
         self._outbox: Outbox[R] = outbox
         self._name = name
         self._timeout_s = timeout_s
-        self._life = ""
-        self._position: Snapshot | None = None
+        self._incarnation = ""
+        self._snapshot: Snapshot | None = None
         # The place right behind what was handed on last.
-        self.place: Place | None = None
-        self._has_place = asyncio.Event()
+        self.position: StreamPosition | None = None
+        self._has_position = asyncio.Event()
         self._running_since: float | None = None
         # A position that a crash of the database cannot take back, and the sequence numbers handed on since.
-        self._durable: Snapshot | None = None
-        self._handed_on = _Numbers()
+        self._checkpoint: Snapshot | None = None
+        self._delivered_seqs = IntervalSet()
         # A later one, as soon as the log is on disk up to this place; and the sequence numbers handed on since that one.
-        self._next_durable: tuple[Snapshot, str] | None = None
-        self._handed_on_next = _Numbers()
-        self._settled_at = 0.0
+        self._pending_checkpoint: tuple[Snapshot, str] | None = None
+        self._delivered_since_pending = IntervalSet()
+        self._checkpoint_at = 0.0
         self._last_seq = 0
         # The one with the highest sequence number among those.
         self._highest: R | None = None
         self._read_at: float | None = None
-        self._shortest_silence_s = self._silence_s = 2 * timeout_s
+        self._min_response_timeout_s = self._response_timeout_s = 2 * timeout_s
         # Of the answers since the last whole read.
         self._slowest_answer_s = 0.0
         self._backoff_s = SHORTEST_BACKOFF_S
@@ -222,12 +222,12 @@ class Relay(Generic[R]):
         """Why it is not ready, in words for everybody; None when it is."""
         return None if self.is_ready else self._obstacle or "the database has not answered yet"
 
-    async def first_place(self) -> Place:
+    async def first_position(self) -> StreamPosition:
         """The place; before there is one, wait for it as long as a connection may take.
 
         Raises: DatabaseUnavailable when that time has passed, and at once when the relay has run for longer without finding the database.
         """
-        if self.place is None:
+        if self.position is None:
             has_failed_for_long = (
                 self._running_since is not None and time.monotonic() - self._running_since > self._timeout_s
             )
@@ -235,18 +235,18 @@ class Relay(Generic[R]):
                 raise DatabaseUnavailable
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    await self._has_place.wait()
+                    await self._has_position.wait()
             except TimeoutError:
                 raise DatabaseUnavailable from None
-        assert self.place is not None, "the event is set together with the place"
-        return self.place
+        assert self.position is not None, "the event is set together with the place"
+        return self.position
 
-    def end_behind(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
+    def stop_at(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
         """Let `run` end as soon as all transactions before this one have ended and were handed on; `then` is told what had been by then,
         and a place in the log that all of it is before. It is on disk: no crash takes it back."""
         self._end = (xid, then)
 
-    def go_on(self) -> None:
+    def cancel_stop(self) -> None:
         """Take that back."""
         self._end = None
 
@@ -261,7 +261,7 @@ class Relay(Generic[R]):
                     with database.errors():
                         await self._begin(reader)
                         await self._relay(reader)
-            except _Over:
+            except _Stopped:
                 return
             except (RealtimeError, database.Error) as error:
                 task = asyncio.current_task()
@@ -298,29 +298,31 @@ class Relay(Generic[R]):
         if await self._scalar(reader, "select pg_is_in_recovery()"):
             raise DatabaseUnavailable from RuntimeError("it is a standby, and messages are relayed from the primary")
         if not self._target.is_pooled:
-            with self._hanging_up(reader):
+            with self._abort_after(reader):
                 await reader.execute(self._outbox.listen)
                 # The read is always by the index on xid, so one plan serves for ever, however the table grows. To plan it costs four times
                 # what it takes.
                 await reader.execute("set enable_seqscan = off")
                 await reader.execute("set plan_cache_mode = force_generic_plan")
                 await reader.execute(f"prepare read (pg_snapshot) as select * from {self._outbox.read}($1)")  # noqa: S608 -- of ours
-        life, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
-        self._next_durable = None
+        incarnation, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
+        self._pending_checkpoint = None
         now = Snapshot.parse(snapshot)
         # A copy of its files, put in place of them, is the same life, but behind what was durable.
-        is_same = life == self._life and self._durable is not None and self._durable.xmax <= now.xmax
-        if is_same and self._position is not None and not self._position.may_miss(dropped_xid, now):
-            self._position = self._durable
+        is_same = (
+            incarnation == self._incarnation and self._checkpoint is not None and self._checkpoint.xmax <= now.xmax
+        )
+        if is_same and self._snapshot is not None and not self._snapshot.may_miss(dropped_xid, now):
+            self._snapshot = self._checkpoint
             if not await self._has_kept_all(reader):
-                self._handed_on, self._last_seq, self._highest = _Numbers(), 0, None
+                self._delivered_seqs, self._last_seq, self._highest = IntervalSet(), 0, None
             return
-        is_first, self._life = not self._life, life
-        self._position, self._last_seq, self._highest = now, seq, None
-        self._durable = self._position
-        self._handed_on = _Numbers()
-        self.place = Place(life, self._position, None, seq)
-        self._has_place.set()
+        is_first, self._incarnation = not self._incarnation, incarnation
+        self._snapshot, self._last_seq, self._highest = now, seq, None
+        self._checkpoint = self._snapshot
+        self._delivered_seqs = IntervalSet()
+        self.position = StreamPosition(incarnation, self._snapshot, None, seq)
+        self._has_position.set()
         if not is_first:
             log.error(
                 "rows are missing: the database was restored or promoted, or away for longer than they are kept",
@@ -333,15 +335,15 @@ class Relay(Generic[R]):
         a crash, and so may be that the numbers from there on were given out: then it has forgotten the highest, too."""
         if self._highest is None:
             return True
-        with self._hanging_up(reader):
+        with self._abort_after(reader):
             found = await (await reader.execute(self._outbox.has, self._highest._asdict())).fetchone()
         return found == (True,)
 
     async def _relay(self, reader: Database) -> None:
         while True:
-            await self._stay_awake(reader)
+            await self._read_until_idle(reader)
             if self._target.is_pooled:
-                await self._doze(reader)
+                await self._poll(reader)
                 continue
             async with self._doorbell(reader):
                 if await self._is_drained(reader):
@@ -349,23 +351,23 @@ class Relay(Generic[R]):
                     await self._sleep(reader)
             self.is_asleep = False
 
-    async def _stay_awake(self, reader: Database) -> None:
+    async def _read_until_idle(self, reader: Database) -> None:
         """Read again and again, until nothing has come for a while."""
         pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
-        while time.monotonic() - quiet_since < AWAKE_S:
+        while time.monotonic() - quiet_since < IDLE_AFTER_S:
             if await self._read(reader):
                 pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
             else:
                 pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
-            await self._settle(reader)
+            await self._advance_checkpoint(reader)
             await asyncio.sleep(pause_s)
 
-    async def _doze(self, reader: Database) -> None:
+    async def _poll(self, reader: Database) -> None:
         """Where no bell can be heard: look now and then, until something has come."""
         self.is_asleep = True
         while not await self._read(reader):
-            await self._settle(reader)
-            await asyncio.sleep(DOZE_S)
+            await self._advance_checkpoint(reader)
+            await asyncio.sleep(POLL_INTERVAL_S)
         self.is_asleep = False
 
     @contextlib.asynccontextmanager
@@ -391,14 +393,14 @@ class Relay(Generic[R]):
             finally:
                 # A backend in a queue does not notice that its client is gone: it must be told.
                 try:
-                    with database.hanging_up(queue, self._timeout_s), contextlib.suppress(database.Canceled):
+                    with database.abort_after(queue, self._timeout_s), contextlib.suppress(database.Canceled):
                         if not waiting.done():
                             with contextlib.suppress(database.Error):
                                 await queue.cancel_safe(timeout=self._timeout_s)
                         await waiting
                 except asyncio.CancelledError:
                     # There is no more time for that.
-                    database.hang_up(queue)
+                    database.abort_connection(queue)
                     with contextlib.suppress(database.Error):
                         await waiting
                     raise
@@ -410,8 +412,8 @@ class Relay(Generic[R]):
         fence = int(await self._scalar(reader, "select pg_current_xact_id()::text"))
         pause_s = SHORTEST_PAUSE_S
         while not await self._read(reader):
-            assert self._position is not None, "a read leaves a position"
-            if self._position.xmin >= fence:
+            assert self._snapshot is not None, "a read leaves a position"
+            if self._snapshot.xmin >= fence:
                 return True
             await self._bell_rang(reader, pause_s)
             pause_s = min(pause_s * 2, LONGEST_DRAIN_PAUSE_S)
@@ -420,29 +422,29 @@ class Relay(Generic[R]):
     async def _sleep(self, reader: Database) -> None:
         """Wait for the bell; now and then look whether one was lost."""
         while not await self._bell_rang(reader, SAFETY_READ_S):
-            await self._settle(reader)
+            await self._advance_checkpoint(reader)
             if await self._read(reader):
                 log.warning("rows came without a bell; is the trigger ring_doorbell enabled?", relay=self._name)
                 return
 
-    async def _settle(self, reader: Database) -> None:
+    async def _advance_checkpoint(self, reader: Database) -> None:
         """Now and then: move the durable position to where the relay was the time before, once that is on disk."""
         now = time.monotonic()
-        if now - self._settled_at < SETTLE_S or self._position is None:
+        if now - self._checkpoint_at < CHECKPOINT_INTERVAL_S or self._snapshot is None:
             return
-        self._settled_at = now
-        position = self._position
+        self._checkpoint_at = now
+        snapshot = self._snapshot
         # All that had ended in the position's snapshot is in the log before this place.
-        is_flushed, place = await self._row(
+        is_flushed, lsn = await self._row(
             reader,
             "select pg_current_wal_flush_lsn() >= %s::pg_lsn, pg_current_wal_insert_lsn()::text",
-            self._next_durable[1] if self._next_durable else "FFFFFFFF/FFFFFFFF",
+            self._pending_checkpoint[1] if self._pending_checkpoint else "FFFFFFFF/FFFFFFFF",
         )
-        if self._next_durable is not None:
+        if self._pending_checkpoint is not None:
             if not is_flushed:
                 return
-            self._durable, self._handed_on = self._next_durable[0], self._handed_on_next
-        self._next_durable, self._handed_on_next = (position, place), _Numbers()
+            self._checkpoint, self._delivered_seqs = self._pending_checkpoint[0], self._delivered_since_pending
+        self._pending_checkpoint, self._delivered_since_pending = (snapshot, lsn), IntervalSet()
 
     async def _bell_rang(self, reader: Database, timeout_s: float) -> bool:
         rang = False
@@ -452,8 +454,8 @@ class Relay(Generic[R]):
 
     async def _read(self, reader: Database) -> int:
         """Hand on what became visible since the position, piece by piece, and move it; how many rows."""
-        assert self._position is not None, "the position is set when connected"
-        count, until = 0, self._position
+        assert self._snapshot is not None, "the position is set when connected"
+        count, until = 0, self._snapshot
         async with contextlib.aclosing(self._pieces(reader, until)) as pieces:
             async for rows in pieces:
                 if rows[0][-1] is not None:
@@ -461,8 +463,8 @@ class Relay(Generic[R]):
                 await self._take(rows, until)
                 count += len(rows)
                 await self._wait_for_receiver()
-        self._arrive(until)
-        await self._perhaps_end(reader, until)
+        self._advance_position(until)
+        await self._stop_if_reached(reader, until)
         return count
 
     async def _pieces(self, reader: Database, since: Snapshot) -> AsyncGenerator[list[tuple[Any, ...]]]:
@@ -479,7 +481,7 @@ class Relay(Generic[R]):
                     if rows:
                         yield rows
                 return
-        with self._hanging_up(reader):
+        with self._abort_after(reader):
             async with reader.transaction():
                 await reader.execute(sql.SQL("declare rest no scroll cursor with hold for {}").format(direct))
         async with database.streaming(reader, "fetch all from rest", closing_s=self._timeout_s) as stream:
@@ -488,7 +490,7 @@ class Relay(Generic[R]):
                 rows, is_all = await self._piece(reader, stream)
                 if rows:
                     yield rows
-        with self._hanging_up(reader):
+        with self._abort_after(reader):
             await reader.execute("close rest")
 
     async def _piece(
@@ -496,7 +498,7 @@ class Relay(Generic[R]):
     ) -> tuple[list[tuple[Any, ...]], bool]:
         """The next rows, and whether these are all there are."""
         rows, size, is_all = [], 0, True
-        with self._hanging_up(reader):
+        with self._abort_after(reader):
             async for row in stream:
                 rows.append(row)
                 size += sum(len(field) for field in row if isinstance(field, str | bytes))
@@ -513,26 +515,28 @@ class Relay(Generic[R]):
         self._read_at = time.monotonic()
 
     async def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
-        assert self._durable is not None, "set together with the position"
+        assert self._checkpoint is not None, "set together with the position"
         for fields in rows:
             row = self._outbox.row(*fields[:-1])
-            if row.seq not in self._handed_on:
-                wants_pause = self._hand_on(row, Place(self._life, self._durable, until, row.seq))
+            if row.seq not in self._delivered_seqs:
+                wants_pause = self._deliver(row, StreamPosition(self._incarnation, self._checkpoint, until, row.seq))
                 if wants_pause:
                     await self._wait_for_receiver()
 
-    def _arrive(self, until: Snapshot) -> None:
-        assert self._durable is not None, "set together with the position"
-        self._position = until
-        self.place = Place(self._life, self._durable, until, self._last_seq)
+    def _advance_position(self, until: Snapshot) -> None:
+        assert self._checkpoint is not None, "set together with the position"
+        self._snapshot = until
+        self.position = StreamPosition(self._incarnation, self._checkpoint, until, self._last_seq)
         # Who has just been as slow as that may well be so once more.
-        self._silence_s = max(self._shortest_silence_s, min(2 * self._slowest_answer_s, LONGEST_SILENCE_S))
+        self._response_timeout_s = max(
+            self._min_response_timeout_s, min(2 * self._slowest_answer_s, MAX_RESPONSE_TIMEOUT_S)
+        )
         self._slowest_answer_s, self._backoff_s = 0.0, SHORTEST_BACKOFF_S
         if self._problem:
             self._problem = self._obstacle = ""
             log.info("relay reads again", relay=self._name)
 
-    async def _perhaps_end(self, reader: Database, until: Snapshot) -> None:
+    async def _stop_if_reached(self, reader: Database, until: Snapshot) -> None:
         end = self._end
         if end is None or until.xmin < end[0]:
             return
@@ -544,15 +548,15 @@ class Relay(Generic[R]):
         if self._end is end:
             self._is_over = True
             end[1](until, lsn)
-            raise _Over
+            raise _Stopped
 
-    def _hand_on(self, row: R, behind: Place) -> bool | None:
-        self._handed_on.add(row.seq)
-        self._handed_on_next.add(row.seq)
+    def _deliver(self, row: R, behind: StreamPosition) -> bool | None:
+        self._delivered_seqs.add(row.seq)
+        self._delivered_since_pending.add(row.seq)
         self._last_seq = max(self._last_seq, row.seq)
         if self._highest is None or row.seq > self._highest.seq:
             self._highest = row
-        self.place = behind
+        self.position = behind
         return self._receiver.row(row, behind)
 
     async def _scalar(self, db: Database, query: LiteralString, *arguments: object) -> Any:
@@ -560,23 +564,23 @@ class Relay(Generic[R]):
         return value
 
     async def _row(self, db: Database, query: LiteralString, *arguments: object) -> tuple[Any, ...]:
-        with self._hanging_up(db):
+        with self._abort_after(db):
             cursor = await db.execute(query, arguments)
             row = await cursor.fetchone()
         assert row is not None, "these queries return one row"
         return row
 
     @contextlib.contextmanager
-    def _hanging_up(self, db: Database) -> Iterator[None]:
+    def _abort_after(self, db: Database) -> Iterator[None]:
         """Give the line up where it is silent for too long, and be more patient with the next one."""
         begun = time.monotonic()
         try:
-            with database.hanging_up(db, self._silence_s):
+            with database.abort_after(db, self._response_timeout_s):
                 yield
         except database.Error:
-            if time.monotonic() - begun < self._silence_s:
+            if time.monotonic() - begun < self._response_timeout_s:
                 raise
-            silence = TimeoutError(f"no answer within {self._silence_s:g} s")
-            self._silence_s = min(2 * self._silence_s, LONGEST_SILENCE_S)
+            silence = TimeoutError(f"no answer within {self._response_timeout_s:g} s")
+            self._response_timeout_s = min(2 * self._response_timeout_s, MAX_RESPONSE_TIMEOUT_S)
             raise DatabaseUnavailable from silence
         self._slowest_answer_s = max(self._slowest_answer_s, time.monotonic() - begun)

@@ -35,7 +35,7 @@ MAX_HEAD_BYTES: Final = 65_536
 # What is parsed at once of what was read: a few dozen requests of the shortest kind.
 PARSED_BYTES: Final = 1_024
 # More than a listener's queue, which is taken in at once when everybody comes again after a restart.
-MOST_STRANGERS: Final = 5_000
+MAX_PENDING_REQUESTS: Final = 5_000
 # For the database, the log and what the libraries open.
 SPARE_FILES: Final = 200
 
@@ -54,15 +54,15 @@ class HttpProtocol(HttpToolsProtocol):
     """Drops who does not say in time, or not shortly, what it wants, or takes nothing of its answer: such a client has shown no key and
     would hold its socket for ever.
 
-    `strangers` are all that have not said it yet, oldest first. Where they, or all connections, become too many, the oldest of them goes:
+    `pending` are all that have not said it yet, oldest first. Where they, or all connections, become too many, the oldest of them goes:
     who comes in earnest says what it wants at once, however many come to say nothing.
     """
 
     def __init__(
-        self, *arguments: Any, strangers: dict[HttpProtocol, None], most_connections: int, **options: Any
+        self, *arguments: Any, pending: dict[HttpProtocol, None], most_connections: int, **options: Any
     ) -> None:
         super().__init__(*arguments, **options)
-        self._strangers = strangers
+        self._pending = pending
         self._most_connections = most_connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -76,14 +76,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._received = b""
         self._running: RequestResponseCycle | None = None
         self._websocket: WebSocketProtocol | None = None
-        self._strangers[self] = None
-        if len(self._strangers) > MOST_STRANGERS or len(self.connections) > self._most_connections:
-            next(iter(self._strangers)).drop()
+        self._pending[self] = None
+        if len(self._pending) > MAX_PENDING_REQUESTS or len(self.connections) > self._most_connections:
+            next(iter(self._pending)).drop()
 
     def drop(self) -> None:
         self.transport.abort()
         # Not only when the loop comes to it: others may come before.
-        self._strangers.pop(self, None)
+        self._pending.pop(self, None)
         self.connections.discard(self if self._websocket is None else self._websocket)
 
     def data_received(self, data: bytes) -> None:
@@ -143,7 +143,7 @@ class HttpProtocol(HttpToolsProtocol):
         if not (self.parser.should_upgrade() and self._should_upgrade()):
             self._patience.cancel()
             self._limit_s = None
-            self._strangers.pop(self, None)
+            self._pending.pop(self, None)
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
@@ -153,7 +153,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if not self.transport.is_closing() and not self.pipeline:
             # Kept open for a next request, of which nothing is known.
-            self._strangers[self] = None
+            self._pending[self] = None
         super().on_response_complete()
         if self._flow.is_held and not self.pipeline:
             self.loop.call_soon(self._release)
@@ -186,7 +186,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _end_pending(self) -> None:
         self._patience.cancel()
-        self._strangers.pop(self, None)
+        self._pending.pop(self, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_pending()
@@ -248,7 +248,7 @@ def most_connections() -> int:
 def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
     options: dict[str, Any] = {
-        "http": functools.partial(HttpProtocol, strangers={}, most_connections=most_connections()),
+        "http": functools.partial(HttpProtocol, pending={}, most_connections=most_connections()),
         "ws": functools.partial(
             WebSocketProtocol,
             partial_messages=PartialMessages(settings.max_partial_bytes),

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from realtime_server.authorization import Policy, PolicyHeaders
+from realtime_server.broadcast_subscription import BroadcastSubscription
 from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
-from realtime_server.cursor import Place
-from realtime_server.follower import Follower
+from realtime_server.cursor import StreamPosition
 from realtime_server.history import History
 from realtime_server.hub import Hub, Room
 from realtime_server.limits import Rate
 from realtime_server.metrics import Metrics
 from realtime_server.presence import Diff, Presence
+from realtime_server.presence_writer import PresenceWriter
 from realtime_server.protocol.frames import Broadcast, ForwardedBroadcast, PresenceDiff
-from realtime_server.roster import Roster
 
 Verify = Callable[[str], Awaitable[Claims]]
 Authorize = Callable[[str, Claims, PolicyHeaders], Awaitable[Policy]]
@@ -62,8 +62,11 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`users` are the clients that are in some room; `place` tells where the relay is, None before it first had the database; `first_place`
-    waits for the database then, for as long as a connection may take (raises: DatabaseUnavailable)."""
+    """What endpoints and sessions use.
+
+    `users` are the clients that are in some room. `position` returns the relay's position, None before it was first connected.
+    `first_position` waits for it then, for as long as a connection may take (raises: DatabaseUnavailable).
+    """
 
     broadcasts: Hub[Broadcast | ForwardedBroadcast]
     watchers: Hub[PresenceDiff]
@@ -75,12 +78,14 @@ class Services:
     users: set[Member]
     metrics: Metrics
     history: History
-    roster: Roster
-    place: Callable[[], Place | None]
-    first_place: Callable[[], Awaitable[Place]]
+    presence_writer: PresenceWriter
+    position: Callable[[], StreamPosition | None]
+    first_position: Callable[[], Awaitable[StreamPosition]]
     changes: Feed
 
-    def publish(self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: Follower | None = None) -> int:
+    def publish(
+        self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: BroadcastSubscription | None = None
+    ) -> int:
         """Send to all members of a room and count it: one event, and one for each delivery. How many got it."""
         delivered = self.broadcasts.publish(room, message, exclude=exclude)
         self.metrics.broadcasts.inc()
@@ -91,7 +96,7 @@ class Services:
     def announce(self, room: Room, diff: Diff | None) -> None:
         """Tell those who watch a room of a change of presence."""
         if diff is not None:
-            self.roster.record(room, diff)
+            self.presence_writer.record(room, diff)
             self.metrics.presence_diffs.inc()
             delivered = self.watchers.publish(room, PresenceDiff(room.topic, diff.to_json()))
             self.rates.presence.count(time.monotonic(), 1 + delivered)

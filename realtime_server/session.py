@@ -22,11 +22,12 @@ import structlog
 
 from realtime_server import presence
 from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
-from realtime_server.changes.reader import Reader
+from realtime_server.broadcast_subscription import BroadcastSubscription, ByteBudget, CatchUpBuffer
+from realtime_server.changes.reader import RowChangeSubscriber
 from realtime_server.changes.subscriptions import Registration
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
-from realtime_server.cursor import Place
+from realtime_server.cursor import StreamPosition
 from realtime_server.errors import (
     AuthError,
     ChangesTimeout,
@@ -51,7 +52,6 @@ from realtime_server.errors import (
     UnknownPresenceEvent,
     UnmatchedTopic,
 )
-from realtime_server.follower import Follower, Hold, Shelf
 from realtime_server.history import Stored
 from realtime_server.hub import Room
 from realtime_server.limits import Bucket
@@ -71,7 +71,7 @@ WARNING_S: Final = 60.0
 LONGEST_TIMER_S: Final = 86_400.0
 
 # Of the replay by time; by cursor there is no bound.
-MOST_REPLAYED: Final = 25
+MAX_REPLAYED: Final = 25
 LATEST_TIME_MS: Final = 8_000_000_000_000_000
 DRAIN_LOOK_S: Final = 0.01
 
@@ -100,7 +100,7 @@ class _Step(NamedTuple):
     kind: str | None = None
 
 
-class Channel(Follower):
+class Channel(BroadcastSubscription):
     """One joined topic of one connection; the subscriber to its broadcasts."""
 
     def __init__(self, session: Session, push: Message, config: join.Join, claims: Claims, policy: Policy) -> None:
@@ -109,12 +109,12 @@ class Channel(Follower):
             Room(push.topic, config.private),
             Encoding(connection.format, config.with_cursor),
             connection.send,
-            session.services.place,
-            session.shelf,
+            session.services.position,
+            session.byte_budget,
             lambda: connection.backlog,
         )
         self.session = session
-        self.watcher = Watcher(self)
+        self.presence_subscriber = PresenceSubscriber(self)
         self.rows: RowReader | None = None
         self.config = config
         self.claims = claims
@@ -129,11 +129,11 @@ class Channel(Follower):
         self.watches = False
         self.warned = _is_brief(claims)
         # How often policies were to be asked again, and which of these times was answered last.
-        self.doubts = 0
-        self.doubts_settled = 0
+        self.auth_epoch = 0
+        self.authorized_epoch = 0
         # Read at the join, to be sent after its reply.
         self.replayed: list[Stored] = []
-        self.place_at_join: Place | None = None
+        self.position_at_join: StreamPosition | None = None
         self.is_resuming = False
 
     @property
@@ -141,27 +141,27 @@ class Channel(Follower):
         return None if self.rows is None else self.rows.registration
 
     @property
-    def is_in_doubt(self) -> bool:
+    def needs_reauthorization(self) -> bool:
         """Whether policies are to be asked again, or are being asked."""
-        return self.doubts > self.doubts_settled
+        return self.auth_epoch > self.authorized_epoch
 
-    def doubt(self) -> bool:
+    def require_reauthorization(self) -> bool:
         """Send nothing until policies have been asked again; whether that was to be done already."""
-        was_in_doubt = self.is_in_doubt
-        self.doubts += 1
-        if self.hold is None:
-            Hold(self)
-        return was_in_doubt
+        was_pending = self.needs_reauthorization
+        self.auth_epoch += 1
+        if self.buffer is None:
+            CatchUpBuffer(self)
+        return was_pending
 
     def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
         # What is held is looked at when it is released, and the first of it may end the channel.
-        if self.hold is None and self.session.services.rates.events.is_over(time.monotonic()):
+        if self.buffer is None and self.session.services.rates.events.is_over(time.monotonic()):
             self.session.shut_down(self, TOO_MANY_MESSAGES)
         else:
             super().deliver(message, frame)
 
 
-class Watcher:
+class PresenceSubscriber:
     """The subscriber to the changes of presence of one channel. `has_missed`: some were not sent, because its rights were in doubt."""
 
     def __init__(self, channel: Channel) -> None:
@@ -174,13 +174,13 @@ class Watcher:
         return self._channel.session.connection.backlog
 
     def deliver(self, message: PresenceDiff, frame: Frame) -> None:
-        if self._channel.is_in_doubt:
+        if self._channel.needs_reauthorization:
             self.has_missed = True
         else:
             self._channel.session.connection.send(frame)
 
 
-class RowReader(Reader):
+class RowReader(RowChangeSubscriber):
     """The subscriber to the row changes of one channel."""
 
     def __init__(self, session: Session, channel: Channel, *, is_held: bool) -> None:
@@ -223,7 +223,7 @@ class Session:
         self._headers = headers
         self._limits = services.limits
         # Half, so that a client is not too slow only because what was held for it is released.
-        self.shelf = Shelf(services.limits.max_pending_bytes // 2)
+        self.byte_budget = ByteBudget(services.limits.max_pending_bytes // 2)
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
         self._busy: dict[str, deque[_Step]] = {}
@@ -270,7 +270,7 @@ class Session:
             if topic not in (None, wire_topic.removeprefix(messages.TOPIC_PREFIX)):
                 continue
             channel = self._channels.get(wire_topic)
-            if channel is not None and _is_meant(channel, subject) and channel.doubt():
+            if channel is not None and _is_meant(channel, subject) and channel.require_reauthorization():
                 continue
             pending = self._busy.get(wire_topic)
             if pending is None:
@@ -285,8 +285,8 @@ class Session:
         """Messages of the database are missing from here on, on every channel that receives any."""
         for channel in self._channels.values():
             if channel.policy.can_read_broadcast:
-                if channel.hold is not None:
-                    channel.hold.restart()
+                if channel.buffer is not None:
+                    channel.buffer.restart()
                 self._tell_gap(channel, problem, oldest)
 
     def close(self) -> None:
@@ -327,7 +327,7 @@ class Session:
             else:
                 waiting[position] = step
             if step.ends_wait and topic in self._held:
-                self._held[topic].stop_waiting()
+                self._held[topic].abandon_wait()
         else:
             log.warning("message dropped, too many wait for the join", topic=topic)
 
@@ -409,9 +409,9 @@ class Session:
     def _position(self, heartbeat: Message) -> dict[str, str]:
         """For a heartbeat that asks for it, the cursor behind all that was sent so far, if it is the same on every channel."""
         is_asked = heartbeat.payload != b"{}" and (messages.loads_object(heartbeat.payload) or {}).get("cursor") is True
-        is_live = not self._busy and all(channel.hold is None for channel in self._channels.values())
-        place = self.services.place()
-        return {"cursor": place.cursor} if is_asked and is_live and place is not None else {}
+        is_live = not self._busy and all(channel.buffer is None for channel in self._channels.values())
+        position = self.services.position()
+        return {"cursor": position.cursor} if is_asked and is_live and position is not None else {}
 
     # -- joining and leaving
 
@@ -467,13 +467,13 @@ class Session:
             raise Unauthorized(topic)
         try:
             # The reply says that from now on nothing is missed, so it does not come before the relay reads.
-            await self.services.first_place()
+            await self.services.first_position()
         except DatabaseUnavailable:
             # Without the database clients still send each other messages.
             if config.with_cursor or "after" in replay:
                 raise
         if config.has_replay:
-            Hold(channel)
+            CatchUpBuffer(channel)
         if config.has_replay and "after" not in replay:
             channel.replayed = await self._read_by_time(channel)
         if config.wait_ms is not None and config.bindings:
@@ -487,15 +487,15 @@ class Session:
 
     async def _read_by_time(self, channel: Channel) -> list[Stored]:
         """The newest messages since a time. Raises: UnableToReplay."""
-        since, limit = channel.config.replay.get("since"), channel.config.replay.get("limit", MOST_REPLAYED)
+        since, limit = channel.config.replay.get("since"), channel.config.replay.get("limit", MAX_REPLAYED)
         if not channel.room.private:
             raise UnableToReplay("Replay is not allowed for public channels")
         if not (_is_integer(since) and _is_integer(limit) and 0 <= since < LATEST_TIME_MS):
             raise UnableToReplay("Replay params are not valid")
         self.services.broadcasts.subscribe(channel.room, channel)
-        channel.place_at_join = self.services.place()
+        channel.position_at_join = self.services.position()
         try:
-            return await self.services.history.newest(channel.room, since, max(1, min(limit, MOST_REPLAYED)))
+            return await self.services.history.newest(channel.room, since, max(1, min(limit, MAX_REPLAYED)))
         except BaseException as error:
             # The client may be gone by now, and its session knows nothing of this channel yet.
             self._forget(channel)
@@ -506,23 +506,23 @@ class Session:
     def _enter(self, channel: Channel, message: Message) -> None:
         self._channels[message.topic] = channel
         self.services.metrics.joins.inc()
-        config, place = channel.config, self.services.place()
+        config, position = channel.config, self.services.position()
         echoes = [{**msgspec.json.decode(binding), "id": id} for id, binding in enumerate(config.bindings, start=1)]
         response: dict[str, object] = {"postgres_changes": echoes}
         if config.with_cursor and config.replay.get("after") is not None:
             # No cursor: it would lie behind messages that are yet to be replayed, and a client that adopts it and loses the connection
             # would never get them.
             response["resumed"] = True
-        elif config.with_cursor and place is not None:
-            response["cursor"] = place.cursor
+        elif config.with_cursor and position is not None:
+            response["cursor"] = position.cursor
         self._reply(message, message.join_ref, response)
         if config.private and _position(self._busy[message.topic], REAUTHORIZE) is not None:
             # The word came after policies had answered: what was read and held since may have been written behind it.
-            channel.doubt()
+            channel.require_reauthorization()
         after = config.replay.get("after")
         if after is not None:
             self._go_live(channel, after)
-        elif config.has_replay and not channel.is_in_doubt:
+        elif config.has_replay and not channel.needs_reauthorization:
             self._replay(channel)
         if not self._is_open(channel):
             # What was held has ended it.
@@ -543,7 +543,7 @@ class Session:
     def _replay(self, channel: Channel) -> None:
         """Send what was read at the join, if anything was, and what is held."""
         for stored in channel.replayed:
-            channel.send_stored(stored, channel.place_at_join)
+            channel.send_replayed(stored, channel.position_at_join)
         channel.replayed.clear()
         self._go_live(channel, None)
 
@@ -573,9 +573,9 @@ class Session:
             self._subscribe_to_changes(channel, rows)
             self._held[topic] = rows
             if any(step.ends_wait for step in self._busy[topic]):
-                rows.stop_waiting()
+                rows.abandon_wait()
             async with asyncio.timeout(wait_ms / 1000):
-                await rows.first_word
+                await rows.established
         except BaseException as error:
             # The client may be gone by now, and its session knows nothing of this channel yet.
             self._forget(channel)
@@ -593,44 +593,44 @@ class Session:
 
     def _go_live(self, channel: Channel, cursor: object) -> None:
         """Release what is held for a channel, after what lies behind the cursor; None when there is nothing to be read."""
-        hold = channel.hold
-        if hold is not None and cursor is None and not hold.is_overfull:
-            self._release(channel, hold)
-        elif hold is not None:
+        buffer = channel.buffer
+        if buffer is not None and cursor is None and not buffer.overflowed:
+            self._release(channel, buffer)
+        elif buffer is not None:
             channel.is_resuming = True
-            self._tasks.create_task(self._resume(channel, hold, hold.begin if cursor is None else cursor))
+            self._tasks.create_task(self._resume(channel, buffer, buffer.begin if cursor is None else cursor))
 
-    async def _catch_up(self, channel: Channel, hold: Hold, cursor: object) -> None:
+    async def _catch_up(self, channel: Channel, buffer: CatchUpBuffer, cursor: object) -> None:
         """Send what lies behind the cursor; where messages are missing, say so."""
         try:
             if not isinstance(cursor, str):
                 raise MalformedCursor
-            await hold.catch_up(cursor, self.services.history.after, lambda: self._is_ready(channel))
+            await buffer.catch_up(cursor, self.services.history.after, lambda: self._is_ready(channel))
         except Gap as error:
             self._tell_gap(channel, str(error), error.oldest)
         except MalformedCursor as error:
             # What follows is what has come since the join.
-            self._tell_gap(channel, str(error), hold.begin)
+            self._tell_gap(channel, str(error), buffer.begin)
 
-    async def _resume(self, channel: Channel, hold: Hold, cursor: object) -> None:
+    async def _resume(self, channel: Channel, buffer: CatchUpBuffer, cursor: object) -> None:
         """Send what lies behind the cursor, then flip to live."""
         try:
-            await self._catch_up(channel, hold, cursor)
-            while await self._is_ready(channel) and hold.is_overfull and hold.begin is not None:
-                await hold.catch_up(hold.begin, self.services.history.after, lambda: self._is_ready(channel))
+            await self._catch_up(channel, buffer, cursor)
+            while await self._is_ready(channel) and buffer.overflowed and buffer.begin is not None:
+                await buffer.catch_up(buffer.begin, self.services.history.after, lambda: self._is_ready(channel))
         except RealtimeError as error:
             # Not caught up and not to be taken for it: the client joins again, with the same cursor.
-            self._break_off(channel, error)
+            self._close_retryable(channel, error)
             return
         except Exception:
             self._crash(channel.room.topic)
             return
         if self._is_open(channel):
             channel.is_resuming = False
-            self._release(channel, hold)
+            self._release(channel, buffer)
 
-    def _release(self, channel: Channel, hold: Hold) -> None:
-        problem = hold.release()
+    def _release(self, channel: Channel, buffer: CatchUpBuffer) -> None:
+        problem = buffer.release()
         if problem is not None and self._is_open(channel):
             extension = messages.CLIENT_BROADCAST
             self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, None, extension))
@@ -638,7 +638,7 @@ class Session:
     async def _is_ready(self, channel: Channel) -> bool:
         """Wait until the client has taken most of what was sent and keeps its rights; False when the channel is gone."""
         pause_s = 0.0
-        while self._is_open(channel) and (self.connection.is_filling or channel.is_in_doubt):
+        while self._is_open(channel) and (self.connection.is_filling or channel.needs_reauthorization):
             # First only for what this turn of the loop has sent to leave.
             await asyncio.sleep(pause_s)
             pause_s = DRAIN_LOOK_S
@@ -657,12 +657,12 @@ class Session:
 
     def _forget(self, channel: Channel) -> None:
         self.services.broadcasts.unsubscribe(channel.room, channel)
-        self.services.watchers.unsubscribe(channel.room, channel.watcher)
+        self.services.watchers.unsubscribe(channel.room, channel.presence_subscriber)
         if channel.registration is not None:
             self.services.changes.leave(channel.registration)
         self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
-        if channel.hold is not None:
-            channel.hold.drop()
+        if channel.buffer is not None:
+            channel.buffer.drop()
         if self._channels.get(channel.room.topic) is channel:
             del self._channels[channel.room.topic]
         if not self.has_channels:
@@ -717,7 +717,7 @@ class Session:
             new = await self.services.authorize(topic, claims, self._headers)
         except RealtimeError as error:
             # No answer is no refusal.
-            self._break_off(channel, error)
+            self._close_retryable(channel, error)
             return False
         lost_broadcast = old.can_read_broadcast and not new.can_read_broadcast
         lost_presence = channel.watches and old.can_read_presence and not new.can_read_presence
@@ -736,7 +736,7 @@ class Session:
             self._watch_presence(channel)
         return True
 
-    def _break_off(self, channel: Channel, error: RealtimeError) -> None:
+    def _close_retryable(self, channel: Channel, error: RealtimeError) -> None:
         """End a channel for what may be over soon: clients join again by themselves."""
         log.warning("channel broken off", topic=channel.room.topic, code=error.code)
         if self._is_open(channel):
@@ -745,21 +745,21 @@ class Session:
 
     def _revalidate(self, topic: str, subject: str | None) -> Work | None:
         channel = self._channels.get(topic)
-        if channel is None or not (channel.is_in_doubt or _is_meant(channel, subject)):
+        if channel is None or not (channel.needs_reauthorization or _is_meant(channel, subject)):
             return None
-        if not channel.is_in_doubt:
-            channel.doubt()
-        return self._settle_doubts(channel)
+        if not channel.needs_reauthorization:
+            channel.require_reauthorization()
+        return self._reauthorize(channel)
 
-    async def _settle_doubts(self, channel: Channel) -> None:
-        while channel.is_in_doubt:
-            doubts = channel.doubts
+    async def _reauthorize(self, channel: Channel) -> None:
+        while channel.needs_reauthorization:
+            auth_epoch = channel.auth_epoch
             if not await self._authorize_again(channel, channel.claims):
                 return
-            channel.doubts_settled = doubts
-        if channel.hold is not None and not channel.is_resuming:
+            channel.authorized_epoch = auth_epoch
+        if channel.buffer is not None and not channel.is_resuming:
             self._replay(channel)
-        if channel.watcher.has_missed and self._is_open(channel):
+        if channel.presence_subscriber.has_missed and self._is_open(channel):
             # The state anew is all that was missed: clients take what differs.
             self._watch_presence(channel)
 
@@ -814,9 +814,9 @@ class Session:
         if not channel.policy.can_read_presence:
             return
         channel.watches = True
-        self.services.watchers.subscribe(channel.room, channel.watcher)
-        channel.watcher.has_missed = channel.is_in_doubt
-        if channel.is_in_doubt:
+        self.services.watchers.subscribe(channel.room, channel.presence_subscriber)
+        channel.presence_subscriber.has_missed = channel.needs_reauthorization
+        if channel.needs_reauthorization:
             return
         state = self.services.presence.state(channel.room)
         self.connection.push(Message(channel.join_ref, None, channel.room.topic, messages.PRESENCE_STATE, state))

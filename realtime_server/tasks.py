@@ -10,7 +10,7 @@ from typing import Any, Final
 CANCEL_S: Final = 2.0
 
 
-async def together(*works: Coroutine[Any, Any, None]) -> None:
+async def run_until_first_failure(*works: Coroutine[Any, Any, None]) -> None:
     """Run them until one fails or this is cancelled; then end all. Raises what the first one raised."""
     tasks = [asyncio.create_task(work) for work in works]
     try:

@@ -158,7 +158,7 @@ class Tokens:
             if body != self._body:
                 self._use(Keys.load(self._secret, msgspec.json.decode(body)), body)
                 log.info("signing keys changed", issuer=self._issuer, keys=sorted({kid for kid, _ in self._keys.by_id}))
-        except (_Refused, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
+        except (HttpError, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
             self._failures += 1
             self._due_at = self._steady() + min(PAUSE_S, 2.0 ** min(self._failures - 1, 10))
             log.warning("signing keys not fetched", issuer=self._issuer, error=f"{type(error).__name__}: {error}")
@@ -183,17 +183,17 @@ class Tokens:
             client.stream("GET", self._url) as response,
         ):
             if response.status_code != 200:
-                raise _Refused(f"status {response.status_code}")
+                raise HttpError(f"status {response.status_code}")
             body = b""
             async for chunk in response.aiter_raw():
                 body += chunk
                 if len(body) > MAX_SET_BYTES:
-                    raise _Refused(f"more than {MAX_SET_BYTES} bytes")
+                    raise HttpError(f"more than {MAX_SET_BYTES} bytes")
             return body, _lifetime_s(response.headers.get("cache-control", ""))
 
     async def _check_scheme(self, request: httpx2.Request) -> None:
         if self._url is None or request.url.scheme != self._url.scheme:
-            raise _Refused("redirected to another scheme")
+            raise HttpError("redirected to another scheme")
 
     @property
     def _issuer(self) -> str | None:
@@ -201,7 +201,7 @@ class Tokens:
         return None if self._url is None else self._url.host
 
 
-class _Refused(Exception):
+class HttpError(Exception):
     """An answer of the issuer that is no JWK set."""
 
 

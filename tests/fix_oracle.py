@@ -36,7 +36,7 @@ from tests.fix_postgres import FAST, open_folder
 from tests.fix_server import Server
 
 # A test that hangs ends after so long; on a machine with much to do, what it waits for takes a while.
-SETTLE_S = 60.0
+CHECKPOINT_INTERVAL_S = 60.0
 # What would be doubled or should never have come is looked for a little longer.
 AFTERWARDS_S = 0.2
 COME_AGAIN_S = 0.05
@@ -444,8 +444,8 @@ class SqlReader(Reader):
                 self.cursors[topic] = error.diag.message_detail or ""
                 continue
             rows = await cursor.fetchall()
-            for event, id, place in rows:
-                self.take(topic, event, id, place)
+            for event, id, position in rows:
+                self.take(topic, event, id, position)
             if len(rows) < PAGE_ROWS:
                 return
 
@@ -634,7 +634,7 @@ class Oracle:
             entries[number] = Entry(number, Topic(name, private), int(xid), int(xmin), int(xmax), in_progress)
         return entries
 
-    async def verdict(self, *, gaps: bool = False, limit_s: float = SETTLE_S) -> None:
+    async def verdict(self, *, gaps: bool = False, limit_s: float = CHECKPOINT_INTERVAL_S) -> None:
         """Wait until every reader has all there is, then hold each to the ledger. `gaps`: it may have been told of one."""
         entries = self.ledger()
         counts = Counter(entry.topic for entry in entries.values())
@@ -660,7 +660,7 @@ class Oracle:
 
     async def _duplicates_end(self) -> bool:
         """Wait for a moment in which nothing comes twice; whether there was none."""
-        deadline = asyncio.get_running_loop().time() + SETTLE_S
+        deadline = asyncio.get_running_loop().time() + CHECKPOINT_INTERVAL_S
         count = -1
         while count != (count := sum(reader.duplicates for reader in self.readers)):
             if asyncio.get_running_loop().time() > deadline:
@@ -747,12 +747,16 @@ def disorder(order: list[Entry]) -> list[str]:
         newest[entry.xid] = max(entry.number, newest.get(entry.xid, 0))
     # The lowest transaction id from each place on: only where it is below what an entry saw is there anything to look for.
     lowest = [entry.xid for entry in order]
-    for place in reversed(range(len(lowest) - 1)):
-        lowest[place] = min(lowest[place], lowest[place + 1])
+    for position in reversed(range(len(lowest) - 1)):
+        lowest[position] = min(lowest[position], lowest[position + 1])
     # Of each run of one transaction's messages the last one saw most, and each is a target as good as another.
-    runs = [place for place, entry in enumerate(order) if place + 1 == len(order) or order[place + 1].xid != entry.xid]
-    for number, place in enumerate(runs):
-        entry = order[place]
+    runs = [
+        position
+        for position, entry in enumerate(order)
+        if position + 1 == len(order) or order[position + 1].xid != entry.xid
+    ]
+    for number, position in enumerate(runs):
+        entry = order[position]
         for later in runs[number + 1 :]:
             if lowest[later] >= entry.xmax:
                 break
@@ -764,7 +768,7 @@ def disorder(order: list[Entry]) -> list[str]:
 
 async def end(tasks: set[asyncio.Task[None]]) -> None:
     """Cancel until they have ended: a client that fails while it is cancelled takes that for one more lost connection."""
-    async with asyncio.timeout(SETTLE_S):
+    async with asyncio.timeout(CHECKPOINT_INTERVAL_S):
         while remaining := {task for task in tasks if not task.done()}:
             for task in remaining:
                 task.cancel()
@@ -772,7 +776,11 @@ async def end(tasks: set[asyncio.Task[None]]) -> None:
 
 
 async def until(
-    condition: Callable[[], bool], what: str, look: Callable[[], None] = lambda: None, *, limit_s: float = SETTLE_S
+    condition: Callable[[], bool],
+    what: str,
+    look: Callable[[], None] = lambda: None,
+    *,
+    limit_s: float = CHECKPOINT_INTERVAL_S,
 ) -> None:
     try:
         async with asyncio.timeout(limit_s):

@@ -33,8 +33,8 @@ from realtime_server.cursor import Snapshot
 from tests.fix_changes import SOURCES, Source
 from tests.fix_database import OWNER, TestDatabase
 from tests.fix_oracle import (
+    CHECKPOINT_INTERVAL_S,
     COME_AGAIN_S,
-    SETTLE_S,
     FaultCluster,
     Lost,
     end,
@@ -393,7 +393,7 @@ class Epoch:
     sure: Snapshot | None = None
 
 
-class Follower:
+class BroadcastSubscription:
     """A client with one channel of bindings and one for the fence. It comes again for ever."""
 
     def __init__(self, name: str, oracle: RowOracle, who: Who, bindings: Sequence[Binding]) -> None:
@@ -554,7 +554,7 @@ class RowOracle:
     source: Source
     size: RowSize
     seed: int
-    followers: list[Follower] = field(default_factory=list)
+    followers: list[BroadcastSubscription] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
@@ -611,24 +611,27 @@ class RowOracle:
     def any_bindings(self) -> list[Binding]:
         return [any_binding(self.chance) for _ in range(self.chance.choice([1, 1, 2, 3, 4]))]
 
-    def add(self, *followers: Follower) -> None:
-        for follower in followers:
-            self.followers.append(follower)
-            self._tasks.add(asyncio.create_task(follower.run(), name=follower.name))
+    def add(self, *followers: BroadcastSubscription) -> None:
+        for subscription in followers:
+            self.followers.append(subscription)
+            self._tasks.add(asyncio.create_task(subscription.run(), name=subscription.name))
 
     def add_crowd(self, *, url: str | None = None) -> None:
         crowd = [
-            Follower(f"follower {number}", self, self.anybody(), self.any_bindings())
+            BroadcastSubscription(f"follower {number}", self, self.anybody(), self.any_bindings())
             for number in range(self.size.followers)
         ]
         # Whatever chance says, somebody asks for everything.
         everything = [Binding("*", None, leaves=True)]
-        crowd += [Follower(f"all of {user[-1]}", self, Who("authenticated", user), everything) for user in USERS[:2]]
-        for follower in crowd:
-            follower.url = url or follower.url
+        crowd += [
+            BroadcastSubscription(f"all of {user[-1]}", self, Who("authenticated", user), everything)
+            for user in USERS[:2]
+        ]
+        for subscription in crowd:
+            subscription.url = url or subscription.url
         self.add(*crowd)
 
-    async def confirmed(self, followers: Iterable[Follower] | None = None) -> None:
+    async def confirmed(self, followers: Iterable[BroadcastSubscription] | None = None) -> None:
         """Wait until all know that they will be told of what is committed from now on."""
         chosen = list(followers or self.followers)
         try:
@@ -694,7 +697,7 @@ class RowOracle:
 
     # -- quiet points
 
-    async def pass_fence(self, sure: Collection[Follower] | None = None) -> None:
+    async def pass_fence(self, sure: Collection[BroadcastSubscription] | None = None) -> None:
         """Wait until everybody has been told of a row that was committed after all others, and so of all others.
 
         `sure`: those who must know that their subscriptions work; as a rule all.
@@ -715,7 +718,7 @@ class RowOracle:
                 lambda: all(one.fence >= first for one in self.followers) and all(one.is_confirmed for one in sure),
                 "everybody to pass the fence",
                 self._look,
-                limit_s=2 * SETTLE_S,
+                limit_s=2 * CHECKPOINT_INTERVAL_S,
             )
         except AssertionError as error:
             error.add_note(self.state())
@@ -728,7 +731,7 @@ class RowOracle:
         self,
         *,
         gaps: bool = False,
-        but: Sequence[Follower] = (),
+        but: Sequence[BroadcastSubscription] = (),
         perhaps: Collection[str] = (),
         anyhow: Collection[str] = (),
     ) -> int:
@@ -740,21 +743,21 @@ class RowOracle:
         changes = self.ledger()
         judgement = Judgement(self.source, frozenset(self.members()))
         problems, count = [], 0
-        for follower in self.followers:
-            if follower not in but:
+        for subscription in self.followers:
+            if subscription not in but:
                 problems += [
-                    f"{follower.name}, {follower.who}: {problem}"
-                    for problem in judge(follower, judgement, changes, perhaps, anyhow)
+                    f"{subscription.name}, {subscription.who}: {problem}"
+                    for problem in judge(subscription, judgement, changes, perhaps, anyhow)
                 ]
-                if follower.gaps and not gaps:
-                    problems.append(f"{follower.name} was told of a gap: {follower.gaps}")
-                if follower.errors:
-                    problems.append(f"{follower.name} was told of an error: {follower.errors}")
-            count += len(follower.heard)
-            follower.heard.clear()
-            follower.secrets.clear()
-            follower.gaps.clear()
-            follower.errors.clear()
+                if subscription.gaps and not gaps:
+                    problems.append(f"{subscription.name} was told of a gap: {subscription.gaps}")
+                if subscription.errors:
+                    problems.append(f"{subscription.name} was told of an error: {subscription.errors}")
+            count += len(subscription.heard)
+            subscription.heard.clear()
+            subscription.secrets.clear()
+            subscription.gaps.clear()
+            subscription.errors.clear()
         assert not problems, "\n".join([f"seed {self.seed}, {len(changes)} changes", *problems[:20], self.state()])
         if changes:
             self._looked_at = changes[-1].number
@@ -776,15 +779,15 @@ class RowOracle:
         """Memberships, claims and subscriptions; at a quiet point only."""
         with self._database.connect() as db:
             self._invite(db)
-        for follower in self.followers:
+        for subscription in self.followers:
             match self.chance.randrange(4):
                 case 0:
-                    follower.bindings = self.any_bindings()
-                    await follower.subscribe()
-                case 1 if follower.who.user is not None:
+                    subscription.bindings = self.any_bindings()
+                    await subscription.subscribe()
+                case 1 if subscription.who.user is not None:
                     # A new token of the same user is no new subscription, which would be confirmed.
-                    others = [user for user in USERS if user != follower.who.user]
-                    await follower.change_claims(Who("authenticated", self.chance.choice(others)))
+                    others = [user for user in USERS if user != subscription.who.user]
+                    await subscription.change_claims(Who("authenticated", self.chance.choice(others)))
         await self.confirmed()
 
     def _invite(self, db: psycopg.Connection[Any]) -> None:
@@ -810,7 +813,7 @@ class RowOracle:
 
 
 def judge(
-    follower: Follower,
+    subscription: BroadcastSubscription,
     judgement: Judgement,
     changes: Sequence[Change],
     perhaps: Collection[str],
@@ -819,7 +822,7 @@ def judge(
     """What is wrong with what a follower was told; a line each."""
     problems = []
     heard: dict[int, dict[tuple[str, int], list[Told]]] = defaultdict(lambda: defaultdict(list))
-    for number, told in follower.heard:
+    for number, told in subscription.heard:
         heard[number][told.key].append(told)
     by_row: dict[tuple[str, int], list[Change]] = defaultdict(list)
     for change in changes:
@@ -827,8 +830,8 @@ def judge(
             if image is not None and change not in by_row[change.kind.name, image["id"]]:
                 by_row[change.kind.name, image["id"]].append(change)
     seen: set[str] = set()
-    last = len(follower.epochs) - 1
-    for number, epoch in enumerate(follower.epochs):
+    last = len(subscription.epochs) - 1
+    for number, epoch in enumerate(subscription.epochs):
         if number not in heard and number != last:
             continue
         expected: dict[tuple[str, int], list[Expected]] = defaultdict(list)
@@ -836,7 +839,7 @@ def judge(
             if not epoch.begun.sees(change.xid):
                 later = by_row[change.kind.name, change.new["id"]] if change.new is not None else []
                 is_sure = judgement.is_sure(change, [one for one in later if one.number > change.number])
-                for told in judgement.expect(follower.who, follower.bindings, change):
+                for told in judgement.expect(subscription.who, subscription.bindings, change):
                     expected[told.key].append(Expected(change, told, is_sure))
         for key in {*expected, *heard[number]}:
             table, _ = key
@@ -848,14 +851,14 @@ def judge(
                 for one in expected[key]
             ]
             if (problem := compare(its, heard[number][key])) is not None:
-                problems.append(f"{key}, epoch {number} of {last + 1}, bindings {follower.bindings}: {problem}")
+                problems.append(f"{key}, epoch {number} of {last + 1}, bindings {subscription.bindings}: {problem}")
         for told in (told for its in heard[number].values() for told in its):
             seen.update(SECRET.findall(f"{told.record} {told.old}"))
-    if strange := follower.secrets - seen:
+    if strange := subscription.secrets - seen:
         problems.append(f"secrets outside of changes: {sorted(strange)[:3]}")
-    if hidden := {secret for secret in follower.secrets if secret.startswith("sec-")}:
+    if hidden := {secret for secret in subscription.secrets if secret.startswith("sec-")}:
         problems.append(f"a column that nobody may select: {sorted(hidden)[:3]}")
-    follower.epochs[:-1] = []
+    subscription.epochs[:-1] = []
     return problems
 
 

@@ -15,7 +15,7 @@ from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
 from realtime_server.changes.feed import Feed
 from realtime_server.claims import Claims
 from realtime_server.connection import AsgiTransport, Connection
-from realtime_server.cursor import Place
+from realtime_server.cursor import StreamPosition
 from realtime_server.errors import DatabaseUnavailable
 from realtime_server.history import History, Stored
 from realtime_server.hub import Hub, Room
@@ -23,9 +23,9 @@ from realtime_server.limits import Rate
 from realtime_server.metrics import Metrics
 from realtime_server.outlet import Outlet
 from realtime_server.presence import Presence
+from realtime_server.presence_writer import PresenceWriter
 from realtime_server.protocol.frames import Frame
 from realtime_server.protocol.messages import Format
-from realtime_server.roster import Roster
 from realtime_server.services import Limits, Rates, Services
 from realtime_server.session import Session
 
@@ -93,9 +93,9 @@ class Talk:
             users=set(),
             metrics=Metrics("test"),
             history=cast(History, self.past),
-            roster=cast(Roster, self.past),
-            place=lambda: None,
-            first_place=self._first_place,
+            presence_writer=cast(PresenceWriter, self.past),
+            position=lambda: None,
+            first_position=self._first_place,
             changes=cast(Feed, self.past),
         )
         api_key = Claims("anon", None, time.time() + 3600, "{}")
@@ -123,7 +123,7 @@ class Talk:
     async def _authorize(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy:
         return await self.policy()
 
-    async def _first_place(self) -> Place:
+    async def _first_place(self) -> StreamPosition:
         raise DatabaseUnavailable
 
     async def _everything(self) -> Policy:

@@ -23,7 +23,7 @@ from realtime_server.changes.pgoutput import (
 )
 
 
-class Taken(NamedTuple):
+class Progress(NamedTuple):
     """How far changes were taken: all transactions up to the commit at `commit_lsn`, and of the one with its commit at `part_lsn` the first
     `part_count` changes. Nothing before `confirmed_lsn` is needed again."""
 
@@ -33,12 +33,12 @@ class Taken(NamedTuple):
     confirmed_lsn: int
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def position(self) -> tuple[int, int, int]:
         """Without what is only about the log that is kept."""
         return self[:3]
 
 
-NOTHING_TAKEN: Final = Taken(0, 0, 0, 0)
+NO_PROGRESS: Final = Progress(0, 0, 0, 0)
 
 
 class Piece(NamedTuple):
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
     changes: list[Change]
     xids: list[int]
-    taken: Taken
+    taken: Progress
 
 
 class _Table:
@@ -83,7 +83,7 @@ class _Table:
 
 
 class Assembly:
-    def __init__(self, taken: Taken) -> None:
+    def __init__(self, taken: Progress) -> None:
         self._taken = taken
         self._tables: dict[int, _Table] = {}
         self._changes: list[Change] = []
@@ -152,7 +152,7 @@ class Assembly:
             changes, self._changes = changes[: self._whole], changes[self._whole :]
         self._whole, self._xids = 0, []
         self.bytes_waiting = sum(change.size for change in self._changes)
-        self._taken = Taken(self._commit_lsn, part_lsn, part_count, self._end_lsn)
+        self._taken = Progress(self._commit_lsn, part_lsn, part_count, self._end_lsn)
         return Piece(changes, xids, self._taken)
 
     def _add_row(self, message: Insert | Update | Delete) -> None:

@@ -110,7 +110,7 @@ class Catalog:
 
         Raises: DatabaseUnavailable, QueryCanceled.
         """
-        with database.changing():
+        with database.retry_on_ddl():
             rows = await self._pool.fetch(
                 "select relation, mark from realtime_internal.table_marks(%s)", (list(relations),)
             )
@@ -125,7 +125,7 @@ class Catalog:
 
     async def _refresh(self) -> bool:
         marks, self._new_marks = self._new_marks, {}
-        with database.changing():
+        with database.retry_on_ddl():
             rows = await self._pool.fetch("select * from realtime_internal.published_tables(%s)", (self._roles,))
         old, new = self._rows or {}, {row[0]: row for row in rows}
         self._marks = {relation: mark for relation, mark in (self._marks | marks).items() if relation in new}

@@ -52,7 +52,7 @@ class Unreadable(Exception):
     """Changes that nothing can be found out about."""
 
 
-class Courier:
+class ChangeDispatcher:
     """The receiver of every source."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Courier:
                 table,
                 is_captured=self._sources.triggers is not None,
                 strict_deletes=self._strict_deletes,
-                left_out=self._quarantine.of_table(relation),
+                quarantined=self._quarantine.of_table(relation),
                 is_last_try=is_last_try,
             )
             try:
@@ -194,7 +194,7 @@ class Courier:
     def _note(self, table: Table, round: Round) -> None:
         """Leave out who cannot be judged, for a while, and tell them; also when it is over."""
         for identity in round.judged:
-            problem = round.unjudged.get(identity)
+            problem = round.indeterminate.get(identity)
             if problem is not None:
                 text = WITHHELD.format(table=table, code=problem[:5])
                 if self._quarantine.begin(table.relation, identity, text):

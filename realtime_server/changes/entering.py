@@ -20,7 +20,7 @@ from realtime_server.errors import DatabaseUnavailable, InvalidBinding, QueryCan
 from realtime_server.protocol import bindings
 from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.filters import PATTERNS, Condition
-from realtime_server.tasks import together
+from realtime_server.tasks import run_until_first_failure
 
 # What waits for its first answer for longer is told so.
 PATIENCE_S: Final = 10.0
@@ -31,7 +31,7 @@ ENTERING_AT_ONCE: Final = 8
 MOST_CHECKS_KEPT: Final = 20_000
 
 
-class Entrance:
+class SubscriptionActivator:
     """`run` must run: it enters again whom others found to be in need of it."""
 
     def __init__(
@@ -58,11 +58,11 @@ class Entrance:
         ] = {}
 
     async def run(self) -> None:
-        await together(*(self._enter_again() for _ in range(ENTERING_AT_ONCE)))
+        await run_until_first_failure(*(self._reactivate() for _ in range(ENTERING_AT_ONCE)))
 
-    async def _enter_again(self) -> None:
+    async def _reactivate(self) -> None:
         while True:
-            await self.enter(await self._subscriptions.next_again())
+            await self.enter(await self._subscriptions.next_pending())
 
     async def enter(self, registration: Registration) -> None:
         """Put the bindings to work, all of them or none, and tell the subscriber what has become of it, unless it knows."""
@@ -71,9 +71,9 @@ class Entrance:
         waiting_since = time.monotonic()
         checks = 0
         while registration.is_open and registration.turn == turn:
-            version, losses = self._catalog.version, self._subscriptions.losses
+            version, connection_epoch = self._catalog.version, self._subscriptions.connection_epoch
             try:
-                if self._sources.is_flowing and version > 0:
+                if self._sources.is_active and version > 0:
                     entries, text = await self._resolve(registration), SUBSCRIBED
                     # Who is told changes already goes on where they are, not with those of now.
                     since = registration.since
@@ -83,19 +83,19 @@ class Entrance:
                     # It may be that a server starts, or that its database does.
                     await asyncio.sleep(LOOK_S)
                     if time.monotonic() - waiting_since > PATIENCE_S:
-                        registration.say_waiting(UNAVAILABLE)
+                        registration.report_pending(UNAVAILABLE)
                     continue
             except InvalidBinding as error:
                 if isinstance(error.__cause__, TookTooLong) and (checks := checks + 1) < MOST_CHECKS:
-                    registration.say_waiting(TIMEOUTS)
+                    registration.report_pending(TIMEOUTS)
                     await asyncio.sleep(CHECK_RETRY_S)
                     continue
                 entries, text, since = [], str(error), None
             except (DatabaseUnavailable, QueryCanceled):
-                registration.say_waiting(TIMEOUTS)
+                registration.report_pending(TIMEOUTS)
                 await asyncio.sleep(RETRY_S)
                 continue
-            if (version, losses) != (self._catalog.version, self._subscriptions.losses):
+            if (version, connection_epoch) != (self._catalog.version, self._subscriptions.connection_epoch):
                 # Perhaps there is no source by now, and who had no entries was not told of the gap; nor does an old snapshot hold.
                 continue
             if registration.is_open and registration.turn == turn:

@@ -10,17 +10,17 @@ from collections.abc import Iterable
 
 from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog
-from realtime_server.changes.delivering import Courier
-from realtime_server.changes.entering import Entrance
+from realtime_server.changes.delivering import ChangeDispatcher
+from realtime_server.changes.entering import SubscriptionActivator
 from realtime_server.changes.judge import Judge
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import Mode, Sources
 from realtime_server.changes.subscriptions import Registration, Subscriptions
 from realtime_server.changes.watch import Watch
 from realtime_server.claims import Claims
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.metrics import Metrics
-from realtime_server.tasks import together
+from realtime_server.tasks import run_until_first_failure
 
 
 class Feed:
@@ -28,7 +28,7 @@ class Feed:
 
     def __init__(
         self,
-        target: Target,
+        target: Endpoint,
         pool: Pool,
         judge_pool: Pool,
         *,
@@ -46,8 +46,8 @@ class Feed:
         self._sources = Sources(target, pool, catalog, self._subscriptions, mode=mode, timeout_s=timeout_s)
         self._watch = Watch(catalog, self._sources, self._subscriptions)
         parts = (judge, self._subscriptions, quarantine, Budget(filter_budget_s), self._sources, self._watch)
-        self._entrance = Entrance(pool, catalog, *parts)
-        self._courier = Courier(catalog, *parts, strict_deletes=strict_deletes, metrics=metrics)
+        self._entrance = SubscriptionActivator(pool, catalog, *parts)
+        self._courier = ChangeDispatcher(catalog, *parts, strict_deletes=strict_deletes, metrics=metrics)
 
     @property
     def mode(self) -> str | None:
@@ -65,7 +65,7 @@ class Feed:
 
     async def run(self) -> None:
         """Deliver changes until cancelled, through any loss of the database."""
-        await together(self._sources.run(self._courier), self._watch.run(), self._entrance.run())
+        await run_until_first_failure(self._sources.run(self._courier), self._watch.run(), self._entrance.run())
 
     def register(self, registration: Registration) -> None:
         """Count it in; `enter` makes it work."""

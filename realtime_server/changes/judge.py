@@ -77,7 +77,7 @@ class Matches(NamedTuple):
     slow_s: dict[int, float]
 
 
-class Sight(NamedTuple):
+class Visibility(NamedTuple):
     """`images` that somebody may see; `unknown` those of which nobody can say, because policies read what is not known of them; `problem`:
     SQLSTATE and text when it could not be found out."""
 
@@ -86,7 +86,7 @@ class Sight(NamedTuple):
     problem: str | None = None
 
 
-BLIND: Final = Sight(frozenset())
+NOTHING_VISIBLE: Final = Visibility(frozenset())
 
 
 class Judge:
@@ -164,9 +164,11 @@ class Judge:
             slow_s,
         )
 
-    async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> list[Sight]:
+    async def see(
+        self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
+    ) -> list[Visibility]:
         """For each client which of the images that it wants it may see, by the policies for SELECT."""
-        sights: list[Sight] = []
+        sights: list[Visibility] = []
         for some in _in_turn(wanted):
             try:
                 sights += await self._see(table, images, some)
@@ -176,17 +178,17 @@ class Judge:
                     some, lambda one: self._see(table, images, [one], LIMIT_ALONE_S), LIMIT_ALL_ALONE_S
                 )
                 for answer in answers:
-                    sights += [Sight(frozenset(), problem=answer)] if isinstance(answer, str) else answer
+                    sights += [Visibility(frozenset(), problem=answer)] if isinstance(answer, str) else answer
         return sights
 
     async def see_large(
         self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
-    ) -> list[Sight]:
+    ) -> list[Visibility]:
         """The same of rows that may take long by themselves. In `LIMIT_LARGE_S`, or nobody is answered."""
         try:
             return await self._see(table, images, wanted, LIMIT_LARGE_S)
         except (QueryCanceled, database.Error) as error:
-            return [Sight(frozenset(), problem=_problem(error))] * len(wanted)
+            return [Visibility(frozenset(), problem=_problem(error))] * len(wanted)
 
     async def _see(
         self,
@@ -194,7 +196,7 @@ class Judge:
         images: bytes,
         wanted: Sequence[tuple[Identity, Collection[int]]],
         limit_s: float | None = None,
-    ) -> list[Sight]:
+    ) -> list[Visibility]:
         rows = await self._ask(
             "select question, visible, unknown, problem"
             " from realtime_internal.visible_changes(%s, %s::jsonb, %s::text[], %s::jsonb[], %s::jsonb)",
@@ -205,7 +207,9 @@ class Judge:
             msgspec.json.encode([sorted(numbers) for _, numbers in wanted]).decode(),
             limit_s=limit_s,
         )
-        return [Sight(frozenset(visible), frozenset(unknown), problem) for _, visible, unknown, problem in sorted(rows)]
+        return [
+            Visibility(frozenset(visible), frozenset(unknown), problem) for _, visible, unknown, problem in sorted(rows)
+        ]
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
         """The images as `to_jsonb` writes them. Raises: QueryCanceled."""

@@ -24,35 +24,37 @@ class Quarantine:
     """Of one table each: other tables have other policies."""
 
     def __init__(self) -> None:
-        self._left_out: dict[tuple[int, Identity], _LeftOut] = {}
+        self._quarantined: dict[tuple[int, Identity], _LeftOut] = {}
 
     def of_table(self, relation: int) -> set[Identity]:
         """Who is left out now."""
         now = time.monotonic()
         return {
-            identity for (of, identity), left_out in self._left_out.items() if of == relation and left_out.until > now
+            identity
+            for (of, identity), quarantined in self._quarantined.items()
+            if of == relation and quarantined.until > now
         }
 
     def text(self, relation: int, identity: Identity) -> str | None:
         """What is said to who is left out, None to others."""
-        left_out = self._left_out.get((relation, identity))
-        return left_out.text if left_out is not None and left_out.until > time.monotonic() else None
+        quarantined = self._quarantined.get((relation, identity))
+        return quarantined.text if quarantined is not None and quarantined.until > time.monotonic() else None
 
     def begin(self, relation: int, identity: Identity, text: str) -> bool:
         """It failed; whether it is for the first time, or after it had worked."""
-        before = self._left_out.pop((relation, identity), None)
+        before = self._quarantined.pop((relation, identity), None)
         pause_s = SHORTEST_S if before is None else min(before.pause_s * 2, LONGEST_S)
-        self._left_out[relation, identity] = _LeftOut(time.monotonic() + pause_s, pause_s, text)
+        self._quarantined[relation, identity] = _LeftOut(time.monotonic() + pause_s, pause_s, text)
         # Of those who never came back; the rest has its place by age.
-        while len(self._left_out) > MOST_KEPT:
-            self._left_out.pop(next(iter(self._left_out)))
+        while len(self._quarantined) > MOST_KEPT:
+            self._quarantined.pop(next(iter(self._quarantined)))
         return before is None or before.text is None
 
     def end(self, relation: int, identity: Identity) -> bool:
         """It worked; whether it had failed the time before."""
-        before = self._left_out.pop((relation, identity), None)
+        before = self._quarantined.pop((relation, identity), None)
         if before is None:
             return False
         if before.pause_s > SHORTEST_S:
-            self._left_out[relation, identity] = _LeftOut(0.0, before.pause_s / 2, None)
+            self._quarantined[relation, identity] = _LeftOut(0.0, before.pause_s / 2, None)
         return before.text is not None

@@ -10,17 +10,17 @@ from functools import partial
 from typing import Any
 
 from realtime_server.changes.feed import Feed
-from realtime_server.changes.subscriptions import TRIED_AGAIN, Registration
+from realtime_server.changes.subscriptions import RETRYABLE, Registration
 from realtime_server.claims import Claims
 from realtime_server.errors import InvalidBinding
 from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.frames import Encoding, Frame
 
 
-class Reader(ABC):
+class RowChangeSubscriber(ABC):
     """A subscriber. What comes for one that `is_held` waits for `release`, which is for when its subscription stands.
 
-    `client` is whose it is, where it is one of several. `first_word` of one that is held is done then, and raises InvalidBinding if that
+    `client` is whose it is, where it is one of several. `established` of one that is held is done then, and raises InvalidBinding if that
     can never be. Passing trouble is no word.
     """
 
@@ -29,9 +29,9 @@ class Reader(ABC):
         self.topic = topic
         self.encoding = encoding
         self.registration: Registration | None = None
-        self.first_word: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.established: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Looked at here too, for when the client is gone before it is waited for.
-        self.first_word.add_done_callback(lambda word: word.cancelled() or word.exception())
+        self.established.add_done_callback(lambda word: word.cancelled() or word.exception())
         self._held: list[Callable[[], None]] | None = [] if is_held else None
 
     def subscribe(
@@ -48,16 +48,16 @@ class Reader(ABC):
         except Exception as error:
             if not self._is_waiting:
                 raise
-            self.first_word.set_exception(error)
+            self.established.set_exception(error)
 
     @property
     def _is_waiting(self) -> bool:
-        return self._held is not None and not self.first_word.done()
+        return self._held is not None and not self.established.done()
 
-    def stop_waiting(self) -> None:
+    def abandon_wait(self) -> None:
         """Take it as if the subscription stood: who waits wants something else by now."""
         if self._is_waiting:
-            self.first_word.set_result(None)
+            self.established.set_result(None)
 
     def release(self) -> None:
         held, self._held = self._held or [], None
@@ -72,11 +72,11 @@ class Reader(ABC):
     def tell_changes(self, text: str, *, ok: bool) -> None:
         if self._is_waiting:
             if ok:
-                self.first_word.set_result(None)
-            elif text in TRIED_AGAIN:
+                self.established.set_result(None)
+            elif text in RETRYABLE:
                 return
             else:
-                self.first_word.set_exception(InvalidBinding(text))
+                self.established.set_exception(InvalidBinding(text))
         self._do(partial(self.say, text, ok=ok))
 
     def tell_missing_changes(self, problem: str) -> None:

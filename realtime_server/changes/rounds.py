@@ -39,7 +39,7 @@ class Outdated(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Picture:
+class RowVersion:
     """A row as it was. `told` is what clients may be told of it; `known` what it is judged by, which is more where an UPDATE left large
     values alone. Not `is_whole`: only the replica identity is known, and nobody can judge it. Not `is_judgeable`: it lacks a column that
     policies read, or has too much of it."""
@@ -56,12 +56,12 @@ class Verdict:
 
     change: Change
     action: Action
-    new: Picture | None
-    old: Picture | None
+    new: RowVersion | None
+    old: RowVersion | None
     told: list[tuple[View, Sequence[Entry]]] = field(default_factory=list)
 
 
-class _Want(NamedTuple):
+class _Interest(NamedTuple):
     """What entries may have in common. `identity` is that of now, which may be another one than they were entered with."""
 
     identity: Identity
@@ -71,18 +71,18 @@ class _Want(NamedTuple):
     rest: tuple[Condition, ...]
 
     @classmethod
-    def of(cls, entry: Entry) -> _Want:
+    def of(cls, entry: Entry) -> _Interest:
         binding = entry.binding
         return cls(Identity.of(entry.claims), binding.event, binding.leaves, binding.select, entry.rest)
 
 
 @dataclass(slots=True, eq=False)
-class _Wish:
+class _Candidate:
     """`entries` want the same, so they are asked about once. `image` is what the filter looks at. `is_leaving`: an UPDATE that may take
     the row away from them; not `is_told`: one that is only of interest because then it does not."""
 
     verdict: Verdict
-    want: _Want
+    want: _Interest
     entries: Sequence[Entry]
     image: Image
     is_leaving: bool = False
@@ -90,7 +90,7 @@ class _Wish:
     is_fulfilled: bool = False
 
     @property
-    def picture(self) -> Picture:
+    def picture(self) -> RowVersion:
         """The row that the filter looks at."""
         picture = self.verdict.old if self.is_leaving else self.verdict.new or self.verdict.old
         assert picture is not None, "a change has a row"
@@ -100,11 +100,11 @@ class _Wish:
 class Round:
     """`is_captured`: the changes come from triggers, which know nothing of the publication's row filters and column lists.
 
-    `left_out`: identities that are not to be asked about. `strict_deletes`: where the deleted row is not known, and so nobody can say who
-    saw it, those whom row-level security binds are not even told its key. `is_last_try`: changes that cannot be rendered are told as
+    `quarantined`: identities that are not to be asked about. `strict_deletes`: where the deleted row is not known, and so nobody can say
+    who saw it, those whom row-level security binds are not even told its key. `is_last_try`: changes that cannot be rendered are told as
     missing.
 
-    Afterwards, `judged` are the identities that policies were asked about; `unjudged` those among them for whom they could not be
+    Afterwards, `judged` are the identities that policies were asked about; `indeterminate` those among them for whom they could not be
     evaluated, and `unmatched` entries whose filter could not, each with the reason. `slow` are conditions that took long, with the
     seconds. `missed` are entries to be told of a gap: for their identities, policies read what is not known of a row any more, or the row
     cannot be rendered.
@@ -118,7 +118,7 @@ class Round:
         *,
         is_captured: bool,
         strict_deletes: bool,
-        left_out: Collection[Identity],
+        quarantined: Collection[Identity],
         is_last_try: bool,
     ) -> None:
         self._judge = judge
@@ -126,11 +126,11 @@ class Round:
         self._table = table
         self._is_captured = is_captured
         self._strict_deletes = strict_deletes
-        self._left_out = left_out
+        self._quarantined = quarantined
         self._is_last_try = is_last_try
         self._seen: dict[Identity, set[int]] = defaultdict(set)
         self.judged: set[Identity] = set()
-        self.unjudged: dict[Identity, str] = {}
+        self.indeterminate: dict[Identity, str] = {}
         self.unmatched: dict[Entry, str] = {}
         self.missed: set[Entry] = set()
         self.slow: dict[tuple[Entry, Condition], float] = defaultdict(float)
@@ -156,7 +156,7 @@ class Round:
         has_whole_old = change.has_whole_old and (self._is_captured or self._table.has_whole_old)
         return Verdict(change, change.action, self._picture(change.new, True), self._picture(change.old, has_whole_old))
 
-    def _picture(self, image: Image | None, is_whole: bool) -> Picture | None:
+    def _picture(self, image: Image | None, is_whole: bool) -> RowVersion | None:
         if image is None:
             return None
         told = known = {name: value for name, value in image.items() if name in self._table.names}
@@ -165,11 +165,11 @@ class Round:
             if len(known) < min(len(image), len(self._table.all_names)):
                 # To take the value from the row as it is now would be to judge that one.
                 raise Outdated(f"columns have gone, others have come: {', '.join(sorted(image.keys() - known.keys()))}")
-        return Picture(told, known, is_whole)
+        return RowVersion(told, known, is_whole)
 
     async def _filter_rows(self, verdicts: list[Verdict]) -> list[Verdict]:
         """Apply the publication's row filter as the log does: what comes in by an UPDATE is an INSERT, what goes out a DELETE."""
-        album = Album()
+        album = RowBatch()
         for verdict in verdicts:
             for picture in _pictures(verdict):
                 album.add(picture.known)
@@ -189,18 +189,18 @@ class Round:
 
     # -- who may want it
 
-    def _wishes(self, verdicts: Iterable[Verdict]) -> list[_Wish]:
+    def _wishes(self, verdicts: Iterable[Verdict]) -> list[_Candidate]:
         """Those whom the index names. Who is told of an error is told whatever the filter says."""
         # Most changes meet the same subscribers: those are sorted once.
-        known: dict[int, list[tuple[_Want, list[Entry]]]] = {}
+        known: dict[int, list[tuple[_Interest, list[Entry]]]] = {}
 
-        def wants(image: Image) -> Iterator[tuple[_Want, list[Entry]]]:
-            for circle in self._subscriptions.circles(self._table.relation, image):
+        def wants(image: Image) -> Iterator[tuple[_Interest, list[Entry]]]:
+            for circle in self._subscriptions.candidate_groups(self._table.relation, image):
                 if id(circle) not in known:
-                    groups: dict[_Want, list[Entry]] = defaultdict(list)
+                    groups: dict[_Interest, list[Entry]] = defaultdict(list)
                     for entry in circle:
                         if self._may_read_filter(entry):
-                            groups[_Want.of(entry)].append(entry)
+                            groups[_Interest.of(entry)].append(entry)
                     known[id(circle)] = list(groups.items())
                 yield from known[id(circle)]
 
@@ -219,19 +219,19 @@ class Round:
                             and want.event in ("*", action)
                             and self._table.access_of(want.identity.role).columns
                         ):
-                            wishes.append(_Wish(verdict, want, entries, known_image))
+                            wishes.append(_Candidate(verdict, want, entries, known_image))
                 continue
             self._refuse(verdict)
             may_leave = action is Action.UPDATE and old is not None and old.is_whole
             for want, entries in wants(new.told):
                 is_told = want.event in ("*", action)
                 if (is_told or (may_leave and want.leaves)) and self._may_read_key(want.identity.role):
-                    wishes.append(_Wish(verdict, want, entries, new.told, is_told=is_told))
+                    wishes.append(_Candidate(verdict, want, entries, new.told, is_told=is_told))
             if may_leave:
                 assert old is not None
                 for want, entries in wants(old.told):
                     if want.leaves and want.event in ("*", Action.DELETE) and self._may_read_key(want.identity.role):
-                        wishes.append(_Wish(verdict, want, entries, old.told, is_leaving=True))
+                        wishes.append(_Candidate(verdict, want, entries, old.told, is_leaving=True))
         return wishes
 
     def _refuse(self, verdict: Verdict) -> None:
@@ -273,7 +273,7 @@ class Round:
         ]
         if not lacking:
             return
-        album = Album()
+        album = RowBatch()
         for picture in lacking:
             album.add(picture.known)
         known = await self._judge.complete(self._table, album.json())
@@ -305,7 +305,7 @@ class Round:
                 is_wanted
                 and (binding.leaves or not is_leaving)
                 and self._is_bound(identity)
-                and identity not in self._left_out
+                and identity not in self._quarantined
                 and self._may_read_filter(entry)
                 and self._may_read_key(identity.role)
                 and not entry.registration.is_past(verdict.change.xid)
@@ -314,18 +314,18 @@ class Round:
 
     # -- who may see it
 
-    async def _see(self, wishes: list[_Wish]) -> None:
+    async def _see(self, wishes: list[_Candidate]) -> None:
         """Ask policies once for each role and claims."""
-        usual = Album(self._table.policy_columns)
-        large: dict[int, tuple[Picture, list[Identity]]] = {}
-        asked: dict[Identity, dict[int, Picture]] = defaultdict(dict)
+        usual = RowBatch(self._table.policy_columns)
+        large: dict[int, tuple[RowVersion, list[Identity]]] = {}
+        asked: dict[Identity, dict[int, RowVersion]] = defaultdict(dict)
         for wish in wishes:
             identity = wish.want.identity
-            if self._is_bound(identity) and identity not in self._left_out:
+            if self._is_bound(identity) and identity not in self._quarantined:
                 for picture in _pictures(wish.verdict):
                     if picture.is_whole and picture.is_judgeable:
                         asked[identity][id(picture)] = picture
-        wanted: dict[Identity, dict[int, Picture]] = defaultdict(dict)
+        wanted: dict[Identity, dict[int, RowVersion]] = defaultdict(dict)
         for identity, pictures in asked.items():
             for picture in pictures.values():
                 if _size(picture.known, self._table.policy_columns) > LARGE_IMAGE_BYTES:
@@ -339,15 +339,15 @@ class Round:
                 self._seen[identity].update(id(numbered[number]) for number in sight.images)
                 self.judged.add(identity)
                 if sight.problem is not None:
-                    self.unjudged[identity] = sight.problem
+                    self.indeterminate[identity] = sight.problem
                 if sight.unknown:
                     self._note_unknown(wishes, identity, {id(numbered[number]) for number in sight.unknown})
         for picture, identities in large.values():
             await self._see_large(picture, identities)
 
-    async def _see_large(self, picture: Picture, identities: list[Identity]) -> None:
+    async def _see_large(self, picture: RowVersion, identities: list[Identity]) -> None:
         """What is asked about a large row costs it alone: who cannot be answered is not told of it, and is judged as before."""
-        album = Album(self._table.policy_columns)
+        album = RowBatch(self._table.policy_columns)
         number = album.add(picture.known)
         for identity, sight in zip(
             identities,
@@ -359,31 +359,31 @@ class Round:
             elif sight.problem is not None:
                 log.warning("a large row was not judged", table=str(self._table), problem=sight.problem[:5])
 
-    def _note_unknown(self, wishes: Iterable[_Wish], identity: Identity, pictures: Collection[int]) -> None:
+    def _note_unknown(self, wishes: Iterable[_Candidate], identity: Identity, pictures: Collection[int]) -> None:
         """A domain turned out to refuse null."""
         for wish in wishes:
             if wish.want.identity == identity and id(wish.picture) in pictures:
                 self.missed.update(_present(wish))
 
-    def _sees(self, wish: _Wish, picture: Picture | None) -> bool:
+    def _sees(self, wish: _Candidate, picture: RowVersion | None) -> bool:
         if picture is None or not self._is_bound(wish.want.identity):
             return picture is not None
         return id(picture) in self._seen[wish.want.identity]
 
     # -- whether it fits
 
-    def _may_match(self, wish: _Wish) -> bool:
+    def _may_match(self, wish: _Candidate) -> bool:
         return self._sees(wish, wish.picture) or (wish.verdict.new is None and self._is_told_of_unknown(wish))
 
-    async def _match(self, wishes: list[_Wish]) -> list[_Wish]:
+    async def _match(self, wishes: list[_Candidate]) -> list[_Candidate]:
         """Those wishes whose conditions are fulfilled. Each condition is evaluated on the images of those who may see them."""
         by_role = defaultdict(list)
         for wish in wishes:
             if wish.want.rest:
                 by_role[wish.want.identity.role].append(wish)
-        unfulfilled: set[_Wish] = set()
+        unfulfilled: set[_Candidate] = set()
         for role, asked in by_role.items():
-            album = Album({condition.column for wish in asked for condition in wish.want.rest})
+            album = RowBatch({condition.column for wish in asked for condition in wish.want.rest})
             images: dict[tuple[Identity, Condition], set[int]] = defaultdict(set)
             for wish in asked:
                 number = album.add(wish.image)
@@ -410,7 +410,7 @@ class Round:
 
     # -- what each is told
 
-    def _decide(self, wishes: list[_Wish]) -> None:
+    def _decide(self, wishes: list[_Candidate]) -> None:
         # Leaving comes after staying: who still has the row is not told that it is gone.
         staying: dict[Verdict, set[Entry]] = {wish.verdict: set() for wish in wishes if wish.is_leaving}
         for wish in sorted(wishes, key=lambda wish: wish.is_leaving):
@@ -431,20 +431,20 @@ class Round:
                     is_known = self._sees(wish, verdict.old)
                     self._tell(wish, verdict.action, self._table.identity if is_known else self._table.key)
 
-    def _is_told_of_unknown(self, wish: _Wish) -> bool:
+    def _is_told_of_unknown(self, wish: _Candidate) -> bool:
         """Whether to tell of a deleted row of which nothing but the key is known, as applications expect."""
         old = wish.verdict.old
         return (
             old is not None
             and not old.is_whole
             and not self._strict_deletes
-            and wish.want.identity not in self._left_out
+            and wish.want.identity not in self._quarantined
         )
 
     def _is_bound(self, identity: Identity) -> bool:
         return self._table.access_of(identity.role).is_bound
 
-    def _tell(self, wish: _Wish, action: Action, old: frozenset[str], *, but: Collection[Entry] = ()) -> None:
+    def _tell(self, wish: _Candidate, action: Action, old: frozenset[str], *, but: Collection[Entry] = ()) -> None:
         entries = [entry for entry in _present(wish) if entry not in but]
         columns = self._table.access_of(wish.want.identity.role).columns
         if wish.want.select:
@@ -477,7 +477,7 @@ class Round:
         pictures = [picture for verdict in verdicts if _is_shown(verdict) for picture in _pictures(verdict)]
         if not pictures:
             return
-        album = Album()
+        album = RowBatch()
         for picture in pictures:
             album.add(picture.told)
         rendered = await self._judge.render(self._table, album.json())
@@ -485,7 +485,7 @@ class Round:
             picture.told = {name: value for name, value in rendered[number].items() if name in picture.told}
 
 
-class Album:
+class RowBatch:
     """Images that are sent to the database together, each once, numbered from 0; only these `columns` of them, if they are given."""
 
     def __init__(self, columns: Collection[str] | None = None) -> None:
@@ -514,12 +514,12 @@ class Album:
         )
 
 
-def _present(wish: _Wish) -> list[Entry]:
+def _present(wish: _Candidate) -> list[Entry]:
     """Those who were there when it was committed."""
     return [entry for entry in wish.entries if not entry.registration.is_past(wish.verdict.change.xid)]
 
 
-def _pictures(verdict: Verdict) -> Iterable[Picture]:
+def _pictures(verdict: Verdict) -> Iterable[RowVersion]:
     return [picture for picture in (verdict.new, verdict.old) if picture is not None]
 
 

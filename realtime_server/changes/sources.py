@@ -25,9 +25,9 @@ from realtime_server.changes.subscriptions import Subscriptions
 from realtime_server.changes.trigger import TriggerSource
 from realtime_server.changes.wal import SourceLost, WalSource
 from realtime_server.cursor import Snapshot
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
-from realtime_server.tasks import together
+from realtime_server.tasks import run_until_first_failure
 
 PUBLICATION: Final = "supabase_realtime"
 
@@ -35,7 +35,7 @@ LOOK_S: Final = 0.05
 DATABASE_RETRY_S: Final = 1.0
 RETRY_S: Final = 5.0
 # The slot is free when the server that had it has ended.
-SLOT_PATIENCE_S: Final = 5.0
+SLOT_GRACE_S: Final = 5.0
 # While triggers stand in for the log it is looked whether it can be had, and after twice as long again: much of what may be in the way
 # stays for ever.
 SHORTEST_PAUSE_S: Final = 30.0
@@ -60,12 +60,12 @@ class Source(Protocol):
 
 
 class Sources:
-    """`current` is the one that is read from; `run` must run. `situation` tells where changes come from and why, or why there are none: a
+    """`current` is the one that is read from; `run` must run. `status` tells where changes come from and why, or why there are none: a
     few words for the operator."""
 
     def __init__(
         self,
-        target: Target,
+        target: Endpoint,
         pool: Pool,
         catalog: Catalog,
         subscriptions: Subscriptions,
@@ -83,10 +83,10 @@ class Sources:
         self._pause_s = SHORTEST_PAUSE_S
         self._is_chosen = asyncio.Event()
         self.current: Source | None = None
-        self.situation = "looking for a source"
+        self.status = "looking for a source"
 
     @property
-    def is_flowing(self) -> bool:
+    def is_active(self) -> bool:
         return self.current is not None and self.current.is_ready
 
     @property
@@ -95,10 +95,10 @@ class Sources:
         return self.current if isinstance(self.current, TriggerSource) else None
 
     async def chosen(self, timeout_s: float) -> str:
-        """`situation`, once it was looked for a source or the time is over."""
+        """`status`, once it was looked for a source or the time is over."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._is_chosen.wait(), timeout_s)
-        return self.situation
+        return self.status
 
     async def run(self, receiver: Receiver) -> None:
         """Hand on changes until cancelled, through any loss of the database."""
@@ -108,7 +108,7 @@ class Sources:
             try:
                 source = await self._choose(lost)
             except (DatabaseUnavailable, QueryCanceled) as error:
-                self.situation = "none while the database is away"
+                self.status = "none while the database is away"
                 if problem != (problem := str(error.__cause__)):
                     log.warning("source of row changes was not chosen", error=problem)
                 await asyncio.sleep(DATABASE_RETRY_S)
@@ -121,7 +121,7 @@ class Sources:
             self.current = source
             try:
                 if isinstance(source, TriggerSource) and self._mode == "auto":
-                    await together(source.run(receiver), self._succeed(source, receiver))
+                    await run_until_first_failure(source.run(receiver), self._switch_to_wal(source, receiver))
                 else:
                     await source.run(receiver)
             except SourceLost as error:
@@ -133,7 +133,7 @@ class Sources:
                 for registration in self._subscriptions.registrations:
                     # Told again when they are.
                     registration.said = None
-                self._subscriptions.enter_all_again()
+                self._subscriptions.requeue_all()
 
     async def _choose(self, lost: str | None) -> Source | None:
         """The source that the settings ask for, if it can be had. `lost`: why the log is not to be tried.
@@ -146,23 +146,23 @@ class Sources:
             # The same again after a loss: it knows what was delivered.
             wal = self._wal = self._wal or await self._make_wal()
             obstacle = lost or await wal.obstacle()
-            patience_ends_at = time.monotonic() + SLOT_PATIENCE_S
+            patience_ends_at = time.monotonic() + SLOT_GRACE_S
             while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_slot_active():
                 # Perhaps of a server that is ending.
                 await asyncio.sleep(LOOK_S)
                 obstacle = await wal.obstacle()
             if obstacle is None:
-                with database.changing():
+                with database.retry_on_ddl():
                     await self._pool.fetch("select * from realtime_internal.release_capture()")
-                self.situation = "wal"
+                self.status = "wal"
                 return wal
             if self._mode == "wal":
-                situation = f"none, the log cannot be read: {obstacle}"
-                if self.situation != situation:
+                status = f"none, the log cannot be read: {obstacle}"
+                if self.status != status:
                     log.error("no row changes: the log cannot be read", problem=obstacle)
-                self.situation = situation
+                self.status = status
                 return None
-        self.situation = f"trigger ({obstacle or 'the settings ask for it'})"
+        self.status = f"trigger ({obstacle or 'the settings ask for it'})"
         log.info("row changes come from triggers", why=obstacle or "the settings ask for it")
         return TriggerSource(
             self._target, self._pool, timeout_s=self._timeout_s, on_loss=self._subscriptions.forget_snapshots
@@ -185,12 +185,12 @@ class Sources:
         )
         return bool(is_active)
 
-    async def _succeed(self, triggers: TriggerSource, receiver: Receiver) -> None:
+    async def _switch_to_wal(self, triggers: TriggerSource, receiver: Receiver) -> None:
         """Look now and then whether the log can be read, and go on with it. Raises: SourceLost, when it is lost again."""
         while True:
             await asyncio.sleep(self._pause_s)
             self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-            gate = _Gate(receiver)
+            gate = _HandoverBarrier(receiver)
             begun_at = time.monotonic()
             try:
                 wal = await self._make_wal()
@@ -199,10 +199,10 @@ class Sources:
                 await asyncio.sleep(COMES_BACK_S)
                 if await wal.obstacle() is not None:
                     continue
-                with database.changing():
+                with database.retry_on_ddl():
                     # What is kept for the slot was told from triggers, and may be more than can be read in a moment.
                     await self._pool.fetch("select realtime.drop_slot()")
-                await together(wal.run(gate), self._hand_over(triggers, wal, gate))
+                await run_until_first_failure(wal.run(gate), self._hand_over(triggers, wal, gate))
             except (DatabaseUnavailable, QueryCanceled, SourceLost) as error:
                 if gate.opened.is_set():
                     if time.monotonic() - begun_at > LONGEST_PAUSE_S:
@@ -210,31 +210,31 @@ class Sources:
                     raise
                 log.info("row changes still come from triggers", problem=str(error.__cause__ or error))
             finally:
-                triggers.go_on()
+                triggers.cancel_stop()
 
-    async def _hand_over(self, triggers: TriggerSource, wal: WalSource, gate: _Gate) -> None:
+    async def _hand_over(self, triggers: TriggerSource, wal: WalSource, gate: _HandoverBarrier) -> None:
         """Raises: DatabaseUnavailable, QueryCanceled."""
         while not wal.is_ready:
             await asyncio.sleep(LOOK_S)
         gate.has_log = True
         ((xid,),) = await self._pool.fetch("select pg_current_xact_id()::text::bigint")
 
-        def go_on(seen: Snapshot, lsn: str) -> None:
+        def cancel_stop(seen: Snapshot, lsn: str) -> None:
             # What the gate holds; and what comes then.
             self._subscriptions.have_seen(seen)
-            wal.leave_out(seen, lsn)
+            wal.skip_visible_in(seen, lsn)
             self.current = self._wal = wal
-            self.situation = "wal"
+            self.status = "wal"
             log.info("the log takes over from triggers")
             # There are tables that cannot be captured.
-            self._subscriptions.enter_all_again()
+            self._subscriptions.requeue_all()
             gate.opened.set()
 
-        triggers.end_behind(xid, go_on)
+        triggers.stop_at(xid, cancel_stop)
         await gate.opened.wait()
 
 
-class _Gate:
+class _HandoverBarrier:
     """Before the receiver of the log, while that of the triggers is the same. `has_log`: the log is complete from here on; what was missing
     before, triggers have told."""
 

@@ -18,7 +18,7 @@ SUBSCRIBED: Final = "Subscribed to PostgreSQL"
 TIMEOUTS: Final = '{:error, "Too many database timeouts"}'
 UNAVAILABLE: Final = "Row changes are not available now, subscribe to broadcasts"
 # What is said of a subscription that may stand in a moment.
-TRIED_AGAIN: Final = (TIMEOUTS, UNAVAILABLE)
+RETRYABLE: Final = (TIMEOUTS, UNAVAILABLE)
 
 
 class Subscriber(Protocol):
@@ -70,7 +70,7 @@ class Registration:
             self.said = text
             self.subscriber.tell_changes(text, ok=ok)
 
-    def say_waiting(self, text: str) -> None:
+    def report_pending(self, text: str) -> None:
         """Tell the subscriber why it is not told changes yet. What stands goes on standing, and loses nothing."""
         if not self.entries:
             self.say(text, ok=False)
@@ -107,12 +107,12 @@ class Entry:
 class Subscriptions:
     """All entries. Dictionaries keep the order of subscribing, sets do not.
 
-    `registrations` are all that there are, also those without entries. `losses` counts how often snapshots were forgotten.
+    `registrations` are all that there are, also those without entries. `connection_epoch` counts how often snapshots were forgotten.
     """
 
     def __init__(self) -> None:
         self.registrations: dict[Registration, None] = {}
-        self.losses = 0
+        self.connection_epoch = 0
         # Those that are to be entered anew, each once.
         self._again: asyncio.Queue[Registration] = asyncio.Queue()
         self._is_queued: set[Registration] = set()
@@ -128,13 +128,13 @@ class Subscriptions:
         for entry in registration.entries:
             self.add(entry)
 
-    def enter_all_again(self) -> None:
+    def requeue_all(self) -> None:
         for registration in self.registrations:
             if registration not in self._is_queued:
                 self._is_queued.add(registration)
                 self._again.put_nowait(registration)
 
-    async def next_again(self) -> Registration:
+    async def next_pending(self) -> Registration:
         """Wait for one that is to be entered anew. From now on it may be queued once more."""
         registration = await self._again.get()
         self._is_queued.discard(registration)
@@ -143,7 +143,7 @@ class Subscriptions:
     def forget_snapshots(self) -> None:
         """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new. Who reads has
         lost the connection then."""
-        self.losses += 1
+        self.connection_epoch += 1
         for registration in self.registrations:
             registration.since = None
 
@@ -199,7 +199,7 @@ class Subscriptions:
     def by_role(self, relation: int) -> Mapping[str, Iterable[Entry]]:
         return self._tables.get(relation, {})
 
-    def circles(self, relation: int, image: Image) -> Iterator[Mapping[Entry, None]]:
+    def candidate_groups(self, relation: int, image: Image) -> Iterator[Mapping[Entry, None]]:
         """Entries that the image may fit, whose `exact` it has or that have none, in the sets that other images have, too: the same object
         until an entry comes or goes."""
         if relation in self._unindexed:

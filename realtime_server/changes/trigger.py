@@ -16,16 +16,16 @@ import structlog
 
 from realtime_server import database
 from realtime_server.changes.change import Action, Change, Receiver, Row
-from realtime_server.cursor import Place, Snapshot
-from realtime_server.database import Pool, Target
+from realtime_server.cursor import Snapshot, StreamPosition
+from realtime_server.database import Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.relay import CHANGES, ChangeRow, Relay
 
 # A lock that is waited for holds up everybody behind us: first only what is free is taken, then each of the others is waited for, but all
 # of them together not for longer than this, so that the rest of what is looked at has its turn.
-HASTE_S: Final = 0.001
+NOWAIT_S: Final = 0.001
 PATIENCE_S: Final = 0.1
-PATIENCE_WITH_ALL_S: Final = 0.5
+LOCK_BUDGET_S: Final = 0.5
 # No table is locked for longer.
 LIMIT_S: Final = 1.0
 # One table is tried again after so long, and then after twice as long each time.
@@ -44,7 +44,7 @@ class TriggerSource:
     name: Final = "trigger"
 
     def __init__(
-        self, target: Target, pool: Pool, *, timeout_s: float, on_loss: Callable[[], None] = lambda: None
+        self, target: Endpoint, pool: Pool, *, timeout_s: float, on_loss: Callable[[], None] = lambda: None
     ) -> None:
         self._relay = Relay(target, CHANGES, name="changes", timeout_s=timeout_s, on_loss=on_loss)
         self._pool = pool
@@ -59,20 +59,20 @@ class TriggerSource:
         """Hand on changes until cancelled, or until the end that was asked for, through any loss of the database."""
         await self._relay.run(_Pieces(receiver))
 
-    def end_behind(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
+    def stop_at(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
         """Let `run` end once all transactions before this one were handed on; `then` is told what had been handed on by then, which is
         all that the snapshot sees and nothing else, and a place in the log that all of it is before, on disk."""
-        self._relay.end_behind(xid, then)
+        self._relay.stop_at(xid, then)
 
-    def go_on(self) -> None:
+    def cancel_stop(self) -> None:
         """Take that back."""
-        self._relay.go_on()
+        self._relay.cancel_stop()
 
     async def capture(self) -> list[int]:
         """Put the triggers in step with the publication, as far as that can be had now; the tables that were without one for a moment,
         whichever server put it back. Raises: DatabaseUnavailable, QueryCanceled."""
         await self._triggers.put()
-        with database.changing():
+        with database.retry_on_ddl():
             marks = dict(await self._pool.fetch("select relation, mark from realtime_internal.capture_marks()"))
         renewed = [relation for relation, mark in marks.items() if self._marks.get(relation, mark) != mark]
         self._marks |= marks
@@ -118,7 +118,7 @@ class CaptureTriggers:
 
     async def _follow(self, plan: LiteralString) -> list[int]:
         try:
-            with database.changing():
+            with database.retry_on_ddl():
                 steps = [_Step(*row) for row in await self._pool.fetch(plan)]
         except (DatabaseUnavailable, QueryCanceled) as error:
             self._complain("capture triggers were not looked at", error)
@@ -146,10 +146,10 @@ class CaptureTriggers:
 
     async def _take_all(self, due: list[_Step], captured: list[int]) -> None:
         """Raises: DatabaseUnavailable."""
-        ends_at = time.monotonic() + PATIENCE_WITH_ALL_S
+        ends_at = time.monotonic() + LOCK_BUDGET_S
         waiting = []
         for step in due:
-            action = await self._take(step, HASTE_S)
+            action = await self._take(step, NOWAIT_S)
             if action == "waiting":
                 waiting.append(step)
             elif action == "captured":
@@ -205,7 +205,7 @@ class _Pieces:
         self._receiver = receiver
         self._changes: list[Change] = []
 
-    def row(self, row: ChangeRow, behind: Place) -> None:
+    def row(self, row: ChangeRow, behind: StreamPosition) -> None:
         new, old = (captured_row(row.columns, text) for text in (row.record, row.old_record))
         self._changes.append(
             Change.of_rows(

@@ -13,7 +13,7 @@ from realtime_server import database
 from realtime_server.changes.trigger import CaptureTriggers
 from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
-from realtime_server.tasks import together
+from realtime_server.tasks import run_until_first_failure
 
 LOOK_S: Final = 60.0
 CLEANING_S: Final = 300.0
@@ -38,7 +38,7 @@ class Upkeep:
 
     async def run(self) -> None:
         """Look after it all until cancelled, through any loss of the database."""
-        await together(self._repeat(self.clean, CLEANING_S), self._repeat(self.look, LOOK_S))
+        await run_until_first_failure(self._repeat(self.clean, CLEANING_S), self._repeat(self.look, LOOK_S))
 
     async def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], pause_s: float) -> None:
         begun_at = time.monotonic()
@@ -46,7 +46,7 @@ class Upkeep:
             await asyncio.sleep(START_S)
         while True:
             try:
-                with database.changing():
+                with database.retry_on_ddl():
                     await work()
             except (DatabaseUnavailable, QueryCanceled) as error:
                 log.info("row changes were not looked after", error=str(error.__cause__))

@@ -33,11 +33,11 @@ from psycopg import conninfo, pq, sql
 
 from realtime_server import database
 from realtime_server.changes import pgoutput
-from realtime_server.changes.assembly import NOTHING_TAKEN, Assembly, Piece
+from realtime_server.changes.assembly import NO_PROGRESS, Assembly, Piece
 from realtime_server.changes.change import Receiver
 from realtime_server.changes.pgoutput import Keepalive, MalformedReplication, WalData
 from realtime_server.cursor import Snapshot
-from realtime_server.database import Database, Pool, Target
+from realtime_server.database import Database, Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 from realtime_server.tasks import end
 
@@ -96,7 +96,7 @@ class WalSource:
 
     def __init__(
         self,
-        target: Target,
+        target: Endpoint,
         pool: Pool,
         *,
         publication: str,
@@ -111,19 +111,19 @@ class WalSource:
         self._timeout_s = timeout_s
         self._on_loss = on_loss
         # Which history of which cluster the places are of.
-        self._life: tuple[str, int] | None = None
-        self._taken = NOTHING_TAKEN
+        self._incarnation: tuple[str, int] | None = None
+        self._taken = NO_PROGRESS
         # What was told from elsewhere, and the place that all of it is before.
         self._told: tuple[Snapshot, int] | None = None
         # Who of ours may hold the slot.
-        self._holder: _Backend | None = None
+        self._slot_owner: _Backend | None = None
         # What the receiver is to be told once there is a slot again.
         self._gap: str | None = None
         # The place where decoding failed, and how often.
-        self._failed_at, self._failures = NOTHING_TAKEN.place, 0
+        self._failed_at, self._failures = NO_PROGRESS.position, 0
         self.is_ready = False
 
-    def leave_out(self, told: Snapshot, lsn: str) -> None:
+    def skip_visible_in(self, told: Snapshot, lsn: str) -> None:
         """Do not hand on what this sees. All of it must be on disk, before this place: after a crash other transactions have the ids of
         those that are not."""
         self._told = (told, pgoutput.parse_lsn(lsn))
@@ -181,8 +181,8 @@ class WalSource:
     def _note_failure(self, error: Exception, was_ready: bool) -> None:
         """What fails at the same place again and again fails for ever: a value too large to be written as text, a publication that did not
         exist when a row was written. The slot is then made anew. Raises: SourceLost, if streaming does not even begin."""
-        if self._failed_at != self._taken.place:
-            self._failed_at, self._failures = self._taken.place, 0
+        if self._failed_at != self._taken.position:
+            self._failed_at, self._failures = self._taken.position, 0
         self._failures += 1
         if self._failures >= TRIES and not was_ready:
             raise SourceLost(f"PostgreSQL does not stream its log: {error}") from error
@@ -193,9 +193,9 @@ class WalSource:
         async with contextlib.AsyncExitStack() as stack:
             db = await database.connect(self._target, name="wal", timeout_s=self._timeout_s)
             stack.push_async_callback(db.close)
-            if self._holder is not None:
-                await self._ask(db, "select realtime_internal.end_walsender(%s, %s)", *self._holder)
-                self._holder = None
+            if self._slot_owner is not None:
+                await self._ask(db, "select realtime_internal.end_walsender(%s, %s)", *self._slot_owner)
+                self._slot_owner = None
             (obstacle,) = await self._ask(
                 db, "select realtime_internal.wal_obstacle(%s, %s)", self._publication, self._slot
             )
@@ -230,7 +230,7 @@ class WalSource:
         )
         (wal_status,) = found
         if wal_status is None:
-            if self._life is not None:
+            if self._incarnation is not None:
                 self._gap = "the replication slot was dropped, and with it changes that had not been read"
         elif wal_status == "lost":
             self._gap = "the database removed its log before all changes had been read"
@@ -243,7 +243,7 @@ class WalSource:
         if wal_status is not None:
             await self._ask(db, "select pg_drop_replication_slot(%s)", self._slot)
         self._failures = 0
-        self._holder = await self._backend(db, db)
+        self._slot_owner = await self._backend(db, db)
         # It waits for the transactions that write at this moment. On a primary pg_log_standby_snapshot() does not shorten that: PostgreSQL
         # logs one itself as soon as they have ended.
         naming = asyncio.create_task(self._name_waited_for())
@@ -252,7 +252,7 @@ class WalSource:
                 await db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (self._slot,))
         finally:
             await end([naming])
-        self._holder = None
+        self._slot_owner = None
 
     async def _name_waited_for(self) -> None:
         said: list[tuple[Any, ...]] = []
@@ -260,7 +260,7 @@ class WalSource:
         while True:
             await asyncio.sleep(SLOT_WAITS_S)
             # That the database is away is noticed by the session that creates the slot.
-            with contextlib.suppress(DatabaseUnavailable, QueryCanceled), database.changing():
+            with contextlib.suppress(DatabaseUnavailable, QueryCanceled), database.retry_on_ddl():
                 waits = await self._pool.fetch("select pid, role, application from realtime_internal.slot_waits()")
             for pid, role, application in waits if waits != said else ():
                 log.warning("the replication slot waits for a transaction", pid=pid, role=role, application=application)
@@ -277,13 +277,13 @@ class WalSource:
     async def _start(self, db: Database, walsender: Database) -> _Stream:
         """Begin to stream where the slot is. Raises: SourceLost, DatabaseUnavailable, psycopg.Error."""
         system, timeline, end_lsn, _ = await self._ask(walsender, "IDENTIFY_SYSTEM")
-        self._meet(system, timeline, pgoutput.parse_lsn(end_lsn))
-        self._holder = await self._backend(db, walsender)
+        self._check_timeline(system, timeline, pgoutput.parse_lsn(end_lsn))
+        self._slot_owner = await self._backend(db, walsender)
         start = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})").format(
             sql.Identifier(self._slot), sql.Literal(sql.Identifier(self._publication).as_string())
         )
         try:
-            with database.hanging_up(walsender, self._timeout_s):
+            with database.abort_after(walsender, self._timeout_s):
                 await walsender.execute(start)
         except psycopg.errors.ObjectInUse as error:
             raise SourceLost(f"replication slot {self._slot} is in use by another server") from error
@@ -298,15 +298,15 @@ class WalSource:
         self._taken = self._taken._replace(confirmed_lsn=confirmed_lsn)
         return _Stream(walsender.pgconn)
 
-    def _meet(self, system: str, timeline: int, end_lsn: int) -> None:
+    def _check_timeline(self, system: str, timeline: int, end_lsn: int) -> None:
         """Forget the places of another history, or of this one where it was set back to an earlier state."""
-        life = (system, timeline)
-        if self._life is not None and (life != self._life or end_lsn < self._taken.commit_lsn):
+        incarnation = (system, timeline)
+        if self._incarnation is not None and (incarnation != self._incarnation or end_lsn < self._taken.commit_lsn):
             log.warning("the database was restored or promoted: changes may come again")
-            self._taken, self._told = NOTHING_TAKEN, None
-            if system != self._life[0]:
+            self._taken, self._told = NO_PROGRESS, None
+            if system != self._incarnation[0]:
                 self._gap = "the database is another one now"
-        self._life = life
+        self._incarnation = incarnation
 
     async def _follow(self, stream: _Stream, db: Database, receiver: Receiver) -> None:
         assembly = Assembly(self._taken)
@@ -322,7 +322,7 @@ class WalSource:
                         wants_reply |= is_asked
             # What is whole does not wait for what may take long, and a transaction is cut only where it is more than a piece.
             piece = assembly.cut(everything=stream.is_full and not assembly.has_whole)
-            await self._hand_on(piece, db, receiver)
+            await self._deliver(piece, db, receiver)
             if wants_reply:
                 stream.send(self._status())
             if arrived or stream.is_full:
@@ -330,7 +330,7 @@ class WalSource:
             else:
                 await self._wait_for_more(stream, db)
 
-    async def _hand_on(self, piece: Piece, db: Database, receiver: Receiver) -> None:
+    async def _deliver(self, piece: Piece, db: Database, receiver: Receiver) -> None:
         if piece.changes:
             near = await self._wait_until_visible(db, piece.xids)
             # Who subscribed long ago compares with ids of then, so the lower half of this one would not do.
@@ -367,13 +367,13 @@ class WalSource:
 
     async def _wait_for_more(self, stream: _Stream, db: Database) -> None:
         """Raises: DatabaseUnavailable, if the walsender is gone without a word."""
-        assert self._holder is not None, "it is streaming"
+        assert self._slot_owner is not None, "it is streaming"
         while True:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     return await stream.readable()
             except TimeoutError as error:
-                pid, started = self._holder
+                pid, started = self._slot_owner
                 (found,) = await self._ask(db, "select realtime_internal.backend_started(%s)", pid)
                 if found != started:
                     raise DatabaseUnavailable from error
@@ -393,7 +393,7 @@ class WalSource:
 
     async def _ask(self, db: Database, query: LiteralString, *arguments: object) -> Any:
         """One row. Raises: DatabaseUnavailable, QueryCanceled."""
-        with database.errors(), database.hanging_up(db, self._timeout_s + VISIBLE_S):
+        with database.errors(), database.abort_after(db, self._timeout_s + VISIBLE_S):
             return await (await db.execute(query, arguments or None)).fetchone()
 
 

@@ -53,5 +53,5 @@ class Watch:
                 for relation in await triggers.capture():
                     self._subscriptions.miss(relation, "gap: for a moment, changes of the table were not captured")
             if await self._catalog.refresh():
-                self._subscriptions.enter_all_again()
+                self._subscriptions.requeue_all()
             self._last_look = look

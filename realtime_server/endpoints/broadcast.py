@@ -46,7 +46,7 @@ from realtime_server.services import Authorize, Verify
 log = structlog.get_logger()
 
 MAX_NAME_BYTES: Final = 255
-MOST_BYTES_OF_STRANGERS: Final = 65_536
+MAX_UNAUTHENTICATED_BYTES: Final = 65_536
 BLANK: Final = "can't be blank"
 INVALID: Final = "is invalid"
 TOO_LARGE: Final = "Payload size exceeds tenant limit"
@@ -224,7 +224,7 @@ class SeenKeys:
             self._entries.popitem(last=False)
 
 
-class _Refused(Exception):
+class HttpError(Exception):
     """Ends a request with this answer."""
 
     def __init__(self, status: int, message: str | None = None, **body: Any) -> None:
@@ -348,7 +348,7 @@ class BroadcastEndpoints:
             payload = bytes(_decode(body, msgspec.Raw, "Request body must be JSON"))
         _check_accept(request)
         if media_type not in (JSON, BYTES):
-            raise _Refused(415, error=f"Unsupported Media Type. Use {JSON} or {BYTES}")
+            raise HttpError(415, error=f"Unsupported Media Type. Use {JSON} or {BYTES}")
         claims = await self._caller(request)
         headers = policy_headers(request)
         is_json = media_type == JSON
@@ -360,12 +360,12 @@ class BroadcastEndpoints:
         elif is_json and is_deeper_than(payload, self._settings.max_depth):
             errors["payload"] = [INVALID]
         if errors:
-            raise _Refused(422, errors=errors)
+            raise HttpError(422, errors=errors)
         with self._once(request, claims, repr((topic, event, private, is_json)).encode(), body) as is_new:
             if is_new:
                 self._check_rate()
                 if private and not (await self._policy(topic, claims, headers)).can_write_broadcast:
-                    raise _Refused(403, "Unauthorized")
+                    raise HttpError(403, "Unauthorized")
                 room = Room(TOPIC_PREFIX + topic, private)
                 self._publish(room, Broadcast(room.topic, event, payload, is_json=is_json))
 
@@ -373,16 +373,16 @@ class BroadcastEndpoints:
         try:
             return await self._authorize(topic, claims, headers)
         except DatabaseUnavailable:
-            raise _Refused(422, "Tenant database unavailable") from None
+            raise HttpError(422, "Tenant database unavailable") from None
         except QueryCanceled:
-            raise _Refused(422, "Query canceled") from None
+            raise HttpError(422, "Query canceled") from None
         except Exception:
             log.exception("private broadcast could not be authorized", topic=topic)
-            raise _Refused(500, "Unable to authorize broadcast") from None
+            raise HttpError(500, "Unable to authorize broadcast") from None
 
     async def _body(self, request: Request) -> bytes:
         """The body; refused as soon as it is over the limit. More than a little is kept only of who has a valid token."""
-        too_large = _Refused(413, "Request body is too large")
+        too_large = HttpError(413, "Request body is too large")
         body, is_known = bytearray(), False
         try:
             # The parser has seen to it that this is a number.
@@ -392,16 +392,16 @@ class BroadcastEndpoints:
                 body += chunk
                 if len(body) > self._settings.max_body_bytes:
                     raise too_large
-                if len(body) > MOST_BYTES_OF_STRANGERS and not is_known:
+                if len(body) > MAX_UNAUTHENTICATED_BYTES and not is_known:
                     await self._identify(request)
                     is_known = True
         except ClientDisconnect:
-            raise _Refused(400, "Request body is incomplete") from None
+            raise HttpError(400, "Request body is incomplete") from None
         return bytes(body)
 
     async def _caller(self, request: Request) -> Claims:
         if self._events.is_over(self._clock()):
-            raise _Refused(429, "Too many requests")
+            raise HttpError(429, "Too many requests")
         return await self._identify(request)
 
     async def _identify(self, request: Request) -> Claims:
@@ -409,15 +409,15 @@ class BroadcastEndpoints:
             return await self._verify(token_of(request))
         except AuthError as error:
             log.info("broadcast refused", code=error.code, reason=str(error))
-            raise _Refused(401, "Unauthorized") from None
+            raise HttpError(401, "Unauthorized") from None
 
     def _check_rate(self, messages: int = 0) -> None:
         """Again: the rate may have risen while the token was verified. A batch must fit as a whole, a single message need not."""
         limit, rolling = self._events.limit_per_s, self._events.rolling(self._clock())
         if limit and rolling > limit:
-            raise _Refused(429, "You have exceeded your rate limit")
+            raise HttpError(429, "You have exceeded your rate limit")
         if limit and messages and rolling + messages > limit:
-            raise _Refused(429, "Too many messages to broadcast, please reduce the batch size")
+            raise HttpError(429, "Too many messages to broadcast, please reduce the batch size")
 
     @contextlib.contextmanager
     def _once(self, request: Request, claims: Claims, *parts: bytes) -> Iterator[bool]:
@@ -427,16 +427,16 @@ class BroadcastEndpoints:
             yield True
             return
         if not _KEY_PATTERN.fullmatch(theirs):
-            raise _Refused(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
+            raise HttpError(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
         # Who has no subject is known by all claims: others of the same role have keys of their own.
         caller = claims.json if claims.subject is None else claims.subject
         key = _digest(repr((claims.role, claims.subject is None, caller, theirs)).encode())
         contents = _digest(*parts)
         seen = self._keys.begin(key, contents, self._clock())
         if seen is Seen.REUSED:
-            raise _Refused(422, "Idempotency-Key was already used for another request")
+            raise HttpError(422, "Idempotency-Key was already used for another request")
         if seen is Seen.RUNNING:
-            raise _Refused(409, "A request with this Idempotency-Key is being processed")
+            raise HttpError(409, "A request with this Idempotency-Key is being processed")
         try:
             yield seen is Seen.NEW
         except BaseException:
@@ -449,7 +449,7 @@ class BroadcastEndpoints:
 async def _answer(work: Awaitable[None]) -> Response:
     try:
         await work
-    except _Refused as refused:
+    except HttpError as refused:
         return refused.response
     except TooManyHeaders as error:
         return refusal(error)
@@ -466,7 +466,7 @@ def _decode(body: bytes, type_: Any, problem: str) -> Any:
         body.decode()
         return msgspec.json.decode(body, type=type_)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise _Refused(400, problem) from None
+        raise HttpError(400, problem) from None
 
 
 def _media_type(request: Request) -> str:
@@ -488,7 +488,7 @@ def _check_accept(request: Request) -> None:
             if ranges[covering]:
                 return
             break
-    raise _Refused(406, "Not Acceptable")
+    raise HttpError(406, "Not Acceptable")
 
 
 def _is_zero_weight(parameter: str) -> bool:
@@ -502,8 +502,8 @@ def _array_decoder(max_items: int) -> msgspec.json.Decoder[msgspec.Struct]:
     return msgspec.json.Decoder(msgspec.defstruct("Items", fields, array_like=True, forbid_unknown_fields=True))
 
 
-def _invalid_batch(*errors: str | dict[str, list[str]]) -> _Refused:
-    return _Refused(422, errors={"messages": errors})
+def _invalid_batch(*errors: str | dict[str, list[str]]) -> HttpError:
+    return HttpError(422, errors={"messages": errors})
 
 
 def _read_message(item: msgspec.Raw, settings: Settings) -> tuple[Room, Broadcast] | dict[str, list[str]]:

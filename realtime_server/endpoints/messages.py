@@ -71,8 +71,8 @@ async def _page(services: Services, request: Request) -> Response:
     await check_may_receive(services, room, claims, policy_headers(request))
     after = query.get("after")
     if after is None:
-        place = await services.first_place()
-        return JSONResponse({"messages": [], "cursor": place.cursor, "is_last": True})
+        position = await services.first_position()
+        return JSONResponse({"messages": [], "cursor": position.cursor, "is_last": True})
     page = await services.history.after(room, after, limit)
     body = {
         "messages": [msgspec.Raw(stored.message.to_json(with_cursor=True)) for stored in page.messages],

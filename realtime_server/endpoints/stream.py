@@ -30,9 +30,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from realtime_server.authorization import PolicyHeaders
+from realtime_server.broadcast_subscription import BroadcastSubscription, ByteBudget, CatchUpBuffer, Message
 from realtime_server.changes.entering import PATIENCE_S
-from realtime_server.changes.reader import Reader
-from realtime_server.changes.subscriptions import TRIED_AGAIN
+from realtime_server.changes.reader import RowChangeSubscriber
+from realtime_server.changes.subscriptions import RETRYABLE
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
 from realtime_server.connection import ABORT, BEHIND_BYTES, GOODBYE_S
@@ -65,7 +66,6 @@ from realtime_server.errors import (
     TooManyUsers,
     TopicNameRequired,
 )
-from realtime_server.follower import Follower, Hold, Message, Shelf
 from realtime_server.history import Page
 from realtime_server.hub import Room
 from realtime_server.protocol import bindings
@@ -115,7 +115,7 @@ STREAM: Final = Operation(
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class StreamRequest:
     """What a request asks for. `events` empty: all."""
 
     rooms: tuple[Room, ...]
@@ -136,7 +136,7 @@ def stream_endpoint(
             token = token_of(request) if ticket is None else tickets.open(ticket, request.query_params)
             claims = await services.verify(token)
             headers = policy_headers(request)
-            wish = _read_wish(request, settings.max_channels_per_socket)
+            wish = _parse_request(request, settings.max_channels_per_socket)
         except RealtimeError as error:
             return refusal(error)
         abort = request.scope.get("extensions", {}).get(ABORT)
@@ -153,7 +153,7 @@ class EventStream:
         self,
         services: Services,
         sockets: Sockets,
-        wish: Wish,
+        wish: StreamRequest,
         claims: Claims,
         headers: PolicyHeaders,
         max_buffered_bytes: int,
@@ -167,12 +167,12 @@ class EventStream:
         self._max_buffered_bytes = max_buffered_bytes
         self._behind_bytes = min(max_buffered_bytes // 4, BEHIND_BYTES)
         self._abort = abort
-        shelf = Shelf(max_buffered_bytes // 2)
-        self._followers = [_Topic(self, room, services, wish.events, shelf) for room in wish.rooms]
+        byte_budget = ByteBudget(max_buffered_bytes // 2)
+        self._subscriptions = [_Topic(self, room, services, wish.events, byte_budget) for room in wish.rooms]
         self._rows = RowReader(self) if wish.bindings else None
-        self._hold: Hold | None = None
+        self._buffer: CatchUpBuffer | None = None
         self._is_following = False
-        self._is_in_doubt = False
+        self._needs_reauthorization = False
         self._is_over = False
         self._outlet = sockets.outlet
         self._waiting: deque[Frame] = deque()
@@ -199,26 +199,26 @@ class EventStream:
         await self._authorize()
         if self._rows is not None:
             await self._subscribe_to_changes(self._rows)
-        place = await self._services.first_place()
+        position = await self._services.first_position()
         self._check_expiry()
-        self._hold = Hold(*self._followers) if self._followers else None
+        self._buffer = CatchUpBuffer(*self._subscriptions) if self._subscriptions else None
         self._is_following = True
-        for follower in self._followers:
-            self._services.broadcasts.subscribe(follower.room, follower)
-        topics = [follower.room.topic.removeprefix(TOPIC_PREFIX) for follower in self._followers]
+        for subscription in self._subscriptions:
+            self._services.broadcasts.subscribe(subscription.room, subscription)
+        topics = [subscription.room.topic.removeprefix(TOPIC_PREFIX) for subscription in self._subscriptions]
         # With a cursor of its own, the client has one to come back with.
         begin = None
         if self._wish.after is None:
             # Row changes alone have no places; with this one the client comes back and is told of what it missed.
-            begin = place.cursor if self._hold is None else self._hold.begin
+            begin = position.cursor if self._buffer is None else self._buffer.begin
         self._put(Frame(b"retry: %d\n\n" % RETRY_MS))
         self.send(event_frame(dumps({"topics": topics}), event="ready", id=begin))
         if self._rows is not None:
             if self._wish.after is not None:
                 self.send(event_frame(dumps({"message": NOT_KEPT, "cursor": None}), event="gap"))
             self._rows.release()
-        if self._hold is not None:
-            self._spawn(self._go_live(self._hold, self._wish.after))
+        if self._buffer is not None:
+            self._spawn(self._go_live(self._buffer, self._wish.after))
         self._watch_expiry()
 
     async def run(self) -> AsyncIterator[bytes]:
@@ -234,8 +234,8 @@ class EventStream:
                 async with asyncio.timeout(KEEP_ALIVE_S):
                     await self._wake.wait()
             except TimeoutError:
-                place = self._services.place() if self._hold is None else None
-                self._put(Frame(b": keep-alive\n" + _id_frame(None if place is None else place.cursor).data))
+                position = self._services.position() if self._buffer is None else None
+                self._put(Frame(b": keep-alive\n" + _id_frame(None if position is None else position.cursor).data))
 
     def end(self) -> None:
         """Leave all topics; what waits may still be read. Harmless when over."""
@@ -243,8 +243,8 @@ class EventStream:
         self._wake.set()
         self._sockets.discard(self)
         self._services.users.discard(self)
-        for follower in self._followers:
-            self._services.broadcasts.unsubscribe(follower.room, follower)
+        for subscription in self._subscriptions:
+            self._services.broadcasts.unsubscribe(subscription.room, subscription)
         if self._rows is not None and self._rows.registration is not None:
             self._services.changes.leave(self._rows.registration)
         if self._expiry is not None:
@@ -330,24 +330,24 @@ class EventStream:
             room.private and topic in (None, room.topic.removeprefix(TOPIC_PREFIX)) for room in self._wish.rooms
         )
         if is_meant:
-            self._is_in_doubt = True
-            if self._is_following and self._hold is None and self._followers:
-                self._hold = Hold(*self._followers)
-                self._spawn(self._go_live(self._hold, None))
+            self._needs_reauthorization = True
+            if self._is_following and self._buffer is None and self._subscriptions:
+                self._buffer = CatchUpBuffer(*self._subscriptions)
+                self._spawn(self._go_live(self._buffer, None))
 
     def tell_gap(self, problem: str, oldest: str) -> None:
         """Messages of the database are missing from here on."""
         # A stream that has not begun yet misses nothing, or is told when its own cursor is read from. Row changes come from elsewhere.
-        if self._is_following and self._followers:
-            if self._hold is not None:
-                self._hold.restart()
+        if self._is_following and self._subscriptions:
+            if self._buffer is not None:
+                self._buffer.restart()
             self._tell_gap(problem, oldest)
 
     def _tell_gap(self, problem: str, oldest: str | None) -> None:
         # Not the place of now: what is held is before it.
-        begin = self._hold.begin if self._hold is not None else None
-        place = self._services.place()
-        id = begin or (place.cursor if place is not None else None)
+        begin = self._buffer.begin if self._buffer is not None else None
+        position = self._services.position()
+        id = begin or (position.cursor if position is not None else None)
         self.send(event_frame(dumps({"message": problem, "cursor": oldest}), event="gap", id=id))
 
     async def _subscribe_to_changes(self, rows: RowReader) -> None:
@@ -355,7 +355,7 @@ class EventStream:
         self._spawn(rows.subscribe(self._services.changes, self._claims, enumerate(self._wish.bindings, start=1)))
         try:
             async with asyncio.timeout(PATIENCE_S):
-                await rows.first_word
+                await rows.established
         except TimeoutError:
             raise DatabaseUnavailable from None
 
@@ -364,33 +364,33 @@ class EventStream:
 
         Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled.
         """
-        self._is_in_doubt = True
-        while self._is_in_doubt:
-            self._is_in_doubt = False
+        self._needs_reauthorization = True
+        while self._needs_reauthorization:
+            self._needs_reauthorization = False
             await asyncio.gather(
                 *(check_may_receive(self._services, room, self._claims, self._headers) for room in self._wish.rooms)
             )
 
-    async def _go_live(self, hold: Hold, after: str | None) -> None:
+    async def _go_live(self, buffer: CatchUpBuffer, after: str | None) -> None:
         """Send what lies behind the cursor, if there is one, and what was held, once policies allow it."""
         try:
             if after is not None:
-                await self._catch_up(hold, after)
-            while await self._is_ready() and hold.is_overfull and hold.begin is not None:
-                await hold.catch_up(hold.begin, self._read, self._is_ready)
+                await self._catch_up(buffer, after)
+            while await self._is_ready() and buffer.overflowed and buffer.begin is not None:
+                await buffer.catch_up(buffer.begin, self._read, self._is_ready)
         except RealtimeError as error:
             self.fail(error)
         except Exception:
             log.exception("stream crashed")
             self.end()
         else:
-            self._hold = None
-            if (problem := hold.release()) is not None:
+            self._buffer = None
+            if (problem := buffer.release()) is not None:
                 self.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
-    async def _catch_up(self, hold: Hold, after: str) -> None:
+    async def _catch_up(self, buffer: CatchUpBuffer, after: str) -> None:
         try:
-            behind = await hold.catch_up(after, self._read, self._is_ready)
+            behind = await buffer.catch_up(after, self._read, self._is_ready)
         except (Gap, MalformedCursor) as error:
             self._tell_gap(str(error), error.oldest if isinstance(error, Gap) else None)
         else:
@@ -401,7 +401,7 @@ class EventStream:
         page = await self._services.history.after(room, cursor)
         wanted = self._wish.events
         messages = [stored for stored in page.messages if not wanted or stored.message.event in wanted]
-        if len(self._followers) > 1:
+        if len(self._subscriptions) > 1:
             # A place in one topic is none in the others, which are read after it: until all are read, no event moves the place.
             messages = [stored._replace(message=replace(stored.message, cursor=None)) for stored in messages]
         return page._replace(messages=messages)
@@ -409,7 +409,7 @@ class EventStream:
     async def _is_ready(self) -> bool:
         """Wait until the client has taken most of what was sent and its rights are sure; False when the stream is over."""
         while not self._is_over:
-            if self._is_in_doubt:
+            if self._needs_reauthorization:
                 await self._authorize()
             elif self.is_filling:
                 await asyncio.sleep(DRAIN_LOOK_S)
@@ -443,13 +443,15 @@ class EventStream:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Topic(Follower):
+class _Topic(BroadcastSubscription):
     """One topic of a stream, of which it may want some events only."""
 
     def __init__(
-        self, stream: EventStream, room: Room, services: Services, events: frozenset[str], shelf: Shelf
+        self, stream: EventStream, room: Room, services: Services, events: frozenset[str], byte_budget: ByteBudget
     ) -> None:
-        super().__init__(room, Encoding(Format.SSE), stream.send, services.place, shelf, lambda: stream.backlog)
+        super().__init__(
+            room, Encoding(Format.SSE), stream.send, services.position, byte_budget, lambda: stream.backlog
+        )
         self._events = events
 
     def deliver(self, message: Message, frame: Frame) -> None:
@@ -457,7 +459,7 @@ class _Topic(Follower):
             super().deliver(message, frame)
 
 
-class RowReader(Reader):
+class RowReader(RowChangeSubscriber):
     """The subscriber to the row changes of a stream. What comes before `release` waits for the `ready` event."""
 
     def __init__(self, stream: EventStream) -> None:
@@ -469,7 +471,7 @@ class RowReader(Reader):
 
     def say(self, text: str, *, ok: bool) -> None:
         if not ok:
-            self._stream.fail(DatabaseUnavailable() if text in TRIED_AGAIN else InvalidBinding(text))
+            self._stream.fail(DatabaseUnavailable() if text in RETRYABLE else InvalidBinding(text))
 
     def say_missing(self, problem: str) -> None:
         self._stream.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
@@ -501,7 +503,7 @@ class _Answer(StreamingResponse):
             self._stream.discard()
 
 
-def _read_wish(request: Request, max_topics: int) -> Wish:
+def _parse_request(request: Request, max_topics: int) -> StreamRequest:
     """Raises: TopicNameRequired, TooManyChannels, TooManyParameters, InvalidBinding."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
@@ -529,7 +531,7 @@ def _read_wish(request: Request, max_topics: int) -> Wish:
         raise TopicNameRequired
     if len(rooms) > max_topics:
         raise TooManyChannels
-    return Wish(
+    return StreamRequest(
         rooms=rooms,
         bindings=rows,
         events=events,

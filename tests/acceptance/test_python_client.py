@@ -25,7 +25,7 @@ import httpx2
 import psycopg
 import pytest
 
-from realtime_server.client import Client, Gap, Listener, Message, Refused
+from realtime_server.client import Client, Gap, Listener, Message, PermanentError
 from tests.fix_database import TestDatabase
 from tests.fix_proxy import ProxyFactory
 from tests.fix_rights import READ, grant_rights, token_with
@@ -526,7 +526,7 @@ async def test_refusal_that_will_not_heal_is_raised(
     async with Client(shared_server.url, key, **options) as client:
         listener = client.listen("refused")
         async with asyncio.timeout(LIMIT_S):
-            with pytest.raises(Refused, match=sentence):
+            with pytest.raises(PermanentError, match=sentence):
                 await anext(listener)
 
 
@@ -538,7 +538,7 @@ async def test_right_that_is_lost_while_listening_is_a_refusal(server: Server) -
         server.database.execute("drop policy claimed_read on realtime.messages")
         server.database.execute("select realtime.revalidate('work')")
         async with asyncio.timeout(LIMIT_S):
-            with pytest.raises(Refused, match="Unauthorized"):
+            with pytest.raises(PermanentError, match="Unauthorized"):
                 await anext(listener)
 
 
@@ -565,9 +565,9 @@ async def test_what_is_sent_reaches_who_listens_now(shared_server: Server, paylo
 
 async def test_sending_is_refused_where_it_may_not_be(shared_server: Server) -> None:
     async with Client(shared_server.url, shared_server.anon_key) as client:
-        with pytest.raises(Refused, match="status 403: Unauthorized"):
+        with pytest.raises(PermanentError, match="status 403: Unauthorized"):
             await client.send("t", "e", {})
-        with pytest.raises(Refused, match="status 422"):
+        with pytest.raises(PermanentError, match="status 422"):
             await client.send(" ", "e", {}, private=False)
     async with Client("http://127.0.0.1:9", "key") as client:
         with pytest.raises(ConnectionError, match="not sent"):

@@ -25,9 +25,14 @@ from realtime_server.backpressure import (
     STUCK_S,
     Backpressure,
 )
+from realtime_server.broadcast_subscription import (
+    MAX_BUFFERED_MESSAGES,
+    BroadcastSubscription,
+    ByteBudget,
+    CatchUpBuffer,
+)
 from realtime_server.client import Client, Message
-from realtime_server.cursor import Place, Snapshot
-from realtime_server.follower import MOST_HELD, Follower, Hold, Shelf
+from realtime_server.cursor import Snapshot, StreamPosition
 from realtime_server.history import Page, Stored
 from realtime_server.hub import Room
 from realtime_server.protocol.frames import Broadcast, Encoding, ForwardedBroadcast, Frame
@@ -40,7 +45,7 @@ from tests.fix_session import Talk
 from tests.fix_wire import LIMIT_S, Wire, WireFactory
 
 SSE = Encoding(Format.SSE)
-PLACE = Place("life", Snapshot.parse("5:5:"), None, 5)
+PLACE = StreamPosition("life", Snapshot.parse("5:5:"), None, 5)
 BULK = """
     insert into realtime.messages (topic, extension, event, payload, private)
     select %s, 'broadcast', 'e', jsonb_build_object('n', n, 'filler', repeat('x', 5000)), false
@@ -218,17 +223,17 @@ async def test_who_reads_nothing_is_waited_for_once(clock: Clock) -> None:
 class Stage:
     """One client that catches up in a room, and what it is sent. Message `n` is stored unless it is negative."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, byte_budget: ByteBudget) -> None:
         self.sent: list[int] = []
-        self.follower = Follower(Room("a", False), SSE, self._send, lambda: PLACE, shelf)
-        self.hold = Hold(self.follower)
+        self.subscription = BroadcastSubscription(Room("a", False), SSE, self._send, lambda: PLACE, byte_budget)
+        self.buffer = CatchUpBuffer(self.subscription)
 
     def live(self, *numbers: int) -> None:
         for number in numbers:
             message = self.message(number)
             frame = message.encode(SSE)
             assert frame is not None
-            self.follower.deliver(message, frame)
+            self.subscription.deliver(message, frame)
 
     @staticmethod
     def message(number: int) -> Broadcast:
@@ -244,7 +249,7 @@ class Stage:
         async def ready() -> bool:
             return True
 
-        assert await self.hold.catch_up("behind 0", read, ready) == "behind all"
+        assert await self.buffer.catch_up("behind 0", read, ready) == "behind all"
 
     def _send(self, frame: Frame) -> None:
         data = next(line for line in frame.data.split(b"\n") if line.startswith(b"data: "))
@@ -252,34 +257,34 @@ class Stage:
 
 
 async def test_stored_messages_make_room_for_broadcasts_of_clients() -> None:
-    stage = Stage(Shelf(1_000_000))
-    stored, clients = range(1, MOST_HELD + 1), range(-1, -101, -1)
+    stage = Stage(ByteBudget(1_000_000))
+    stored, clients = range(1, MAX_BUFFERED_MESSAGES + 1), range(-1, -101, -1)
     stage.live(*stored, *clients)
-    assert stage.hold.is_overfull
+    assert stage.buffer.overflowed
     await stage.catch_up(*stored)
-    assert stage.hold.release() is None
+    assert stage.buffer.release() is None
     assert stage.sent == [*stored, *clients]
 
 
 async def test_broadcasts_of_clients_that_do_not_fit_are_counted_and_told() -> None:
-    shelf = Shelf(1_000_000)
-    stage = Stage(shelf)
-    stage.live(*range(-1, -MOST_HELD - 6, -1))
+    byte_budget = ByteBudget(1_000_000)
+    stage = Stage(byte_budget)
+    stage.live(*range(-1, -MAX_BUFFERED_MESSAGES - 6, -1))
     # Nothing stored is missing, so nothing is read for their sake.
-    assert not stage.hold.is_overfull
-    problem = stage.hold.release()
+    assert not stage.buffer.overflowed
+    problem = stage.buffer.release()
     assert problem is not None
     assert problem.startswith("gap: 5 broadcasts of clients are missing")
-    assert len(stage.sent) == MOST_HELD
-    assert shelf.used_bytes == 0
+    assert len(stage.sent) == MAX_BUFFERED_MESSAGES
+    assert byte_budget.used_bytes == 0
 
 
 async def test_gap_of_database_messages_drops_no_broadcasts_of_clients() -> None:
-    stage = Stage(Shelf(1_000_000))
+    stage = Stage(ByteBudget(1_000_000))
     stage.live(1, -1, 2, -2)
-    stage.hold.restart()
+    stage.buffer.restart()
     stage.live(3)
-    assert stage.hold.release() is None
+    assert stage.buffer.release() is None
     assert stage.sent == [-1, -2, 3]
 
 
@@ -293,13 +298,13 @@ async def test_channel_is_told_of_broadcasts_of_clients_that_are_missing(talk: T
 
     talk.policy = late
     talk.session.revalidate("room", None)
-    for _ in range(MOST_HELD + 5):
+    for _ in range(MAX_BUFFERED_MESSAGES + 5):
         talk.services.publish(Room("realtime:room", True), ForwardedBroadcast.parse("realtime:room", b'{"event":"e"}'))
     answer.set()
     heard = [await talk.hear()]
     while heard[-1][3] == "broadcast":
         heard.append(await talk.hear())
-    missing = MOST_HELD + 5 - (len(heard) - 1)
+    missing = MAX_BUFFERED_MESSAGES + 5 - (len(heard) - 1)
     assert missing >= 5
     assert heard[-1][3:] == [
         "system",
@@ -378,7 +383,7 @@ async def test_heartbeat_that_asks_for_it_is_answered_with_the_position(
     small_server: Server, wire: WireFactory
 ) -> None:
     quiet = await wire(small_server.websocket_url, small_server.anon_key)
-    place = (await quiet.join("quiet", CURSOR))["response"]["cursor"]
+    position = (await quiet.join("quiet", CURSOR))["response"]["cursor"]
     busy = await joined(small_server, wire, "busy")
     send(small_server.database, "busy")
     await numbers_of(busy, 1)
@@ -389,7 +394,7 @@ async def test_heartbeat_that_asks_for_it_is_answered_with_the_position(
     assert await quiet.is_alive(), "who does not ask gets none"
     counts = [
         small_server.database.execute("select count(*) from realtime.messages_after('busy', %s)", cursor)[0][0]
-        for cursor in (place, later)
+        for cursor in (position, later)
     ]
     assert counts == [1, 0]
 
@@ -398,11 +403,11 @@ async def test_client_adopts_the_position_while_its_topic_is_quiet(small_server:
     async with Client(small_server.url, small_server.service_key, heartbeat_s=0.05) as client:
         listener = client.listen("silent")
         await listener.ready()
-        place = listener.cursor
+        position = listener.cursor
         waiting = asyncio.create_task(anext(listener))
         send(small_server.database, "noise")
         async with asyncio.timeout(LIMIT_S):
-            while listener.cursor == place:
+            while listener.cursor == position:
                 await asyncio.sleep(0.02)
         send(small_server.database, "silent", private=True)
         message = await waiting
@@ -419,12 +424,12 @@ async def test_listen_that_is_interrupted_keeps_the_position_of_a_quiet_topic(
     async with asyncio.timeout(LIMIT_S):
         while not state.exists():
             await asyncio.sleep(0.02)
-        place = state.read_text().strip()
+        position = state.read_text().strip()
         (listener,) = client._listeners
         send(small_server.database, "noise")
-        while listener.cursor == place:
+        while listener.cursor == position:
             await asyncio.sleep(0.02)
     listening.cancel()
     await asyncio.wait([listening])
     assert listening.cancelled()
-    assert state.read_text().strip() == listener.cursor != place
+    assert state.read_text().strip() == listener.cursor != position

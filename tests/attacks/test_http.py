@@ -31,7 +31,7 @@ from realtime_server.endpoints.bounds import MAX_HEADERS
 from realtime_server.endpoints.broadcast import MAX_REPORTED, SLICE_STEPS, BroadcastEndpoints
 from realtime_server.endpoints.caller import MAX_POLICY_HEADERS, policy_headers
 from realtime_server.endpoints.sockets import Client, Pace, Sockets
-from realtime_server.endpoints.stream import MAX_EVENTS, EventStream, Wish
+from realtime_server.endpoints.stream import MAX_EVENTS, EventStream, StreamRequest
 from realtime_server.endpoints.tickets import Tickets
 from realtime_server.errors import InvalidTicket, RealtimeError
 from realtime_server.hub import Room
@@ -112,7 +112,7 @@ def test_filter_is_read_once_however_many_events_there_are(monkeypatch: pytest.M
     monkeypatch.setattr(filters, "parse", count)
     names = [f"e{number}" for number in range(MAX_EVENTS - 2)] + ["insert", "DELETE"]
     query = "schema=public&table=t&filter=c%3Deq.1" + "".join(f"&event={name}" for name in names)
-    wish = stream._read_wish(request_with(query=query), 100)
+    wish = stream._parse_request(request_with(query=query), 100)
     assert parsed == ["c=eq.1"]
     assert {binding.event for binding in wish.bindings} == {"*", "INSERT", "DELETE"}
     assert {binding.conditions for binding in wish.bindings} == {parse("c=eq.1")}
@@ -260,7 +260,7 @@ async def test_batch_is_counted_before_its_messages_are_taken_apart() -> None:
         body = batch_of(*[item] * (1_000_000 // (len(item) + 1)))
         raw = msgspec.json.decode(body, type=broadcast._RawBatch).messages
         tracemalloc.start()
-        with pytest.raises(broadcast._Refused):
+        with pytest.raises(broadcast.HttpError):
             stage.endpoints._items(raw)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -345,7 +345,7 @@ async def test_batch_reaches_a_reader_for_whom_little_may_wait(
 ) -> None:
     socket = await wire(production.websocket_url, production.anon_key)
     await socket.join("t")
-    follower = await events(production.url, production.anon_key, topic="t")
+    subscription = await events(production.url, production.anon_key, topic="t")
     messages = [{"topic": "t", "event": "e", "payload": {"n": number, "text": "x" * 5000}} for number in range(1000)]
 
     async def read() -> None:
@@ -355,7 +355,7 @@ async def test_batch_reaches_a_reader_for_whom_little_may_wait(
     url = f"{production.url}/api/broadcast"
     headers = {"apikey": production.anon_key}
     answer, _, numbers = await asyncio.gather(
-        http.post(url, json={"messages": messages}, headers=headers, timeout=60), read(), follower.numbers(1000)
+        http.post(url, json={"messages": messages}, headers=headers, timeout=60), read(), subscription.numbers(1000)
     )
     assert answer.status_code == 202
     assert numbers == list(range(1000))
@@ -391,7 +391,9 @@ def test_event_of_a_broadcast_is_read_once_for_all_streams() -> None:
 @pytest.mark.parametrize("has_topic", [True, False])
 async def test_stream_of_row_changes_alone_is_told_no_gap_of_messages(has_topic: bool) -> None:
     services = cast(Any, SimpleNamespace(place=lambda: None))
-    wish = Wish((Room("realtime:t", False),) if has_topic else (), (bindings.parse({"table": "t"}),), frozenset(), None)
+    wish = StreamRequest(
+        (Room("realtime:t", False),) if has_topic else (), (bindings.parse({"table": "t"}),), frozenset(), None
+    )
     following = EventStream(services, Sockets(0), wish, CLAIMS, PolicyHeaders(), 100_000, None)
     following._is_following = True
     following.tell_gap("gap: restored", "cursor")

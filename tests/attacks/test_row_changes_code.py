@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from tests.fix_database import TestDatabase
 
 # What a function of an attacker does: it tries to get the rights of whoever called it, to read and to write what only the server may, to
@@ -338,7 +338,7 @@ def test_operators_and_functions_planted_in_public_are_not_called(db: psycopg.Co
 
 @pytest.fixture
 async def pool(database: TestDatabase) -> AsyncIterator[Pool]:
-    pool = Pool(Target(database.url), name="test", size=1, timeout_s=5, statement_timeout_s=5, runs_user_code=True)
+    pool = Pool(Endpoint(database.url), name="test", size=1, timeout_s=5, statement_timeout_s=5, runs_user_code=True)
     await pool.open()
     try:
         yield pool

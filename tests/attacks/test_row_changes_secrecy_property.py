@@ -23,7 +23,7 @@ from realtime_server.changes.payload import encode
 from realtime_server.changes.rounds import Round
 from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions
 from realtime_server.claims import Claims
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.protocol import bindings
 from tests.fix_database import Cluster, TestDatabase
 
@@ -147,7 +147,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     cluster: Cluster = request.getfixturevalue(request.param)
     database = cluster.create("heads")
     prepare(database)
-    pool = Pool(Target(database.url), name="test", size=1, timeout_s=30, statement_timeout_s=30, runs_user_code=True)
+    pool = Pool(Endpoint(database.url), name="test", size=1, timeout_s=30, statement_timeout_s=30, runs_user_code=True)
     await pool.open()
     catalog = Catalog(pool, sorted({one.role for one in CLAIMS}))
     await catalog.refresh()
@@ -225,7 +225,7 @@ async def play(
         table,
         is_captured=True,
         strict_deletes=False,
-        left_out=(),
+        quarantined=(),
         is_last_try=True,
     )
     changes = [

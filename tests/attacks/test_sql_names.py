@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from realtime_server.database import SEARCH_PATH, Pool, Target
+from realtime_server.database import SEARCH_PATH, Endpoint, Pool
 from tests.fix_changes import SOURCES, Source, hear_change, log_is_readable, subscribe
 from tests.fix_database import Cluster, TestDatabase, act_as
 from tests.fix_server import Server, make_token
@@ -268,7 +268,7 @@ def test_no_function_calls_what_is_planted(planted: TestDatabase, who: str) -> N
 @pytest.mark.parametrize("is_pooled", [False, True])
 async def test_sessions_of_the_server_have_pg_catalog_alone(database: TestDatabase, is_pooled: bool) -> None:
     """Also behind a transaction pooler, where it is set for each transaction and for nobody else."""
-    pool = Pool(Target(database.url, is_pooled), name="test", size=1, timeout_s=5, statement_timeout_s=5)
+    pool = Pool(Endpoint(database.url, is_pooled), name="test", size=1, timeout_s=5, statement_timeout_s=5)
     await pool.open()
     try:
         assert await pool.fetch("select current_setting('search_path')") == [(SEARCH_PATH,)]

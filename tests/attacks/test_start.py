@@ -16,7 +16,7 @@ from psycopg import conninfo
 from realtime_server import database as databases
 from realtime_server.authorization import ALONE_AT_ONCE, BATCH_LIMIT_S, EVERYTHING, Authorization, Policy, PolicyHeaders
 from realtime_server.claims import Claims
-from realtime_server.database import Pool, Target, target_of
+from realtime_server.database import Endpoint, Pool, probe
 from realtime_server.errors import DatabaseUnavailable
 from realtime_server.relay import MESSAGES, Relay
 from tests.fix_database import TestDatabase
@@ -76,7 +76,7 @@ async def test_requests_that_arrive_before_the_relay_has_a_place_wait_for_it(
 @pytest.fixture
 async def relay_without_database(database: TestDatabase) -> AsyncIterator[Relay[Any]]:
     """It runs, and nobody listens where it connects to."""
-    target = Target(conninfo.make_conninfo(database.url, host="127.0.0.1", port=1))
+    target = Endpoint(conninfo.make_conninfo(database.url, host="127.0.0.1", port=1))
     relay = Relay(target, MESSAGES, name="relay", timeout_s=0.05)
     running = asyncio.create_task(relay.run(None))  # type: ignore[arg-type]
     yield relay
@@ -86,13 +86,13 @@ async def relay_without_database(database: TestDatabase) -> AsyncIterator[Relay[
 
 
 async def test_wait_for_the_first_place_is_bounded(relay_without_database: Relay[Any]) -> None:
-    waiting = [asyncio.create_task(relay_without_database.first_place()) for _ in range(1000)]
+    waiting = [asyncio.create_task(relay_without_database.first_position()) for _ in range(1000)]
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert {type(answer) for answer in answers} == {DatabaseUnavailable}
     # The database has been away for as long as anybody waits: who comes now is refused without a turn of the loop.
     await asyncio.sleep(0.1)
     with pytest.raises(DatabaseUnavailable):
-        relay_without_database.first_place().send(None)
+        relay_without_database.first_position().send(None)
 
 
 async def until_statements(database: TestDatabase, pattern: str, count: int) -> None:
@@ -116,7 +116,7 @@ async def authorization(database: TestDatabase) -> AsyncIterator[Authorization]:
     )
     database.execute("create policy allowed on realtime.messages to authenticated using (public.is_allowed())")
     pool = Pool(
-        Target(database.url),
+        Endpoint(database.url),
         name="authorization",
         size=1 + ALONE_AT_ONCE,
         timeout_s=LIMIT_S,
@@ -156,10 +156,10 @@ async def test_slow_policy_delays_only_its_own_topic_and_ends_with_its_client(
 
 
 async def test_statement_ends_in_postgresql_when_its_connection_is_given_up(database: TestDatabase) -> None:
-    db = await databases.connect(Target(database.url), name="test", timeout_s=LIMIT_S)
+    db = await databases.connect(Endpoint(database.url), name="test", timeout_s=LIMIT_S)
     running = asyncio.create_task(db.execute("select pg_sleep(300)"))
     await until_statements(database, "pg_sleep(300)", 1)
-    databases.hang_up(db)
+    databases.abort_connection(db)
     with pytest.raises(psycopg.OperationalError):
         await running
     await until_statements(database, "pg_sleep(300)", 0)
@@ -177,4 +177,4 @@ def test_system_where_postgresql_cannot_check_clients_is_not_asked_to(
         return connect(parameters, **options)
 
     monkeypatch.setattr(psycopg, "connect", connect_elsewhere)
-    assert target_of(database.url, timeout_s=LIMIT_S) == Target(database.url, can_check_clients=False)
+    assert probe(database.url, timeout_s=LIMIT_S) == Endpoint(database.url, can_check_clients=False)

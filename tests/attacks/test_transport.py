@@ -108,7 +108,7 @@ class Bundled:
     """The bundled server's protocol classes around an application, in the loop of the test."""
 
     def __init__(self, application: Any, *, most_connections: int, max_partial_bytes: int, **options: Any) -> None:
-        self.strangers: dict[HttpProtocol, None] = {}
+        self.pending: dict[HttpProtocol, None] = {}
         self.state = ServerState()
         self.partial_messages = PartialMessages(max_partial_bytes)
         protocol = functools.partial(
@@ -128,7 +128,7 @@ class Bundled:
         self._listener: asyncio.Server | None = None
 
     async def start(self) -> None:
-        make = functools.partial(HttpProtocol, strangers=self.strangers, most_connections=self._most_connections)
+        make = functools.partial(HttpProtocol, pending=self.pending, most_connections=self._most_connections)
         self._listener = await asyncio.get_running_loop().create_server(
             lambda: make(self._config, self.state, {}), "127.0.0.1", 0
         )
@@ -223,7 +223,7 @@ async def test_handshake_is_pending_until_it_is_answered(
         peer.send(UPGRADE.format(path="/", more="").encode())
     await until(lambda: len(server.sockets) == 20)
     # Those that came first made room for the others, and all that are left are still pending.
-    assert len(server.strangers) == len(server.state.connections) == 20
+    assert len(server.pending) == len(server.state.connections) == 20
     assert [await peer.until_end() for peer in peers[:30]] == [b""] * 30
     refused = await connect(server.address)
     refused.send(UPGRADE.format(path="/refused", more="").encode())
@@ -231,14 +231,14 @@ async def test_handshake_is_pending_until_it_is_answered(
     is_answered.set()
     assert (await refused.until_end()).startswith(b"HTTP/1.1 403")
     assert [(await peer.reader.readline())[:12] for peer in peers[31:]] == [b"HTTP/1.1 101"] * 19
-    assert not server.strangers
+    assert not server.pending
 
     is_answered.clear()
     monkeypatch.setattr(bundled, "HANDSHAKE_S", 0.2)
     late = await connect(server.address)
     late.send(UPGRADE.format(path="/", more="").encode())
     assert await late.until_end() == b""
-    assert not server.strangers
+    assert not server.pending
 
 
 async def test_frames_before_the_handshake_is_accepted_wait_for_it(serve: BundledFactory, connect: Connect) -> None:

@@ -19,7 +19,7 @@ from realtime_server.changes.change import Change
 from realtime_server.changes.trigger import CaptureTriggers, TriggerSource, captured_row
 from realtime_server.changes.upkeep import Upkeep
 from realtime_server.cursor import Snapshot
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable
 from tests.fix_database import TestDatabase
 
@@ -77,7 +77,7 @@ def held(database: TestDatabase, *tables: str) -> Iterator[psycopg.Connection[An
 
 @pytest.fixture
 async def pool(database: TestDatabase) -> AsyncIterator[Pool]:
-    pool = Pool(Target(database.url), name="test", size=2, timeout_s=5, statement_timeout_s=5)
+    pool = Pool(Endpoint(database.url), name="test", size=2, timeout_s=5, statement_timeout_s=5)
     await pool.open()
     yield pool
     await pool.close()
@@ -480,14 +480,14 @@ async def test_reading_ends_behind_a_transaction_id_and_tells_what_was_handed_on
         while len(story) < count:
             await asyncio.sleep(0.005)
 
-    source = TriggerSource(Target(database.url), pool, timeout_s=5)
+    source = TriggerSource(Endpoint(database.url), pool, timeout_s=5)
     async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
         reading = group.create_task(source.run(Story()))
         while not source.is_ready:
             await asyncio.sleep(0.005)
         with held(database, "things"):
             ((fence,),) = database.execute("select pg_current_xact_id()::text::bigint")
-            source.end_behind(fence, lambda seen, _: story.append(seen))
+            source.stop_at(fence, lambda seen, _: story.append(seen))
             run(database, "insert into things values (1)")
             await until_told(1)
         await reading

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from realtime_server.cursor import MOST_IN_PROGRESS, Place, Snapshot
+from realtime_server.cursor import MOST_IN_PROGRESS, Snapshot, StreamPosition
 from tests.fix_database import Cluster
 
 LIFE = "0123456789ab"
@@ -84,7 +84,7 @@ def test_nothing_is_lost_behind_a_cursor_that_was_cut_down(db: psycopg.Connectio
     life = value(db, "select realtime.life()")
     read = "select (payload ->> 'n')::int from realtime.messages_after('cut', %s, 10000)"
     for until in (None, Snapshot.parse(value(db, "select pg_current_snapshot()::text"))):
-        cursor = Place(life, running, until, 0).cursor
+        cursor = StreamPosition(life, running, until, 0).cursor
         if until is None:
             assert cursor == value(
                 db, "select realtime.format_cursor(%s, %s::pg_snapshot, null, 0)", life, running.text

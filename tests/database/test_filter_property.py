@@ -24,7 +24,7 @@ from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.change import Image, Row, image_of, text_of
 from realtime_server.changes.judge import Judge, Question, Rejected
 from realtime_server.changes.trigger import captured_row
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.protocol.filters import Condition, Operator
 from tests.fix_database import Cluster, TestDatabase
 
@@ -254,7 +254,7 @@ async def things(request: pytest.FixtureRequest) -> AsyncIterator[Things]:
     cluster: Cluster = request.getfixturevalue(request.param)
     database = cluster.create("heads")
     prepare(database)
-    pool = Pool(Target(database.url), name="test", size=1, timeout_s=10, statement_timeout_s=10)
+    pool = Pool(Endpoint(database.url), name="test", size=1, timeout_s=10, statement_timeout_s=10)
     await pool.open()
     catalog = Catalog(pool, [ROLE])
     await catalog.refresh()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.history import History, Stored
 from realtime_server.hub import Room
 from tests.fix_database import TestDatabase
@@ -18,7 +18,7 @@ PAGE_BYTES = 250_000
 
 @pytest.fixture
 async def history(database: TestDatabase) -> AsyncIterator[History]:
-    pool = Pool(Target(database.url), name="history", size=1, timeout_s=10, statement_timeout_s=10)
+    pool = Pool(Endpoint(database.url), name="history", size=1, timeout_s=10, statement_timeout_s=10)
     await pool.open()
     yield History(pool, page_bytes=PAGE_BYTES)
     await pool.close()

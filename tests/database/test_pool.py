@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from realtime_server.database import Database, Pool, Target
+from realtime_server.database import Database, Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable
 from tests.fix_database import TestDatabase
 from tests.fix_proxy import ProxyFactory
@@ -21,7 +21,7 @@ LIMIT_S = 5.0
 @pytest.fixture
 async def pool(database: TestDatabase) -> AsyncIterator[Pool]:
     """Has one connection to give."""
-    pool = Pool(Target(database.url), name="test", size=1, timeout_s=LIMIT_S, statement_timeout_s=LIMIT_S)
+    pool = Pool(Endpoint(database.url), name="test", size=1, timeout_s=LIMIT_S, statement_timeout_s=LIMIT_S)
     await pool.open()
     yield pool
     await pool.close()
@@ -69,12 +69,12 @@ async def test_who_asks_gets_a_connection_though_all_of_before_are_silent(
 ) -> None:
     """To wait for one after the other would take longer than anybody waits."""
     proxy = await proxy_to(int(str(conninfo.conninfo_to_dict(database.url)["port"])))
-    target = Target(conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port))
+    target = Endpoint(conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port))
     pool = Pool(target, name="test", size=4, timeout_s=2, statement_timeout_s=LIMIT_S)
     await pool.open()
     try:
-        together = "select pg_backend_pid(), pg_sleep(0.2)"
-        before = {pid for ((pid, _),) in await asyncio.gather(*(pool.fetch(together) for _ in range(4)))}
+        run_until_first_failure = "select pg_backend_pid(), pg_sleep(0.2)"
+        before = {pid for ((pid, _),) in await asyncio.gather(*(pool.fetch(run_until_first_failure) for _ in range(4)))}
         assert len(before) == 4
         proxy.forget()
         ((after,),) = await pool.fetch("select pg_backend_pid()")
@@ -85,7 +85,7 @@ async def test_who_asks_gets_a_connection_though_all_of_before_are_silent(
 
 async def test_row_that_never_comes_ends_the_stream(database: TestDatabase, proxy_to: ProxyFactory) -> None:
     proxy = await proxy_to(int(str(conninfo.conninfo_to_dict(database.url)["port"])))
-    target = Target(conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port))
+    target = Endpoint(conninfo.make_conninfo(database.url, host="127.0.0.1", port=proxy.port))
     pool = Pool(target, name="test", size=1, timeout_s=0.5, statement_timeout_s=0.5)
     await pool.open()
     try:

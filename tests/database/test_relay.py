@@ -19,8 +19,8 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
-from realtime_server.cursor import Place
-from realtime_server.database import Target
+from realtime_server.cursor import StreamPosition
+from realtime_server.database import Endpoint
 from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.relay import MESSAGES, PIECE_BYTES, Relay, Row
 from tests.fix_database import Cluster, TestDatabase
@@ -39,7 +39,7 @@ class Received:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def row(self, row: Row, behind: Place) -> None:
+    def row(self, row: Row, behind: StreamPosition) -> None:
         self.rows.append(row)
 
     async def ready(self) -> None:
@@ -75,7 +75,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 @asynccontextmanager
 async def running(ledger: Ledger, received: Received, *, timeout_s: float = 5) -> AsyncIterator[Relay[Row]]:
-    relay = Relay(Target(ledger.url, is_pooled=ledger.is_pooled), MESSAGES, name="relay", timeout_s=timeout_s)
+    relay = Relay(Endpoint(ledger.url, is_pooled=ledger.is_pooled), MESSAGES, name="relay", timeout_s=timeout_s)
     task = asyncio.create_task(relay.run(received))
     try:
         await until(lambda: relay.is_ready, "the relay to be ready")
@@ -291,7 +291,7 @@ async def test_a_read_that_breaks_off_is_repeated_without_what_was_handed_on(led
     ended: list[int] = []
 
     class Cutting(Received):
-        def row(self, row: Row, behind: Place) -> None:
+        def row(self, row: Row, behind: StreamPosition) -> None:
             super().row(row, behind)
             if len(self.rows) == 1000:
                 ended.append(terminate_relay(ledger))
@@ -330,7 +330,7 @@ async def test_who_has_not_read_lately_is_not_ready(
 ) -> None:
     """Long before anything fails: here, nothing ever does."""
     monkeypatch.setattr("realtime_server.relay.SAFETY_READ_S", 0.2)
-    monkeypatch.setattr("realtime_server.database.hanging_up", lambda db, timeout_s: nullcontext())
+    monkeypatch.setattr("realtime_server.database.abort_after", lambda db, timeout_s: nullcontext())
     there, proxy = await through_proxy(ledger, proxy_to)
     received = Received()
     async with running(there, received, timeout_s=0.5) as relay:
@@ -504,7 +504,9 @@ async def test_database_that_is_set_back_to_a_copy_of_its_files_is_a_gap(
         send(ledger, range(200))
         await until(lambda: len(received.rows) == 200, "the rows")
         ((newest,),) = ledger.execute("select max(xid::text::bigint) from realtime.messages")
-        await until(lambda: relay.place is not None and relay.place.since.sees(newest), "a durable place behind them")
+        await until(
+            lambda: relay.position is not None and relay.position.since.sees(newest), "a durable place behind them"
+        )
         own_postgres.stop()
         shutil.rmtree(own_folder / "data")
         (own_folder / "copy").rename(own_folder / "data")

@@ -10,7 +10,7 @@ import pytest
 from psycopg import conninfo, sql
 
 from realtime_server import schema
-from realtime_server.database import Target
+from realtime_server.database import Endpoint
 from tests.fix_database import OWNER, Cluster, TestDatabase, act_as
 from tests.fix_proxy import Proxy
 from tests.fix_server import Server
@@ -62,7 +62,7 @@ def test_limits_of_the_role_do_not_end_what_waits(database: TestDatabase, settin
         db.execute(sql.SQL("alter role {} in database {} set {} = '3s'").format(
             sql.Identifier(OWNER), sql.Identifier(db.info.dbname), sql.Identifier(setting)
         ))  # fmt: skip
-    with psycopg.connect(Target(database.url).parameters(name="relay", timeout_s=5)) as db:
+    with psycopg.connect(Endpoint(database.url).parameters(name="relay", timeout_s=5)) as db:
         assert db.execute("select current_setting(%s)", (setting,)).fetchone() == ("0",)
 
 
@@ -86,7 +86,7 @@ def test_rows_are_told_alike_whatever_the_database_sets_for_everybody(database: 
 
 def test_client_encoding_is_ours(database: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
-    with psycopg.connect(Target(database.url).parameters(name="relay", timeout_s=5)) as db:
+    with psycopg.connect(Endpoint(database.url).parameters(name="relay", timeout_s=5)) as db:
         assert db.execute("show client_encoding").fetchone() == ("UTF8",)
 
 

@@ -22,7 +22,7 @@ from psycopg import sql
 from realtime_server.changes import judge
 from realtime_server.changes.catalog import Catalog
 from realtime_server.changes.trigger import captured_row
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from tests.fix_database import OWNER, Cluster, TestDatabase
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -784,7 +784,7 @@ async def test_clients_are_not_to_blame_for_being_many(database: TestDatabase, m
     database.execute("alter table notes enable row level security")
     database.execute("create policy slow on notes for select using (id < 8 and pg_sleep(0.002) is not null)")
     database.execute("alter publication supabase_realtime add table notes")
-    pool = Pool(Target(database.url), name="test", size=1, timeout_s=5, statement_timeout_s=1)
+    pool = Pool(Endpoint(database.url), name="test", size=1, timeout_s=5, statement_timeout_s=1)
     await pool.open()
     try:
         catalog = Catalog(pool, ["authenticated"])

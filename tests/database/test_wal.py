@@ -27,7 +27,7 @@ from realtime_server.changes import pgoutput, wal
 from realtime_server.changes.change import Change, Image
 from realtime_server.changes.pgoutput import Begin, Insert
 from realtime_server.changes.wal import SourceLost, WalSource
-from realtime_server.database import Pool, Target
+from realtime_server.database import Endpoint, Pool
 from realtime_server.embedded import EmbeddedPostgres
 from realtime_server.errors import EmbeddedError
 from tests.database.test_relay import until
@@ -232,7 +232,7 @@ def value(image: Image, name: str) -> Any:
 def source_of(
     database: WalDatabase, *, url: str | None = None, is_pooled: bool = False, timeout_s: float = TIMEOUT_S
 ) -> WalSource:
-    target = Target(url or database.url, is_pooled=is_pooled)
+    target = Endpoint(url or database.url, is_pooled=is_pooled)
     pool = Pool(target, name="pool", size=1, timeout_s=timeout_s, statement_timeout_s=timeout_s)
     return WalSource(
         target,
@@ -532,7 +532,7 @@ async def test_values_of_every_type_are_as_postgresql_writes_them_and_reads_them
         with (
             psycopg.connect(source_database.url, autocommit=True, options=PLAIN) as plain_session,
             psycopg.connect(
-                Target(source_database.url).parameters(name="pool", timeout_s=5),
+                Endpoint(source_database.url).parameters(name="pool", timeout_s=5),
                 autocommit=True,
             ) as odd_session,
         ):
@@ -1143,10 +1143,11 @@ async def test_slot_moves_on_while_only_other_tables_are_written(newest_database
     newest_database.execute("create table other (number int)")
     async with reading(newest_database) as received:
         newest_database.execute("insert into other select generate_series(1, 1000)")
-        ((place,),) = newest_database.administrate("select pg_current_wal_insert_lsn()::text")
+        ((position,),) = newest_database.administrate("select pg_current_wal_insert_lsn()::text")
         query = "select confirmed_flush_lsn >= %s::pg_lsn from pg_replication_slots where slot_name = %s"
         await until(
-            lambda: newest_database.administrate(query, place, newest_database.slot) == [(True,)], "the slot to move on"
+            lambda: newest_database.administrate(query, position, newest_database.slot) == [(True,)],
+            "the slot to move on",
         )
     assert received.changes == []
 
@@ -1160,8 +1161,8 @@ async def test_place_is_confirmed_only_when_changes_are_taken(newest_database: W
     reported = "select max(reply_time) > %s from pg_stat_replication where pid = %s"
 
     def is_confirmed() -> bool:
-        ((place,),) = newest_database.administrate(confirmed, newest_database.slot)
-        return pgoutput.parse_lsn(place) >= pgoutput.parse_lsn(end)
+        ((position,),) = newest_database.administrate(confirmed, newest_database.slot)
+        return pgoutput.parse_lsn(position) >= pgoutput.parse_lsn(end)
 
     async with running(source, received):
         newest_database.execute("select write_item()")

@@ -18,8 +18,8 @@ from tests.fix_row_oracle import (
     ROWS_LONG,
     USERS,
     Binding,
+    BroadcastSubscription,
     Condition,
-    Follower,
     RowOracle,
     RowOracleFactory,
     RowServerFactory,
@@ -316,9 +316,14 @@ async def one_user_cannot_be_judged(oracle: RowOracle, bad: str, code: str) -> N
         f" (case when auth.uid() = '{troubled}' then {bad} else true end)"
     )
     everything = [Binding("*", None, leaves=True)]
-    crowd = [Follower(f"follower {user[-1]}", oracle, Who("authenticated", user), everything) for user in others]
+    crowd = [
+        BroadcastSubscription(f"follower {user[-1]}", oracle, Who("authenticated", user), everything) for user in others
+    ]
     # Each with a token of its own.
-    victims = [Follower(f"victim {number}", oracle, Who("authenticated", troubled), everything) for number in range(3)]
+    victims = [
+        BroadcastSubscription(f"victim {number}", oracle, Who("authenticated", troubled), everything)
+        for number in range(3)
+    ]
     oracle.add(*crowd, *victims)
     await oracle.confirmed()
     await oracle.write()
@@ -363,7 +368,9 @@ async def test_tables_are_altered(row_server: Server, row_oracle_of: RowOracleFa
     """Who did not subscribe to the one that leaves the publication hears no word of it, and is told everything."""
     oracle = row_oracle_of(row_server)
     undisturbed = [
-        Follower(f"undisturbed {number}", oracle, oracle.anybody(), [Binding("*", table), Binding("*", "own_full")])
+        BroadcastSubscription(
+            f"undisturbed {number}", oracle, oracle.anybody(), [Binding("*", table), Binding("*", "own_full")]
+        )
         for number, table in enumerate(["own_key", "open_key", "open_full", "team_full"])
     ]
     oracle.add(*undisturbed)
@@ -409,8 +416,8 @@ async def test_column_that_a_policy_reads_is_renamed(
     """Of what was written before and comes late nobody can say who may see it. That is told, and nothing of the rows."""
     alice, bob = USERS[:2]
     oracle = row_oracle_of(row_server)
-    follower = Follower("alice", oracle, Who("authenticated", alice), [Binding("*", "own_full")])
-    oracle.add(follower)
+    subscription = BroadcastSubscription("alice", oracle, Who("authenticated", alice), [Binding("*", "own_full")])
+    oracle.add(subscription)
     await oracle.confirmed()
     row_link.freeze()
     oracle.execute(f"insert into oracle.own_full (id, owner) values (100, '{bob}')")
@@ -419,11 +426,11 @@ async def test_column_that_a_policy_reads_is_renamed(
     row_link.thaw()
     await oracle.pass_fence()
     # Once for each piece that they came in.
-    assert set(follower.gaps) == {"gap: changes of oracle.own_full could not be read"}
-    assert not follower.heard
+    assert set(subscription.gaps) == {"gap: changes of oracle.own_full could not be read"}
+    assert not subscription.heard
     [(newer,)] = oracle.execute("update oracle.own_full set size = 1 where id = 100 returning title")
     await oracle.pass_fence()
-    assert follower.secrets == {own, newer}
+    assert subscription.secrets == {own, newer}
 
 
 # -- size
@@ -447,7 +454,7 @@ async def test_one_statement_that_changes_very_many_rows(
     few = Binding("INSERT", "open_key", (Condition("team", "eq", 3), Condition("size", "gt", -1)))
     own = Binding("INSERT", "own_full", (Condition("team", "eq", 3),))
     alice, bob = (
-        Follower(name, oracle, Who("authenticated", user), bindings)
+        BroadcastSubscription(name, oracle, Who("authenticated", user), bindings)
         for name, user, bindings in (("alice", USERS[0], [whole]), ("bob", USERS[1], [few, own]))
     )
     oracle.add(alice, bob)

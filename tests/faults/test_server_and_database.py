@@ -20,7 +20,7 @@ from realtime_server.embedded import bundled_bin
 from realtime_server.errors import EmbeddedError
 from tests.fix_database import TestDatabase
 from tests.fix_oracle import (
-    SETTLE_S,
+    CHECKPOINT_INTERVAL_S,
     SHORT,
     FaultCluster,
     Oracle,
@@ -181,7 +181,7 @@ async def is_ready(server: Server) -> bool:
 
 
 async def turns(server: Server, *, ready: bool) -> None:
-    async with asyncio.timeout(SETTLE_S):
+    async with asyncio.timeout(CHECKPOINT_INTERVAL_S):
         while await is_ready(server) != ready:
             await asyncio.sleep(0.1)
 

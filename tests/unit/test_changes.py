@@ -101,7 +101,7 @@ def test_index_names_exactly_those_whose_value_a_row_has(
             for one in left
             if one.relation == relation and (one.exact is None or values.get(one.exact[0]) in one.exact[1])
         ]
-        found = [one for circle in subscriptions.circles(relation, image(**values)) for one in circle]
+        found = [one for circle in subscriptions.candidate_groups(relation, image(**values)) for one in circle]
         assert (set(found), len(found)) == (set(fitting), len(fitting))
         assert set(subscriptions.of_table(relation)) == {one for one in left if one.relation == relation}
         assert (relation in subscriptions) == any(one.relation == relation for one in left)
@@ -112,13 +112,13 @@ async def test_who_is_to_be_entered_anew_waits_once() -> None:
     subscriptions = Subscriptions()
     first, second, last = (Registration(Nobody(), CLAIMS, ()) for _ in range(3))
     subscriptions.registrations = {first: None, second: None}
-    subscriptions.enter_all_again()
-    subscriptions.enter_all_again()
-    assert await subscriptions.next_again() is first
+    subscriptions.requeue_all()
+    subscriptions.requeue_all()
+    assert await subscriptions.next_pending() is first
     # While it is being entered there may be a reason to do it once more.
     subscriptions.registrations[last] = None
-    subscriptions.enter_all_again()
-    assert [await subscriptions.next_again() for _ in range(3)] == [second, first, last]
+    subscriptions.requeue_all()
+    assert [await subscriptions.next_pending() for _ in range(3)] == [second, first, last]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import msgspec
 from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Access, Catalog, Column, Table
 from realtime_server.changes.change import Action, Change
-from realtime_server.changes.delivering import Courier
-from realtime_server.changes.entering import Entrance
+from realtime_server.changes.delivering import ChangeDispatcher
+from realtime_server.changes.entering import SubscriptionActivator
 from realtime_server.changes.judge import Judge
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import Sources
@@ -64,7 +64,7 @@ class Stage:
 
     triggers = None
     version = 1
-    is_flowing = True
+    is_active = True
 
     def __init__(self) -> None:
         self.tables = {1: TABLE}
@@ -81,8 +81,8 @@ class Stage:
             cast(Sources, self),
             cast(Watch, self),
         )
-        self.entrance = Entrance(cast(Pool, self), catalog, *parts)
-        self.courier = Courier(catalog, *parts, strict_deletes=False, metrics=Metrics("test"))
+        self.entrance = SubscriptionActivator(cast(Pool, self), catalog, *parts)
+        self.courier = ChangeDispatcher(catalog, *parts, strict_deletes=False, metrics=Metrics("test"))
 
     async def is_current(self, relations: object) -> bool:
         return True
@@ -102,13 +102,13 @@ async def test_who_is_entered_while_the_source_is_lost_stands_when_there_is_anot
     entering = asyncio.create_task(stage.entrance.enter(registration))
     await stage.is_asked.wait()
     # Who is not told of a gap must not have been there before it.
-    stage.is_flowing = False
+    stage.is_active = False
     stage.subscriptions.miss_all("gap")
     stage.gate.set()
     await asyncio.sleep(0.01)
     assert not listener.heard
     assert not registration.entries
-    stage.snapshot, stage.is_flowing = "900:900:", True
+    stage.snapshot, stage.is_active = "900:900:", True
     await entering
     assert listener.heard == [SUBSCRIBED]
     assert not registration.is_past(950)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime_server.changes import pgoutput
-from realtime_server.changes.assembly import NOTHING_TAKEN, Assembly, Taken
+from realtime_server.changes.assembly import NO_PROGRESS, Assembly, Progress
 from realtime_server.changes.change import Action, Change
 from realtime_server.changes.pgoutput import (
     UNCHANGED,
@@ -211,7 +211,7 @@ ROW = Relation(
 
 
 def changes_of(*messages: Message, relation: Relation = ROW) -> list[Change]:
-    assembly = Assembly(NOTHING_TAKEN)
+    assembly = Assembly(NO_PROGRESS)
     for message in (Begin(100, 12.5, 7), relation, *messages, Commit(100, 110, 12.5)):
         assembly.add(message)
     return assembly.cut(everything=False).changes
@@ -321,14 +321,14 @@ def test_sequence_that_cannot_be_is_malformed(messages: list[Message]) -> None:
 
 
 def test_row_outside_a_transaction_is_malformed() -> None:
-    assembly = Assembly(NOTHING_TAKEN)
+    assembly = Assembly(NO_PROGRESS)
     assembly.add(ROW)
     with pytest.raises(MalformedReplication):
         assembly.add(Insert(1, [b"1", None, None]))
 
 
 def test_place_is_confirmed_where_nothing_waits() -> None:
-    assembly = Assembly(NOTHING_TAKEN)
+    assembly = Assembly(NO_PROGRESS)
     assembly.has_all_before(90)
     assert assembly.cut(everything=False).taken.confirmed_lsn == 90
     assembly.add(Begin(100, 0.0, 7))
@@ -383,7 +383,7 @@ def test_every_change_is_taken_once_in_order_however_often_the_stream_breaks(
     transactions = log_of(sizes)
     xid_of = {number: transaction.xid for transaction in transactions for number in transaction.numbers}
     received: list[int] = []
-    taken, confirmed_lsn = NOTHING_TAKEN, 0
+    taken, confirmed_lsn = NO_PROGRESS, 0
     for _ in range(data.draw(st.integers(0, 6))):
         taken = session(transactions, confirmed_lsn, taken, received, xid_of, data, is_last=False)
         if data.draw(st.booleans()):
@@ -396,13 +396,13 @@ def test_every_change_is_taken_once_in_order_however_often_the_stream_breaks(
 def session(
     transactions: list[Transaction],
     confirmed_lsn: int,
-    taken: Taken,
+    taken: Progress,
     received: list[int],
     xid_of: dict[int, int],
     data: st.DataObject,
     *,
     is_last: bool,
-) -> Taken:
+) -> Progress:
     assembly = Assembly(taken._replace(confirmed_lsn=confirmed_lsn))
     messages = [
         message

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realtime_server.relay import _Numbers
+from realtime_server.relay import IntervalSet
 
 
 @given(st.lists(st.integers(0, 40)))
 def test_numbers_are_a_set_in_as_few_runs_as_can_be(added: list[int]) -> None:
-    numbers, model = _Numbers(), set()
+    numbers, model = IntervalSet(), set()
     for number in added:
         numbers.add(number)
         model.add(number)

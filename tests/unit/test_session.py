@@ -15,11 +15,11 @@ from uuid import uuid4
 import pytest
 
 from realtime_server.authorization import EVERYTHING, Policy
+from realtime_server.broadcast_subscription import MAX_BUFFERED_MESSAGES
 from realtime_server.changes.feed import Feed
 from realtime_server.changes.subscriptions import SUBSCRIBED, TIMEOUTS, Registration
-from realtime_server.cursor import Place, Snapshot
+from realtime_server.cursor import Snapshot, StreamPosition
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
-from realtime_server.follower import MOST_HELD
 from realtime_server.history import Page, Stored
 from realtime_server.hub import Room
 from realtime_server.limits import BUCKET_S, Rate
@@ -45,7 +45,9 @@ async def test_what_was_replayed_is_not_kept(talk: Talk) -> None:
 
 
 async def test_what_was_replayed_by_time_is_not_sent_again_when_more_comes_than_is_held(talk: Talk) -> None:
-    talk.session.services = replace(talk.services, place=lambda: Place("life", Snapshot.parse("5:5:"), None, 5))
+    talk.session.services = replace(
+        talk.services, position=lambda: StreamPosition("life", Snapshot.parse("5:5:"), None, 5)
+    )
     room, both = Room("realtime:room", True), [stored(5), stored(6)]
     is_reading, is_read = asyncio.Event(), asyncio.Event()
 
@@ -60,7 +62,7 @@ async def test_what_was_replayed_by_time_is_not_sent_again_when_more_comes_than_
     talk.past.__dict__.update(newest=newest, after=after)
     joining = asyncio.create_task(talk.join("room", private=True, broadcast={"replay": {"since": 0}}))
     await is_reading.wait()
-    for message, _ in [*both, *map(stored, range(MOST_HELD))]:
+    for message, _ in [*both, *map(stored, range(MAX_BUFFERED_MESSAGES))]:
         talk.services.publish(room, message)
     is_read.set()
     await joining
@@ -171,9 +173,9 @@ async def test_what_was_held_for_a_channel_that_is_gone_makes_room_for_others(ta
     talk.policy = lambda: answer
     talk.session.revalidate(None, None)
     talk.services.publish(Room("realtime:room", True), Broadcast("realtime:room", "e", b'"%b"' % (b"x" * 10_000)))
-    assert talk.session.shelf.used_bytes > 10_000
+    assert talk.session.byte_budget.used_bytes > 10_000
     talk.session.close()
-    assert talk.session.shelf.used_bytes == 0
+    assert talk.session.byte_budget.used_bytes == 0
     answer.set_result(EVERYTHING)
 
 
@@ -416,7 +418,7 @@ async def test_token_that_ends_during_the_join_refuses_it(talk: Talk, what: str)
     assert reply[4]["response"]["reason"].startswith("InvalidJWTToken: Token has expired")
     assert talk.said == []
     assert room not in talk.services.broadcasts
-    assert talk.session.shelf.used_bytes == 0
+    assert talk.session.byte_budget.used_bytes == 0
 
 
 @pytest.mark.parametrize("is_held", [True, False])

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from realtime_server.tasks import end, together
+from realtime_server.tasks import end, run_until_first_failure
 
 
 async def test_one_that_fails_ends_the_others_and_is_told() -> None:
@@ -23,7 +23,7 @@ async def test_one_that_fails_ends_the_others_and_is_told() -> None:
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        await together(waits(), fails())
+        await run_until_first_failure(waits(), fails())
     assert ended == ["waits"]
 
 
@@ -38,7 +38,7 @@ async def test_cancelling_ends_also_those_that_have_to_be_cancelled_twice(monkey
             except asyncio.CancelledError:
                 cancelled.append(name)
 
-    task = asyncio.create_task(together(stubborn("a"), stubborn("b")))
+    task = asyncio.create_task(run_until_first_failure(stubborn("a"), stubborn("b")))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     task.cancel()

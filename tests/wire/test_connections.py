@@ -100,7 +100,7 @@ async def serve() -> AsyncIterator[ServeFactory]:
         config, state = uvicorn.Config(app, log_config=None), ServerState()
         states.append(state)
         config.load()
-        make = functools.partial(HttpProtocol, strangers={}, most_connections=most_connections)
+        make = functools.partial(HttpProtocol, pending={}, most_connections=most_connections)
         servers.append(await asyncio.get_running_loop().create_server(lambda: make(config, state, {}), "127.0.0.1", 0))
         return servers[-1].sockets[0].getsockname(), state
 
@@ -187,7 +187,7 @@ async def test_who_was_answered_and_stays_makes_room_too(serve: ServeFactory, co
 async def test_all_that_say_nothing_are_bounded_whatever_else_is_open(
     serve: ServeFactory, come: Come, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundled, "MOST_STRANGERS", 5)
+    monkeypatch.setattr(bundled, "MAX_PENDING_REQUESTS", 5)
     address, state = await serve(1_000_000)
     for _ in range(50):
         await come(address)

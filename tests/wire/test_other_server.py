@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from realtime_server import claims
 from realtime_server.app import make_app
 from realtime_server.config import Settings
-from realtime_server.database import Target
+from realtime_server.database import Endpoint
 from tests.fix_database import TestDatabase
 from tests.fix_server import SECRET
 from tests.fix_wire import Wire, WireFactory
@@ -36,7 +36,7 @@ class OtherServer:
 @pytest.fixture
 async def other_server(database: TestDatabase) -> AsyncIterator[OtherServer]:
     settings = Settings(_env_file=None, max_buffered_bytes=2_000_000)
-    app = make_app(settings, target=Target(database.url), secret=SECRET, anon_key=None)
+    app = make_app(settings, target=Endpoint(database.url), secret=SECRET, anon_key=None)
     server = uvicorn.Server(uvicorn.Config(app, port=0, ws="websockets-sansio", log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(LIMIT_S):

@@ -34,7 +34,7 @@ MOST_GONE: Final = 10_000
 log = structlog.get_logger()
 
 
-class Roster:
+class PresenceWriter:
     """This process's part of `realtime.presence`."""
 
     def __init__(self, pool: Pool) -> None:
@@ -42,13 +42,13 @@ class Roster:
         self._node = uuid.uuid4()
         self._entries: dict[str, tuple[Room, Meta]] = {}
         self._added: set[str] = set()
-        self._gone: set[str] = set()
+        self._removed: set[str] = set()
 
     def record(self, room: Room, diff: Diff) -> None:
         if diff.left is not None:
             self._entries.pop(diff.left.ref, None)
             self._added.discard(diff.left.ref)
-            self._gone.add(diff.left.ref)
+            self._removed.add(diff.left.ref)
         if diff.joined is not None:
             self._entries[diff.joined.ref] = room, diff.joined
             self._added.add(diff.joined.ref)
@@ -58,7 +58,7 @@ class Roster:
         written_at, said = 0.0, ""
         while True:
             pause_s = FLUSH_S
-            if self._added or self._gone or time.monotonic() - written_at > HEARTBEAT_S:
+            if self._added or self._removed or time.monotonic() - written_at > HEARTBEAT_S:
                 try:
                     await self._write()
                 except (RealtimeError, database.Error) as error:
@@ -72,37 +72,37 @@ class Roster:
             await asyncio.sleep(pause_s)
 
     async def _write(self) -> None:
-        added, gone = self._added, self._gone
-        self._added, self._gone = set(), set()
+        added, gone = self._added, self._removed
+        self._added, self._removed = set(), set()
         try:
             if await self._send(added, gone):
                 await self._send(set(self._entries), set())
         except BaseException:
             # All that there is: the answer that was lost may have been that the database has forgotten it, and is not given again.
             self._added = set(self._entries)
-            self._gone |= gone
-            if len(self._gone) > MOST_GONE:
+            self._removed |= gone
+            if len(self._removed) > MOST_GONE:
                 # Under another name this server is new to the database, and writes everything; the old name dies with its entries.
-                self._node, self._gone = uuid.uuid4(), set()
+                self._node, self._removed = uuid.uuid4(), set()
             raise
 
     async def _send(self, added: set[str], gone: set[str]) -> bool:
-        is_forgotten = False
+        node_unknown = False
         for batch in self._batches(added):
             try:
                 # With the first entries what is gone, so that a change is seen as one.
-                is_forgotten |= await self._call(batch, gone)
+                node_unknown |= await self._call(batch, gone)
                 gone = set()
             except InvalidText:
                 # JSON that PostgreSQL cannot hold, as "\u0000" is: clients may track it, but it is not shown in SQL.
                 for entry in batch:
                     try:
-                        is_forgotten |= await self._call([entry], set())
+                        node_unknown |= await self._call([entry], set())
                     except InvalidText:
                         log.info("presence entry is no text to PostgreSQL")
         if gone or not added:
-            is_forgotten |= await self._call([], gone)
-        return is_forgotten
+            node_unknown |= await self._call([], gone)
+        return node_unknown
 
     def _batches(self, refs: set[str]) -> Iterator[list[bytes]]:
         """The entries of these, as JSON, in lists of not much more than `MOST_BYTES`."""

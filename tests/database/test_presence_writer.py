@@ -9,12 +9,12 @@ from typing import Any, LiteralString
 
 import pytest
 
-from realtime_server import roster as module
-from realtime_server.database import Pool, Target
+from realtime_server import presence_writer as module
+from realtime_server.database import Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable
 from realtime_server.hub import Room
 from realtime_server.presence import Diff, Meta
-from realtime_server.roster import Roster
+from realtime_server.presence_writer import PresenceWriter
 from tests.fix_database import TestDatabase
 
 ROOM = Room("realtime:room", False)
@@ -45,18 +45,18 @@ class Link(Pool):
 
 @pytest.fixture
 async def link(database: TestDatabase) -> AsyncIterator[Link]:
-    link = Link(Target(database.url), name="roster", size=1, timeout_s=10, statement_timeout_s=10)
+    link = Link(Endpoint(database.url), name="roster", size=1, timeout_s=10, statement_timeout_s=10)
     await link.open()
     yield link
     await link.close()
 
 
-def come(roster: Roster, ref: str) -> None:
-    roster.record(ROOM, Diff(joined=Meta(ref, ref, b"{}")))
+def come(presence_writer: PresenceWriter, ref: str) -> None:
+    presence_writer.record(ROOM, Diff(joined=Meta(ref, ref, b"{}")))
 
 
-def go(roster: Roster, ref: str) -> None:
-    roster.record(ROOM, Diff(left=Meta(ref, ref, b"{}")))
+def go(presence_writer: PresenceWriter, ref: str) -> None:
+    presence_writer.record(ROOM, Diff(left=Meta(ref, ref, b"{}")))
 
 
 async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
@@ -65,7 +65,7 @@ async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
     monkeypatch.setattr(module, "FLUSH_S", 0.01)
     monkeypatch.setattr(module, "RETRY_S", 0.01)
     monkeypatch.setattr(module, "MOST_GONE", 10)
-    roster = Roster(link)
+    presence_writer = PresenceWriter(link)
 
     def shown() -> list[str]:
         return [key for (key,) in database.execute("select key from realtime.presence order by key")]
@@ -75,20 +75,20 @@ async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
             while shown() != expected:
                 await asyncio.sleep(0.02)
 
-    running = asyncio.create_task(roster.run())
+    running = asyncio.create_task(presence_writer.run())
     names = [f"{number:03}" for number in range(30)]
     for name in names:
-        come(roster, name)
+        come(presence_writer, name)
     await until(names)
 
     link.is_cut = True
     for name in names[:25]:
-        go(roster, name)
+        go(presence_writer, name)
         asked = link.asked
         while link.asked == asked:
             await asyncio.sleep(0.005)
         assert link.gone <= 11
-    come(roster, "new")
+    come(presence_writer, "new")
     # So long it takes the database to find a server dead.
     database.execute("update realtime_internal.nodes set last_seen_at = now() - interval '31 seconds'")
     link.is_cut = False
@@ -105,20 +105,20 @@ async def test_word_that_the_database_has_forgotten_all_may_get_lost(
 ) -> None:
     monkeypatch.setattr(module, "FLUSH_S", 0.01)
     monkeypatch.setattr(module, "RETRY_S", 0.01)
-    roster = Roster(link)
+    presence_writer = PresenceWriter(link)
 
     async def until(expected: list[str]) -> None:
         async with asyncio.timeout(LIMIT_S):
             while [key for (key,) in database.execute("select key from realtime.presence order by key")] != expected:
                 await asyncio.sleep(0.02)
 
-    running = asyncio.create_task(roster.run())
-    come(roster, "first")
+    running = asyncio.create_task(presence_writer.run())
+    come(presence_writer, "first")
     await until(["first"])
     # As a crash does.
     database.execute("truncate realtime_internal.nodes cascade")
     link.loses_answer = True
-    come(roster, "second")
+    come(presence_writer, "second")
     await until(["first", "second"])
     running.cancel()
     with suppress(asyncio.CancelledError):
