@@ -54,7 +54,7 @@ types: $(V)/.test ## mypy, strict
 	$(BIN)/mypy
 
 upgrade: $(V)/.run ## migrate the database of REALTIME_DATABASE_URL, samples too
-	$(BIN)/realtime-server migrate
+	$(BIN)/realtime-server migrate --all
 
 revision: $(V)/.run ## new migration: make revision branch=core name=add_something
 	@id=$$(printf '%s_%04d' $(branch) $$(($$(ls alembic/versions/$(branch)/*.py | wc -l) + 1))) && \
