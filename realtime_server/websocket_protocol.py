@@ -17,7 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.protocol import State
 
-from realtime_server.connection import EXTENSION, GOODBYE_S, OVERLOADED, POLICY_VIOLATION, TOO_MANY_FRAMES
+from realtime_server.connection import CLOSE_TIMEOUT_S, EXTENSION, OVERLOADED, POLICY_VIOLATION, TOO_MANY_FRAMES
 from realtime_server.limits import FrameLimit
 
 FRAMES_PER_TURN: Final = 16
@@ -186,7 +186,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         super().shutdown()
-        self.loop.call_later(GOODBYE_S, self.transport.abort)
+        self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     # -- the handshake
 
@@ -444,7 +444,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         # Not close(): that one waits for the same full buffer as a stalled peer's frames.
         if self.close_timer is not None:
             self.close_timer.cancel()
-        self.close_timer = self.loop.call_later(GOODBYE_S, self.transport.abort)
+        self.close_timer = self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         # Whoever made room for others has taken this one out already.

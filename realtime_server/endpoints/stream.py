@@ -36,7 +36,7 @@ from realtime_server.changes.reader import RowChangeSubscriber
 from realtime_server.changes.subscriptions import RETRYABLE
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.connection import ABORT, BEHIND_BYTES, GOODBYE_S
+from realtime_server.connection import ABORT, BEHIND_BYTES, CLOSE_TIMEOUT_S
 from realtime_server.endpoints.caller import (
     PRIVATE,
     REFUSALS,
@@ -270,7 +270,7 @@ class EventStream:
         self.end()
         if self._abort is not None:
             # A reader that takes nothing would not let the answer end.
-            asyncio.get_running_loop().call_later(GOODBYE_S, self._abort)
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._abort)
 
     def flush(self) -> int:
         """Nothing: `run` is how the server reads this source."""
