@@ -1,4 +1,4 @@
-"""Stored messages by REST: `GET /messages?topic=...&after=...&limit=...`, a page at a time, for what does not stay connected."""
+"""Returns stored messages by REST, a page at a time: `GET /messages?topic=...&after=...&limit=...`, for clients without a connection."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PAGE: Final = Operation(
 
 
 def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]]:
-    """Answers {"messages": [...], "cursor": "...", "is_last": bool}; without `after`, no messages and the cursor of now."""
+    """Returns {"messages": [...], "cursor": "...", "is_last": bool}; without `after`, no messages and the current cursor."""
 
     @documented(PAGE)
     async def endpoint(request: Request) -> Response:
@@ -85,7 +85,7 @@ async def _page(services: Services, request: Request) -> Response:
 def _limit(text: str | None) -> int:
     if text is None:
         return DEFAULT_LIMIT
-    # Python does not read numbers of thousands of digits.
+    # Python's int() raises for thousands of digits.
     is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_LIMIT))
     if not is_number or not 1 <= int(text) <= MAX_LIMIT:
         raise InvalidLimit(MAX_LIMIT)

@@ -551,7 +551,7 @@ async def test_messages_that_wait_under_another_server_leave_turns_to_others() -
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count_turns())
-    carrying: Any = websocket._carry
+    carrying: Any = websocket._receive_frames
     with pytest.raises(websocket._Disconnected):
         await carrying(Queue(), Counter(), Counter(), FrameLimit(0, 0.0))
     counting.cancel()
