@@ -160,15 +160,19 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
 
     metrics.watch("realtime_connections", "Sockets and event streams that are open.", lambda: len(sockets))
     metrics.watch(
-        "realtime_unsent_bytes", "Bytes that clients have not taken yet, each once.", lambda: sockets.outlet.total
+        "realtime_unsent_bytes",
+        "Bytes that clients have not received yet; shared frames count once.",
+        lambda: sockets.outlet.total,
     )
     metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
     metrics.watch("realtime_watched_rooms", "Rooms whose presence is watched.", lambda: len(services.watchers))
-    metrics.watch("realtime_presence_entries", "What clients track.", lambda: len(services.presence))
+    metrics.watch("realtime_presence_entries", "Presence entries that clients track.", lambda: len(services.presence))
     metrics.watch("realtime_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     metrics.watch("realtime_relay_ready", "1 while the relay reads from the database.", lambda: relay.is_ready)
-    metrics.watch("realtime_relay_asleep", "1 while the relay waits for a writer to ring.", lambda: relay.is_asleep)
+    metrics.watch(
+        "realtime_relay_asleep", "1 while the relay sleeps until a writer notifies it.", lambda: relay.is_asleep
+    )
     metrics.watch(
         "realtime_last_maintenance_timestamp_seconds",
         "When partitions were last made and old messages dropped, by any server.",

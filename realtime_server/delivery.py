@@ -27,11 +27,11 @@ class MessageDispatcher:
         self._services = services
         self._backpressure = backpressure
 
-    def row(self, row: Row, behind: StreamPosition) -> bool:
+    def row(self, row: Row, position: StreamPosition) -> bool:
         self._services.metrics.rows.inc()
         match row.extension:
             case "broadcast":
-                self._broadcast(row, behind)
+                self._broadcast(row, position)
             case "revalidate":
                 self._revalidate(row)
         return self._backpressure.is_due
@@ -46,7 +46,7 @@ class MessageDispatcher:
             # A `revalidate` row may be missing too.
             member.revalidate(None, None)
 
-    def _broadcast(self, row: Row, behind: StreamPosition) -> None:
+    def _broadcast(self, row: Row, position: StreamPosition) -> None:
         room = Room(messages.TOPIC_PREFIX + row.topic, row.private)
         readers = self._services.broadcasts.members(room)
         if not readers:
@@ -56,10 +56,10 @@ class MessageDispatcher:
             log.warning("message without event or payload is not delivered", id=str(row.id), topic=row.topic)
             return
         broadcast = Broadcast(
-            room.topic, row.event, payload, is_json=row.payload is not None, id=str(row.id), cursor=behind.cursor
+            room.topic, row.event, payload, is_json=row.payload is not None, id=str(row.id), cursor=position.cursor
         )
         self._services.publish(room, broadcast)
-        size = len(payload) + len(behind.cursor) + len(room.topic) + len(row.event) + ENVELOPE_BYTES
+        size = len(payload) + len(position.cursor) + len(room.topic) + len(row.event) + ENVELOPE_BYTES
         self._backpressure.sent(room, readers, size)
 
     def _revalidate(self, row: Row) -> None:

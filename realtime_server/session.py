@@ -630,7 +630,7 @@ class Session:
             while await self._is_ready(channel) and buffer.overflowed and buffer.begin is not None:
                 await buffer.catch_up(buffer.begin, self.services.history.after, lambda: self._is_ready(channel))
         except RealtimeError as error:
-            # The channel has not caught up and must not look as if it had: the client rejoins with the same cursor.
+            # The channel has not caught up and must not continue as if it had: the client rejoins with the same cursor.
             self._close_retryable(channel, error)
             return
         except Exception:

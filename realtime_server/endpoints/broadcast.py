@@ -153,11 +153,11 @@ SINGLE: Final = Operation(
         403: ("the caller may not write to the private topic", Refusal),
         415: ("neither JSON nor bytes", UnsupportedType),
         422: (
-            "the message is invalid, permission could not be found out, or Idempotency-Key was used for another request",
+            "the message is invalid, permission could not be determined, or Idempotency-Key was used for another request",
             InvalidMessage,
             Refusal,
         ),
-        500: ("permission could not be found out", Refusal),
+        500: ("permission could not be determined", Refusal),
     },
     needs_token=True,
 )

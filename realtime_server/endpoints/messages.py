@@ -31,19 +31,23 @@ MAX_LIMIT: Final = 1000
 
 class StoredPage(msgspec.Struct):
     messages: list[dict[str, Any]]
-    cursor: Annotated[str, Meta(description="of the last message, or of now: what to ask `after` next")]
+    cursor: Annotated[str, Meta(description="of the last message, or the current one: the next value of `after`")]
     is_last: bool
 
 
 PAGE: Final = Operation(
-    summary="Read stored messages behind a cursor; without one, get the cursor of now",
+    summary="Read stored messages after a cursor; without one, get the current cursor",
     parameters=(
         Parameter("topic", "query", Topic, "the topic to read", is_required=True),
         PRIVATE,
-        Parameter("after", "query", str, "the cursor behind which to read"),
+        Parameter("after", "query", str, "the cursor after which to read"),
         Parameter("limit", "query", Annotated[int, Meta(ge=1, le=MAX_LIMIT)], f"{DEFAULT_LIMIT} when not given"),
     ),
-    answers={200: ("a page", StoredPage), **REFUSALS, 410: ("messages behind the cursor are gone", CodedRefusal)},
+    answers={
+        200: ("a page", StoredPage),
+        **REFUSALS,
+        410: ("messages after the cursor are no longer kept", CodedRefusal),
+    },
     needs_token=True,
 )
 

@@ -27,7 +27,7 @@ E = TypeVar("E", bound=Callable[..., Awaitable[Response | None]])
 @dataclass(frozen=True, slots=True)
 class Parameter:
     name: str
-    place: Literal["path", "query", "header"]
+    location: Literal["path", "query", "header"]
     type: Any
     meaning: str
     is_required: bool = False
@@ -149,13 +149,13 @@ def _describe(
         },
     }
     # One operation may be served with and without a parameter in its path.
-    parameters = [one for one in operation.parameters if one.place != "path" or one.name in route.param_convertors]
+    parameters = [one for one in operation.parameters if one.location != "path" or one.name in route.param_convertors]
     if parameters:
         described["parameters"] = [
             {
                 "name": parameter.name,
-                "in": parameter.place,
-                "required": parameter.is_required or parameter.place == "path",
+                "in": parameter.location,
+                "required": parameter.is_required or parameter.location == "path",
                 "description": parameter.meaning,
                 "schema": schemas[id(parameter.type)],
             }

@@ -31,7 +31,7 @@ class Readiness(msgspec.Struct, omit_defaults=True):
     ready: bool
     relay: bool
     serving: bool
-    why: Annotated[str, Meta(description="what is in the way")] = ""
+    why: Annotated[str, Meta(description="why the server is not ready")] = ""
 
 
 @documented(Operation(summary="Does the process answer?", answers={200: ("it does",)}, texts={200: TEXT}))
