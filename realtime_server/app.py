@@ -1,4 +1,4 @@
-"""The application: parts, paths, and what lives as long as they do."""
+"""Builds the ASGI application: its services, routes and background tasks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from realtime_server.tokens import Tokens
 
 PAGES: Final = Path(__file__).parent / "pages"
 POOL_SIZE: Final = 4
-# Reading from an old place, or many at once, may take a while.
+# Reads from an old position, or many reads at once, may take this long.
 HISTORY_TIMEOUT_S: Final = 30.0
 UPKEEP_TIMEOUT_S: Final = 5.0
 
@@ -96,7 +96,7 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
         statement_timeout_s=settings.policy_timeout_s,
         runs_user_code=True,
     )
-    # Of its own, so that policies that take long do not hold up presence, nor maintenance a join.
+    # Presence and maintenance have their own pool, so that slow policies do not delay presence, nor maintenance a join.
     upkeep_pool = Pool(
         target,
         name="upkeep",
@@ -125,7 +125,7 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
         metrics=metrics,
         verify=tokens.verify,
         authorize=authorization.authorize,
-        # Half, so that a client is not too slow only because one page of what it missed is sent to it.
+        # Half the limit, so that sending one page of history cannot alone make a client exceed it.
         history=History(history_pool, page_bytes=settings.max_buffered_bytes // 2),
         presence_writer=presence_writer,
         position=lambda: relay.position,
@@ -160,15 +160,19 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
 
     metrics.watch("realtime_connections", "Sockets and event streams that are open.", lambda: len(sockets))
     metrics.watch(
-        "realtime_unsent_bytes", "Bytes that clients have not taken yet, each once.", lambda: sockets.outlet.total
+        "realtime_unsent_bytes",
+        "Bytes that clients have not received yet; shared frames count once.",
+        lambda: sockets.outlet.total,
     )
     metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
     metrics.watch("realtime_watched_rooms", "Rooms whose presence is watched.", lambda: len(services.watchers))
-    metrics.watch("realtime_presence_entries", "What clients track.", lambda: len(services.presence))
+    metrics.watch("realtime_presence_entries", "Presence entries that clients track.", lambda: len(services.presence))
     metrics.watch("realtime_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     metrics.watch("realtime_relay_ready", "1 while the relay reads from the database.", lambda: relay.is_ready)
-    metrics.watch("realtime_relay_asleep", "1 while the relay waits for a writer to ring.", lambda: relay.is_asleep)
+    metrics.watch(
+        "realtime_relay_asleep", "1 while the relay sleeps until a writer notifies it.", lambda: relay.is_asleep
+    )
     metrics.watch(
         "realtime_last_maintenance_timestamp_seconds",
         "When partitions were last made and old messages dropped, by any server.",
@@ -180,7 +184,7 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
     read_metrics = metrics_endpoint(metrics, services.verify, metrics_secret)
 
     websocket = websocket_endpoint(services, sockets, settings)
-    # A key of an embedded database is for whoever sits before it; others are not given away, unless this is a demonstration.
+    # The start page gets the anon key of an embedded database, which is for local use; other keys are returned only in demo mode.
     given_key = anon_key if settings.database_url is None or settings.demo else None
     tickets = Tickets(secret, settings.ticket_s)
     stream = stream_endpoint(services, sockets, tickets, settings)
@@ -210,7 +214,7 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
                 _CrossOrigin,
                 allow_origins=settings.allowed_origins,
                 allow_methods=["GET", "POST"],
-                # Any header that is asked for: applications send `x-` headers of their own, which policies may read.
+                # Any header is allowed: applications send their own `x-` headers, which policies may read.
                 allow_headers=["*"],
                 expose_headers=list(RESPONSE_HEADERS),
             ),
@@ -272,7 +276,7 @@ def _services(
 
 
 class _Segment(Convertor[str]):
-    """What stands between two slashes, decoded; nothing too. Bytes that are no UTF-8 become lone surrogates."""
+    """Converts the decoded text between two slashes, which may be empty. Bytes that are not UTF-8 become lone surrogates."""
 
     regex = "[^/]*"
 
@@ -287,7 +291,7 @@ register_url_convertor("segment", _Segment())
 
 
 class ApiRoute(Route):
-    """Matches the path as it was sent: an encoded slash belongs to a name. A wrong method is 405, though pages follow behind."""
+    """Matches the raw path, in which an encoded slash is part of a name. A wrong method returns 405 and does not fall through to pages."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if "raw_path" in scope:
@@ -297,7 +301,7 @@ class ApiRoute(Route):
 
 
 def _rest(services: Services, sockets: Sockets, settings: Settings) -> list[ApiRoute]:
-    """The REST part, under the public prefix and without it, as behind a gateway that takes it away."""
+    """The REST routes, with the public prefix and without it, for gateways that strip it."""
     events = services.rates.events
     broadcasts = BroadcastEndpoints(
         publish=services.publish,
@@ -319,7 +323,7 @@ def _rest(services: Services, sockets: Sockets, settings: Settings) -> list[ApiR
 
 
 class _CrossOrigin(CORSMiddleware):
-    """CORS for all paths but the one that is for the server's own pages only."""
+    """Applies CORS to all paths except the one that is only for the server's own pages."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == start.PATH:
@@ -329,7 +333,7 @@ class _CrossOrigin(CORSMiddleware):
 
 
 class Pages(StaticFiles):
-    """Asked for again each time: after an upgrade no browser mixes old modules with new ones."""
+    """Serves the static pages with `no-cache`, so that no browser mixes modules of two releases after an upgrade."""
 
     def file_response(self, *arguments: Any, **options: Any) -> Response:
         response = super().file_response(*arguments, **options)
@@ -338,7 +342,7 @@ class Pages(StaticFiles):
 
 
 async def _supervise(app: Starlette, name: str, part: Coroutine[Any, Any, None]) -> None:
-    """A server that lost a part for a reason nobody foresaw must not pretend: it stops, and whoever runs it starts it again."""
+    """Run a background task; on an unexpected exception, stop the server, so that its supervisor restarts it."""
     try:
         await part
     except Exception:

@@ -1,7 +1,7 @@
-"""A subscriber that can begin anywhere: subscribe first, read from the cursor, then what came meanwhile, then live.
+"""Subscribes a client to broadcasts from any cursor: subscribe, read the history, flush what was buffered meanwhile, then deliver live.
 
-Never the other way round: what commits between a read and a subscription would be missed. What both the read and the live stream bring is
-told by its id and sent once.
+The order matters: a message that commits between a read and a later subscription would be missed. A message that arrives both from the
+history and live is recognized by its id and sent once.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ MISSING: Final = "gap: {count} broadcasts of clients are missing: more came than
 
 @dataclass(slots=True)
 class ByteBudget:
-    """How much all holds of one client keep together."""
+    """Limits the bytes in all catch-up buffers of one client together."""
 
     max_bytes: int
     used_bytes: int = 0
 
 
 class CatchUpBuffer:
-    """Keeps what comes for one client, of all its rooms in the order it came, until `release`, or `drop` when it is gone.
+    """Buffers the messages of all rooms of one client, in their order, until `release`, or `drop` when the client is gone.
 
-    While it is sent older messages, or until policies have been asked again. `begin` is the cursor from which nothing is missed: where the
-    relay was when the hold began, or behind what has been read since. Make it before subscribing, or when live.
+    It is used while older messages are sent, and until a reauthorization is done. `begin` is the cursor from which nothing is missed: the
+    relay's position when buffering began, or the position after what has been read since. Create it before subscribing, or when live.
 
-    What does not fit is read from the database again (`overflowed`), so stored messages make room for broadcasts of clients, which are
-    nowhere else. `lost` is how many of those did not fit even so.
+    Stored messages that do not fit are read from the database again (`overflowed`), so they make room for broadcasts of clients, which are
+    not stored. `lost` counts those that did not fit even so.
     """
 
     def __init__(self, *subscriptions: BroadcastSubscription) -> None:
@@ -48,19 +48,19 @@ class CatchUpBuffer:
         self._entries: list[tuple[BroadcastSubscription, Message, Frame]] = []
         self._stored = 0
         self.lost = 0
-        self._begin()
+        self._set_begin()
         for subscription in subscriptions:
             subscription.buffer = self
 
-    def _begin(self) -> None:
+    def _set_begin(self) -> None:
         self._position = self._subscriptions[0].position()
         self.begin = None if self._position is None else self._position.cursor
         self.overflowed = False
 
     def restart(self) -> None:
-        """Begin here, behind a gap in what the relay reads: what was held, and places before, may be of another life of the database."""
+        """Begin again after a gap in the relay: buffered messages and earlier positions may be of another incarnation."""
         self._drop_stored()
-        self._begin()
+        self._set_begin()
 
     def add(self, subscription: BroadcastSubscription, message: Message, frame: Frame) -> None:
         size, is_stored = len(frame.data), message.cursor is not None
@@ -83,7 +83,7 @@ class CatchUpBuffer:
         )
 
     def _drop_stored(self) -> None:
-        """Keep only what is not in the database."""
+        """Discard the messages that are in the database."""
         if self._stored:
             kept = [entry for entry in self._entries if entry[1].cursor is None]
             self.drop()
@@ -91,16 +91,16 @@ class CatchUpBuffer:
             self._byte_budget.used_bytes += sum(len(frame.data) for _, _, frame in kept)
 
     def drop(self) -> None:
-        """Keep nothing of what has come so far."""
+        """Discard all buffered messages."""
         self._byte_budget.used_bytes -= sum(len(frame.data) for _, _, frame in self._entries)
         self._entries.clear()
         self._stored = 0
 
     async def catch_up(self, cursor: str, read: ReadAfter, ready: Ready) -> str | None:
-        """Send all that lies behind the cursor; the cursor behind all of that, None when the client is gone.
+        """Send all messages after the cursor; returns the cursor after them, None when the client is gone.
 
         `ready` is awaited before each message; it returns False when the client is gone. Raises: Gap, MalformedCursor,
-        DatabaseUnavailable, QueryCanceled: then what is held is still held.
+        DatabaseUnavailable, QueryCanceled: buffered messages stay buffered then.
         """
         cursors, begin = dict.fromkeys(self._subscriptions, cursor), self.begin
         while True:
@@ -113,14 +113,14 @@ class CatchUpBuffer:
                             return None
                         subscription.send_replayed(stored, self._position)
             if not self.overflowed:
-                # The first room's is the earliest; what it sees was in the other rooms' pages too. What overflows from now on is read from
-                # here: to begin again where the hold began, a slow client would never arrive.
-                behind = cursors[self._subscriptions[0]]
+                # The first room's cursor is the earliest; the other rooms' pages contain all that it covers. After a later overflow
+                # reading continues from here: a slow client that began again at the start would never catch up.
+                end = cursors[self._subscriptions[0]]
                 if self.begin == begin:
-                    # No gap has moved it meanwhile.
-                    self.begin = behind
-                return behind
-            # More came than can be held: it is in the database, so hold anew and read on, in all rooms.
+                    # No gap has moved `begin` in the meantime.
+                    self.begin = end
+                return end
+            # The buffer overflowed. What was discarded is in the database, so buffer anew and continue reading in all rooms.
             self.overflowed = False
             position = self._position = self._subscriptions[0].position()
             if position is not None:
@@ -128,7 +128,7 @@ class CatchUpBuffer:
                     subscription.prune_replayed(position)
 
     def release(self) -> str | None:
-        """Send what was held; from now on everything at once. What is to be told of broadcasts that are missing, None where none is."""
+        """Send the buffered messages and deliver live from now on. Returns the text of a gap where broadcasts were lost, else None."""
         entries = [entry for entry in self._entries if not entry[0].was_replayed(entry[1])]
         self.drop()
         for subscription in self._subscriptions:
@@ -139,12 +139,12 @@ class CatchUpBuffer:
 
 
 class BroadcastSubscription:
-    """The messages of one room, for one client.
+    """Delivers the messages of one room to one client.
 
     `send` must not wait. `position` returns the relay's position. All subscriptions of a client share one `byte_budget`. `backlog` returns
-    how many bytes wait for the client, where so many wait that more had better not be sent.
+    how many bytes wait for the client where they are enough for backpressure, else 0.
 
-    While `buffer` is set, what is delivered goes there.
+    While `buffer` is set, messages go there.
     """
 
     def __init__(
@@ -163,41 +163,42 @@ class BroadcastSubscription:
         self.buffer: CatchUpBuffer | None = None
         self._send = send
         self._backlog = backlog
-        # Ids that were read and may come again, with their transactions, until the relay has passed the newest transaction among them.
-        self._seen: dict[str, int] = {}
-        self._seen_xid = 0
+        # Ids of replayed messages that the relay may still deliver, with their transactions. They are kept until the relay has passed
+        # the newest of these transactions.
+        self._replayed_ids: dict[str, int] = {}
+        self._max_replayed_xid = 0
 
     @property
     def backlog(self) -> int:
-        # Older messages are read for it at its own pace.
+        # While it catches up, history is read at the client's pace.
         return self._backlog() if self.buffer is None else 0
 
     def deliver(self, message: Message, frame: Frame) -> None:
         if self.buffer is not None:
             self.buffer.add(self, message, frame)
             return
-        if self._seen:
+        if self._replayed_ids:
             if self.was_replayed(message):
                 return
             position = self.position()
-            if position is not None and position.since.xmin > self._seen_xid:
-                self._seen.clear()
+            if position is not None and position.since.xmin > self._max_replayed_xid:
+                self._replayed_ids.clear()
         self._send(frame)
 
     def send_replayed(self, stored: Stored, position: StreamPosition | None) -> None:
-        """Send what was read, unless an earlier read had it; `position` is where the relay was when `buffer` was set, or before."""
+        """Send a stored message, unless an earlier read sent it; `position` is the relay's when `buffer` was set, or an earlier one."""
         message, xid = stored
         if self.was_replayed(message):
             return
         if (frame := message.encode(self.encoding)) is not None:
             self._send(frame)
         if message.id is not None and (position is None or not position.since.sees(xid)):
-            self._seen[message.id] = xid
-            self._seen_xid = max(self._seen_xid, xid)
+            self._replayed_ids[message.id] = xid
+            self._max_replayed_xid = max(self._max_replayed_xid, xid)
 
     def prune_replayed(self, position: StreamPosition) -> None:
-        """Forget what does not come again now that the relay is here."""
-        self._seen = {id: xid for id, xid in self._seen.items() if not position.since.sees(xid)}
+        """Forget the ids of messages that the relay does not deliver any more once it is at this position."""
+        self._replayed_ids = {id: xid for id, xid in self._replayed_ids.items() if not position.since.sees(xid)}
 
     def was_replayed(self, message: Message) -> bool:
-        return message.id in self._seen
+        return message.id in self._replayed_ids

@@ -1,4 +1,4 @@
-"""What rows of the outbox become: a broadcast for a room, or a word to the servers themselves."""
+"""Dispatches rows that the relay has read: a broadcast goes to its room, and `revalidate` reauthorizes clients."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from realtime_server.protocol.frames import Broadcast
 from realtime_server.relay import Row
 from realtime_server.services import Services
 
-# What a frame has besides its payload, its names and its cursor, about.
+# The approximate size of a frame without payload, names and cursor.
 ENVELOPE_BYTES: Final = 100
 
 log = structlog.get_logger()
 
 
 class MessageDispatcher:
-    """The relay's receiver. Nothing in here may raise: a row that cannot be delivered is logged, and the relay goes on."""
+    """Receives the relay's rows. Its methods must not raise: a row that cannot be delivered is logged, and the relay continues."""
 
     def __init__(self, services: Services, backpressure: Backpressure) -> None:
         self._services = services
         self._backpressure = backpressure
 
-    def row(self, row: Row, behind: StreamPosition) -> bool:
+    def row(self, row: Row, position: StreamPosition) -> bool:
         self._services.metrics.rows.inc()
         match row.extension:
             case "broadcast":
-                self._broadcast(row, behind)
+                self._broadcast(row, position)
             case "revalidate":
                 self._revalidate(row)
         return self._backpressure.is_due
@@ -43,10 +43,10 @@ class MessageDispatcher:
         problem = "gap: the database was restored or promoted, or away for longer than messages are kept"
         for member in list(self._services.users):
             member.tell_gap(problem, oldest)
-            # A word of lost rights may be missing too.
+            # A `revalidate` row may be missing too.
             member.revalidate(None, None)
 
-    def _broadcast(self, row: Row, behind: StreamPosition) -> None:
+    def _broadcast(self, row: Row, position: StreamPosition) -> None:
         room = Room(messages.TOPIC_PREFIX + row.topic, row.private)
         readers = self._services.broadcasts.members(room)
         if not readers:
@@ -56,15 +56,15 @@ class MessageDispatcher:
             log.warning("message without event or payload is not delivered", id=str(row.id), topic=row.topic)
             return
         broadcast = Broadcast(
-            room.topic, row.event, payload, is_json=row.payload is not None, id=str(row.id), cursor=behind.cursor
+            room.topic, row.event, payload, is_json=row.payload is not None, id=str(row.id), cursor=position.cursor
         )
         self._services.publish(room, broadcast)
-        size = len(payload) + len(behind.cursor) + len(room.topic) + len(row.event) + ENVELOPE_BYTES
+        size = len(payload) + len(position.cursor) + len(room.topic) + len(row.event) + ENVELOPE_BYTES
         self._backpressure.sent(room, readers, size)
 
     def _revalidate(self, row: Row) -> None:
-        wish = messages.loads_object((row.payload or "").encode()) or {}
-        topic, subject = wish.get("topic"), wish.get("sub")
-        log.info("asking policies again", topic=topic, subject_given=subject is not None)
+        request = messages.loads_object((row.payload or "").encode()) or {}
+        topic, subject = request.get("topic"), request.get("sub")
+        log.info("reauthorizing channels", topic=topic, subject_given=subject is not None)
         for member in list(self._services.users):
             member.revalidate(topic, subject)

@@ -1,7 +1,7 @@
-"""Fan-out inside one process: room to subscriptions. Synchronous and pure: publishing never waits for a reader.
+"""Delivers messages of a room to its subscribers, within one process. Synchronous and pure: publishing never waits for a reader.
 
-A room is a topic together with its privacy: public and private topics of one name never meet. A message is encoded at most once for each
-encoding in use in the room, and every subscriber of that encoding is handed the same frame.
+A room is a topic, private or public: two topics of one name are different rooms. A message is encoded at most once for each encoding in
+use in the room, and all subscribers with that encoding get the same frame.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from realtime_server.protocol.frames import Encoding, Frame
 
 
 class Room(NamedTuple):
-    """`topic` as on the wire, `realtime:` included."""
+    """Identifies a room. `topic` includes `realtime:`, as in frames."""
 
     topic: str
     private: bool
@@ -29,17 +29,17 @@ M_contra = TypeVar("M_contra", bound=Encodable, contravariant=True)
 
 
 class Subscriber(Protocol[M_contra]):
-    """One channel of one client, as the hub sees it."""
+    """Receives the messages of a room for one channel of one client."""
 
     @property
     def encoding(self) -> Encoding: ...
 
     @property
     def backlog(self) -> int:
-        """Bytes that wait for the client, where these are so many that more had better wait, too; else 0."""
+        """Bytes that wait for the client where they are enough for backpressure, else 0."""
 
     def deliver(self, message: M_contra, frame: Frame) -> None:
-        """Take the message, whose finished frame is `frame`. Must not wait."""
+        """Handle the message, encoded as `frame`. Must not wait."""
 
 
 class Hub(Generic[M]):
@@ -51,19 +51,19 @@ class Hub(Generic[M]):
         self._rooms.setdefault(room, {})[subscriber] = None
 
     def unsubscribe(self, room: Room, subscriber: Subscriber[M]) -> None:
-        """Harmless when not subscribed."""
+        """Remove the subscriber. Does nothing when it is not subscribed."""
         members = self._rooms.get(room)
         if members is not None and members.pop(subscriber, subscriber) is None and not members:
             del self._rooms[room]
 
     def publish(self, room: Room, message: M, *, exclude: Subscriber[M] | None = None) -> int:
-        """Hand the message to every subscriber of the room; how many got it."""
+        """Deliver the message to every subscriber of the room; returns to how many."""
         members = self._rooms.get(room)
         if not members:
             return 0
         frames: dict[Encoding, Frame | None] = {}
         sent = 0
-        # A copy: a subscriber that is over a limit leaves the room while it is served.
+        # The list is copied because a subscriber that exceeds a limit unsubscribes during `deliver`.
         for subscriber in list(members):
             encoding = subscriber.encoding
             if encoding not in frames:
@@ -75,7 +75,7 @@ class Hub(Generic[M]):
         return sent
 
     def members(self, room: Room) -> Collection[Subscriber[M]]:
-        """Its subscribers, also as they change."""
+        """A live view of the room's subscribers."""
         return self._rooms.get(room, {}).keys()
 
     def __contains__(self, room: Room) -> bool:

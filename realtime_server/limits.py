@@ -1,4 +1,4 @@
-"""Rates: how much may happen in a while. Pure: the time is an argument, in seconds of any clock that does not go back."""
+"""Measures and limits rates. Pure: the time is an argument, in seconds of any monotonic clock."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Final
 BUCKET_S: Final = 5.0
 BUCKETS: Final = 12
 
-# Seconds' worth of frames over the rate that one socket may send in all; a tenth of the rate is given back.
+# Frames over the rate that one socket may send, in seconds' worth of the rate; they are regained at a tenth of the rate.
 EXCESS_S: Final = 10.0
 EXCESS_SHARE: Final = 0.1
 
 
 class Rate:
-    """An average per second over the last minute, in steps of 5 s; the window starts short. A limit of 0 means none.
+    """Computes an average per second over the last minute, in steps of 5 s; the window starts short. A limit of 0 means none.
 
-    Bursts are allowed: only the average trips the limit, and it is looked at when a step ends.
+    Bursts are allowed: only the average is limited, and it is checked when a step ends.
     Source: Supabase Realtime `Realtime.RateCounter`.
     """
 
@@ -35,7 +35,7 @@ class Rate:
         self._current += n
 
     def rolling(self, now: float) -> float:
-        """Events per second on average, as of the end of the last step."""
+        """The average of events per second at the end of the last step."""
         self._advance(now)
         return self._rolling
 
@@ -53,14 +53,14 @@ class Rate:
             self._current = 0.0
             self._ends_at += BUCKET_S
             if len(self._buckets) == BUCKETS and not any(self._buckets):
-                # A long silence: no need to walk through all of it.
+                # No event is left in the window, so the remaining steps can be skipped.
                 self._ends_at = now + BUCKET_S
             self._rolling = sum(self._buckets) / (len(self._buckets) * BUCKET_S)
             self._is_over = bool(self.limit_per_s) and self._rolling >= self.limit_per_s
 
 
 class Bucket:
-    """A token bucket: `rate` per second on average, `burst` at once."""
+    """Implements a token bucket: `rate` per second on average, `burst` at once."""
 
     __slots__ = ("_at", "_burst", "_rate", "_tokens")
 
@@ -71,7 +71,7 @@ class Bucket:
         self._at = now
 
     def take(self, now: float, n: float = 1.0) -> float:
-        """Take `n` if they are there; 0.0 when they were, else how many seconds to wait."""
+        """Take `n` tokens if available, and return 0.0; else take none, and return how many seconds to wait."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
         self._at = now
         if self._tokens >= n:
@@ -81,9 +81,9 @@ class Bucket:
 
 
 class FrameLimit:
-    """What one socket may send: `rate` frames per second on average, twice as many at once; a rate of 0 means no limit.
+    """Limits the frames of one socket: `rate` per second on average, twice as many at once; a rate of 0 means no limit.
 
-    Frames over the rate are limited as well: `is_exhausted` tells that there were more than `EXCESS_S` seconds' worth of them.
+    Frames over the rate are limited as well: `is_exhausted` is set when there were more than `EXCESS_S` seconds' worth of them.
     """
 
     __slots__ = ("_excess", "_frames", "is_exhausted")
@@ -94,7 +94,7 @@ class FrameLimit:
         self.is_exhausted = False
 
     def take(self, now: float) -> bool:
-        """Count one frame; whether it is over the rate."""
+        """Count one frame; returns whether it is over the rate."""
         if self._frames is None or self._frames.take(now) == 0.0:
             return False
         self.is_exhausted = self.is_exhausted or self._excess.take(now) > 0

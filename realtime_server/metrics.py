@@ -1,4 +1,4 @@
-"""What is counted, for Prometheus: every name in one place. Never a topic, a user or a token as a label: their number has no bound."""
+"""Defines all Prometheus metrics. Topics, users and tokens must not be labels, because their number is unlimited."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 
 class Metrics:
-    """Of one process. What is there at the moment is asked for when it is read; what happens is counted."""
+    """Holds the metrics of one process. Gauges are computed when they are read; counters count events."""
 
     def __init__(self, version: str) -> None:
         self._registry = CollectorRegistry()
@@ -34,11 +34,11 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def watch(self, name: str, documentation: str, value: Callable[[], float]) -> None:
-        """A number that is asked for when metrics are read."""
+        """Add a gauge whose value is computed when metrics are read."""
         Gauge(name, documentation, registry=self._registry).set_function(value)
 
     def expose(self) -> bytes:
-        """As text, of the type that prometheus_client names in CONTENT_TYPE_LATEST."""
+        """The metrics as text, of the media type CONTENT_TYPE_LATEST."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, documentation: str) -> Counter:

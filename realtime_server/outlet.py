@@ -1,10 +1,10 @@
-"""What leaves this process: in turns of the event loop, and with a bound on what all clients together have not taken.
+"""Writes the frames of all clients in small turns of the event loop, and limits the unsent bytes of all of them together.
 
-A message of 3 MB to a thousand sockets is 3 GB to write. It is written in turns, a megabyte each, so that other work of the loop is done in
-between; and while a client takes nothing, what waits for it stays the frame that it shares with others, not a copy in its transport.
+A message of 3 MB to a thousand sockets is 3 GB to write. It is written a megabyte per turn, so that the event loop does other work in
+between. While a client does not read, its pending frames stay shared with other clients and are not copied into its transport.
 
-Over the bound, the client that has held most for longest is dropped: the product of bytes and seconds decides, so a client that takes what
-it is sent is not dropped in place of one that does not.
+Over the limit, the client with the largest product of unsent bytes and seconds is dropped, so that a client that reads is not dropped in
+place of one that does not.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Final, Protocol
 
 from realtime_server.protocol.frames import Frame
 
-# Written in one turn of the loop, and to one client before it is another one's turn. What is smaller costs at least a system call.
+# Bytes written in one turn of the loop, and to one client before the next; a smaller write counts as MIN_COST_BYTES, for its system call.
 BYTES_PER_TURN: Final = 1_048_576
 BYTES_PER_FLUSH: Final = 65_536
-LEAST_COST_BYTES: Final = 2_048
+MIN_COST_BYTES: Final = 2_048
 
 
 class Source(Protocol):
-    """Where frames of one client wait."""
+    """Holds the pending frames of one client."""
 
     @property
     def unsent(self) -> int:
-        """Bytes that the client has not taken, wherever they are."""
+        """Bytes that the client has not received, here or in its transport."""
 
     def flush(self) -> int:
-        """Write about `BYTES_PER_FLUSH`, as far as the transport takes it without a copy; how many bytes were written."""
+        """Write about `BYTES_PER_FLUSH`, if the transport is writable; returns how many bytes were written."""
 
     def report(self) -> None:
         """Call `Outlet.update`."""
 
     def drop(self) -> None:
-        """Give up the client, at once, and call `Outlet.forget`."""
+        """Disconnect the client at once, and call `Outlet.forget`."""
 
 
 class Outlet:
-    """Shared by all clients of the process."""
+    """Schedules the writes of all clients of the process."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._ready: deque[Source] = deque()
         self._next_turn: asyncio.Handle | None = None
-        # Frames that wait, each counted once, and copies in transports.
+        # Bytes of pending frames, each frame counted once, and bytes in transports.
         self._waiting_bytes = 0
         self._buffered_bytes = 0
         self._buffered: dict[Source, int] = {}
@@ -53,17 +53,17 @@ class Outlet:
 
     @property
     def total(self) -> int:
-        """Bytes that are held for clients that have not taken them."""
+        """Bytes that are kept until clients receive them."""
         return self._waiting_bytes + self._buffered_bytes
 
     def schedule(self, source: Source) -> None:
-        """Have the source flushed at the end of this turn of the loop, or soon after."""
+        """Schedule a flush of the source for the end of this iteration of the loop, or soon after."""
         self._ready.append(source)
         if self._next_turn is None:
             self._next_turn = asyncio.get_running_loop().call_soon(self._turn)
 
     def hold(self, frame: Frame) -> None:
-        """Count a frame that begins to wait for one more client."""
+        """Count a frame that is pending for one more client."""
         if not frame.holders:
             self._waiting_bytes += len(frame.data)
         frame.holders += 1
@@ -74,7 +74,7 @@ class Outlet:
             self._waiting_bytes -= len(frame.data)
 
     def update(self, source: Source, buffered: int, *, has_progressed: bool = False) -> None:
-        """Remember what a client has not taken: `buffered` bytes in its transport. Without any, it is forgotten."""
+        """Record that `buffered` bytes are in the client's transport. A client without unsent bytes is forgotten."""
         self._buffered_bytes += buffered - self._buffered.pop(source, 0)
         if not source.unsent:
             self._behind_since.pop(source, None)
@@ -88,10 +88,10 @@ class Outlet:
         self._behind_since.pop(source, None)
 
     def relieve(self) -> None:
-        """Drop those that hold most for longest, as long as the bound is exceeded."""
+        """Drop the clients with the most bytes times seconds until the limit is kept."""
         if self.total <= self._max_bytes:
             return
-        # Clients may have taken much since they were asked.
+        # Clients may have received much since they last reported.
         for source in list(self._buffered):
             source.report()
         now = asyncio.get_running_loop().time()
@@ -105,7 +105,7 @@ class Outlet:
         self._next_turn = None
         left = BYTES_PER_TURN
         while self._ready and left > 0:
-            left -= max(self._ready.popleft().flush(), LEAST_COST_BYTES)
+            left -= max(self._ready.popleft().flush(), MIN_COST_BYTES)
         self.relieve()
         if self._ready and self._next_turn is None:
             self._next_turn = asyncio.get_running_loop().call_soon(self._turn)

@@ -1,9 +1,9 @@
-"""Who is where: the presence of all channels of one process. Pure: references come in, changes come out.
+"""Keeps the presence of all channels of one process. Pure: callers pass in references and get back diffs.
 
-What members track is kept as encoded JSON.
+Tracked entries are kept as encoded JSON.
 
 A key may be present several times in a room, once for each channel that tracks under it. Every change has a `phx_ref` of its own, by which
-clients tell metas apart. Source: Phoenix `Phoenix.Presence`, `Phoenix.Tracker`; realtime-js `RealtimePresence`.
+clients distinguish metas. Source: Phoenix `Phoenix.Presence`, `Phoenix.Tracker`; realtime-js `RealtimePresence`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Member = Hashable
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What one member tracks under its key. `payload` is the user's object, as `encode` returns it."""
+    """Holds what one member tracks under its key. `payload` is the user's object, as `encode` returns it."""
 
     key: str
     ref: str
@@ -37,7 +37,7 @@ class Meta:
 
 
 def encode(payload: dict[str, Any]) -> bytes:
-    """A user's object as it is tracked: in one spelling for equal objects, without references of the user's own."""
+    """Encode a user's object for tracking: equal objects have equal bytes, and references of the user's own are removed."""
     payload = {name: value for name, value in payload.items() if name not in ("phx_ref", "phx_ref_prev")}
     return msgspec.json.encode(payload, order="deterministic")
 
@@ -49,7 +49,7 @@ def size_of(key: str, payload: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """One change in one room, at most one meta on each side."""
+    """Describes one change in one room, with at most one meta on each side."""
 
     joined: Meta | None = None
     left: Meta | None = None
@@ -62,26 +62,26 @@ class Diff:
 
 
 class Presence:
-    """Rooms of metas, in the order in which members came."""
+    """Keeps the metas of each room, in the order in which members joined."""
 
     def __init__(self) -> None:
         self._rooms: dict[Hashable, dict[Member, Meta]] = {}
         self._sizes: dict[Hashable, int] = {}
 
     def track(self, room: Hashable, member: Member, key: str, payload: bytes, ref: str) -> Diff | None:
-        """Put the member's meta in place of its former one; None when nothing changed. `payload` is encoded by `encode`."""
+        """Set or replace the member's meta; None when nothing changed. `payload` is encoded by `encode`."""
         members = self._rooms.setdefault(room, {})
         former = members.get(member)
         if former is not None and former.payload == payload:
             return None
         members[member] = Meta(key, ref, payload, None if former is None else former.ref)
         self._resize(room, members[member].size - (0 if former is None else former.size))
-        # Clients take what leaves by its reference alone, without the one before it.
+        # Clients identify a leaving meta by `phx_ref` alone, without `phx_ref_prev`.
         left = None if former is None else Meta(former.key, former.ref, former.payload)
         return Diff(joined=members[member], left=left)
 
     def untrack(self, room: Hashable, member: Member) -> Diff | None:
-        """Take the member's meta away; None when there was none."""
+        """Remove the member's meta; None when there was none."""
         members = self._rooms.get(room, {})
         former = members.pop(member, None)
         if former is None:

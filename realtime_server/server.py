@@ -1,4 +1,4 @@
-"""The bundled ASGI server: uvicorn, with protocol classes that bound what a client can cost, and a goodbye that reaches every socket."""
+"""Runs the bundled ASGI server: uvicorn, with protocol classes that limit what a client can use, and a close frame for every socket."""
 
 from __future__ import annotations
 
@@ -21,127 +21,128 @@ from realtime_server.config import Settings
 from realtime_server.connection import ABORT
 from realtime_server.websocket_protocol import HeavyTurns, PartialMessages, WebSocketProtocol
 
-# Time to send a whole request head, and then its body.
+# Time in which a client has to send a request head, and then its body.
 HEAD_S: Final = 10.0
 BODY_S: Final = 60.0
-# Time to answer a WebSocket handshake, in which keys may have to be fetched.
+# Time in which the server has to answer a WebSocket handshake; keys may have to be fetched.
 HANDSHAKE_S: Final = 30.0
-# So long the start may take to find out where row changes come from.
-LOOK_S: Final = 5.0
-# Time to take some of an answer.
+# How long the start waits until the source of row changes is chosen.
+SOURCE_TIMEOUT_S: Final = 5.0
+# A client that reads none of a response for this long is dropped.
 STALL_S: Final = 60.0
-# The parser puts a head together anew with every piece: what a stranger may make it hold must be short.
+# The parser copies the head with every part of it, so an unauthenticated head must be short.
 MAX_HEAD_BYTES: Final = 65_536
-# What is parsed at once of what was read: a few dozen requests of the shortest kind.
-PARSED_BYTES: Final = 1_024
-# More than a listener's queue, which is taken in at once when everybody comes again after a restart.
+# Bytes that are parsed at once, a few dozen of the shortest requests.
+PARSE_BYTES: Final = 1_024
+# This exceeds the listener's backlog, all of which is accepted at once when clients reconnect after a restart.
 MAX_PENDING_REQUESTS: Final = 5_000
-# For the database, the log and what the libraries open.
+# File descriptors for the database, the log and libraries.
 SPARE_FILES: Final = 200
 
 
 class _Flow(FlowControl):
-    """Reads on only while no request waits for its turn, whoever asks for it."""
+    """Resumes reading only while no pipelined request waits, whoever calls it."""
 
-    is_held = False
+    is_paused = False
 
     def resume_reading(self) -> None:
-        if not self.is_held:
+        if not self.is_paused:
             super().resume_reading()
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Drops who does not say in time, or not shortly, what it wants, or takes nothing of its answer: such a client has shown no key and
-    would hold its socket for ever.
+    """Drops clients that do not send their request in time, send a head that is too long, or read nothing of the response.
 
-    `pending` are all that have not said it yet, oldest first. Where they, or all connections, become too many, the oldest of them goes:
-    who comes in earnest says what it wants at once, however many come to say nothing.
+    Such a client has shown no key and would keep its socket for ever.
+
+    `pending` holds the connections without a complete request, oldest first. When there are too many of them, or of all connections, the
+    oldest is dropped: a legitimate client sends its request at once, however many idle connections there are.
     """
 
     def __init__(
-        self, *arguments: Any, pending: dict[HttpProtocol, None], most_connections: int, **options: Any
+        self, *arguments: Any, pending: dict[HttpProtocol, None], max_connections: int, **options: Any
     ) -> None:
         super().__init__(*arguments, **options)
         self._pending = pending
-        self._most_connections = most_connections
+        self._max_connections = max_connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport)
-        self._patience = self._stalled = self.loop.call_later(HEAD_S, transport.abort)
+        self._request_timer = self._stall_timer = self.loop.call_later(HEAD_S, transport.abort)
         self._limit_s: float | None = HEAD_S
         self._is_in_head = True
         self._head_bytes = 0
-        # Received while a request waits for its turn, and not parsed yet.
+        # Unparsed bytes that were received while a pipelined request waits.
         self._received = b""
         self._running: RequestResponseCycle | None = None
         self._websocket: WebSocketProtocol | None = None
         self._pending[self] = None
-        if len(self._pending) > MAX_PENDING_REQUESTS or len(self.connections) > self._most_connections:
+        if len(self._pending) > MAX_PENDING_REQUESTS or len(self.connections) > self._max_connections:
             next(iter(self._pending)).drop()
 
     def drop(self) -> None:
         self.transport.abort()
-        # Not only when the loop comes to it: others may come before.
+        # Removed here and not in `connection_lost`, because other connections may be accepted before that.
         self._pending.pop(self, None)
         self.connections.discard(self if self._websocket is None else self._websocket)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if not self._flow.is_held:
+        if not self._flow.is_paused:
             self._parse()
 
     def _parse(self) -> None:
-        """Parse what was received, until a request has to wait for the answer to another one; then nothing more is read."""
+        """Parse received bytes, until a request has to wait for the response to an earlier one; then stop reading."""
         received, self._received = self._received, b""
-        for start in range(0, len(received), PARSED_BYTES):
+        for start in range(0, len(received), PARSE_BYTES):
             if self.transport.is_closing() or self._websocket is not None:
                 return
             if self.pipeline:
                 self._received = received[start:]
-                self._hold()
+                self._pause()
                 return
-            self._parse_piece(received[start : start + PARSED_BYTES])
+            self._parse_part(received[start : start + PARSE_BYTES])
 
-    def _parse_piece(self, data: bytes) -> None:
+    def _parse_part(self, data: bytes) -> None:
         if self._is_in_head:
-            # What came before this piece, which may hold the head's end and much of the body.
+            # These bytes are not counted yet: they may contain the end of the head and much of the body.
             if self._head_bytes > MAX_HEAD_BYTES:
                 self.transport.abort()
                 return
             self._head_bytes += len(data)
         super().data_received(data)
 
-    def _hold(self) -> None:
-        # Time runs for the client only while it is listened to.
-        self._patience.cancel()
+    def _pause(self) -> None:
+        # The timer runs only while the client is read from.
+        self._request_timer.cancel()
         self._flow.pause_reading()
-        self._flow.is_held = True
+        self._flow.is_paused = True
 
-    def _release(self) -> None:
-        if self.transport.is_closing() or not self._flow.is_held:
+    def _resume(self) -> None:
+        if self.transport.is_closing() or not self._flow.is_paused:
             return
-        self._flow.is_held = False
+        self._flow.is_paused = False
         if self._limit_s is not None:
-            self._wait(self._limit_s)
+            self._set_request_timer(self._limit_s)
         self._parse()
         self._flow.resume_reading()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope.setdefault("extensions", {})[ABORT] = self.transport.abort  # type: ignore[assignment]
-        self._wait(HEAD_S)
+        self._set_request_timer(HEAD_S)
         self._is_in_head = True
         self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        self._wait(BODY_S)
+        self._set_request_timer(BODY_S)
         self._is_in_head = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         if not (self.parser.should_upgrade() and self._should_upgrade()):
-            self._patience.cancel()
+            self._request_timer.cancel()
             self._limit_s = None
             self._pending.pop(self, None)
         super().on_message_complete()
@@ -152,57 +153,57 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         if not self.transport.is_closing() and not self.pipeline:
-            # Kept open for a next request, of which nothing is known.
+            # The connection is kept open, and its next request is pending.
             self._pending[self] = None
         super().on_response_complete()
-        if self._flow.is_held and not self.pipeline:
-            self.loop.call_soon(self._release)
+        if self._flow.is_paused and not self.pipeline:
+            self.loop.call_soon(self._resume)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(STALL_S, self.transport.abort)
+        self._stall_timer = self.loop.call_later(STALL_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stalled.cancel()
+        self._stall_timer.cancel()
 
-    def _wait(self, limit_s: float) -> None:
-        self._patience.cancel()
+    def _set_request_timer(self, limit_s: float) -> None:
+        self._request_timer.cancel()
         self._limit_s = limit_s
-        self._patience = self.loop.call_later(limit_s, self.transport.abort)
+        self._request_timer = self.loop.call_later(limit_s, self.transport.abort)
 
     def handle_websocket_upgrade(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            # Behind a request that is still being answered: its answer would go into the socket.
+            # The response to an earlier request is not complete and would be written into the WebSocket.
             self.transport.abort()
             return
-        self._wait(HANDSHAKE_S)
+        self._set_request_timer(HANDSHAKE_S)
         super().handle_websocket_upgrade()
         protocol = self.transport.get_protocol()
         assert isinstance(protocol, WebSocketProtocol)
         self._websocket = protocol
-        # Until then it is one of those that have not shown yet that they come in earnest.
+        # The connection stays pending until the handshake is answered.
         protocol.when_handshake_answered(self._end_pending)
 
     def _end_pending(self) -> None:
-        self._patience.cancel()
+        self._request_timer.cancel()
         self._pending.pop(self, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_pending()
-        self._stalled.cancel()
+        self._stall_timer.cancel()
         self._received = b""
         self.pipeline.clear()
         if self._running is not None:
-            # uvicorn tells only the newest request, which may not have begun.
+            # uvicorn notifies only the newest request, which may not have begun.
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
-    """Says goodbye to every socket before uvicorn closes it; `on_ready` is called once requests are served, with where row changes come
-    from."""
+    """Closes every socket with a close frame before uvicorn shuts down. `on_ready` is called with the source of row changes once requests
+    are served."""
 
     def __init__(self, config: uvicorn.Config, app: Starlette, on_ready: Callable[[str], None]) -> None:
         super().__init__(config)
@@ -212,7 +213,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_ready(await self._app.state.changes.chosen(LOOK_S))
+            self._on_ready(await self._app.state.changes.chosen(SOURCE_TIMEOUT_S))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
@@ -222,7 +223,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises: OSError."""
+    """Open a listening socket; port 0 selects a free port. Raises: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -236,19 +237,19 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def most_connections() -> int:
-    """Each is a file: as many as this process may open, from now on as many as the system lets it, less what it needs besides."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+def max_connections() -> int:
+    """Raise the limit of open files to the hard limit, and return how many connections it allows besides the process's other files."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if allowed == resource.RLIM_INFINITY else max(allowed - SPARE_FILES, allowed // 2)
 
 
 def serve(app: Starlette, settings: Settings, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then drain. Ends the process with code 1 when a part of the application failed."""
+    """Serve until SIGINT or SIGTERM, then drain. Exits with code 1 when a background task of the application failed."""
     options: dict[str, Any] = {
-        "http": functools.partial(HttpProtocol, pending={}, most_connections=most_connections()),
+        "http": functools.partial(HttpProtocol, pending={}, max_connections=max_connections()),
         "ws": functools.partial(
             WebSocketProtocol,
             partial_messages=PartialMessages(settings.max_partial_bytes),

@@ -1,4 +1,4 @@
-"""What all conversations share: fan-out, presence, the answers of others, and bounds."""
+"""Defines what all sessions and endpoints share: hubs, presence, authorization, history and limits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Authorize = Callable[[str, Claims, PolicyHeaders], Awaitable[Policy]]
 
 
 class Member(Protocol):
-    """A client that is in some room, as the database's own messages reach it."""
+    """Receives reauthorizations and gaps for one client that has joined a room."""
 
     def revalidate(self, topic: str | None, subject: str | None) -> None: ...
 
@@ -34,7 +34,7 @@ class Member(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one connection; rates of 0 are unlimited."""
+    """Limits one connection; a rate of 0 is unlimited."""
 
     max_channels: int
     max_pending_messages: int
@@ -52,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What this process as a whole may do."""
+    """Holds the rates and limits of the whole process."""
 
     events: Rate
     joins: Rate
@@ -62,10 +62,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What endpoints and sessions use.
+    """Holds the services that endpoints and sessions use.
 
-    `users` are the clients that are in some room. `position` returns the relay's position, None before it was first connected.
-    `first_position` waits for it then, for as long as a connection may take (raises: DatabaseUnavailable).
+    `users` are the clients that have joined a room. `position` returns the relay's position, None before its first connection.
+    `first_position` waits for that connection, as long as one may take (raises: DatabaseUnavailable).
     """
 
     broadcasts: Hub[Broadcast | ForwardedBroadcast]
@@ -86,7 +86,8 @@ class Services:
     def publish(
         self, room: Room, message: Broadcast | ForwardedBroadcast, *, exclude: BroadcastSubscription | None = None
     ) -> int:
-        """Send to all members of a room and count it: one event, and one for each delivery. How many got it."""
+        """Deliver to all subscribers of a room, and count one event for the message and one for each delivery. Returns how many
+        received it."""
         delivered = self.broadcasts.publish(room, message, exclude=exclude)
         self.metrics.broadcasts.inc()
         self.metrics.deliveries.inc(delivered)
@@ -94,7 +95,7 @@ class Services:
         return delivered
 
     def announce(self, room: Room, diff: Diff | None) -> None:
-        """Tell those who watch a room of a change of presence."""
+        """Record a presence change, and deliver it to the room's presence subscribers."""
         if diff is not None:
             self.presence_writer.record(room, diff)
             self.metrics.presence_diffs.inc()

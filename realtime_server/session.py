@@ -1,8 +1,8 @@
-"""One client's conversation: what it says, in order, and what it is answered.
+"""Handles the messages of one client in order, and replies to them.
 
-Frames are handled as they come. What must wait (a join, a new token: keys may have to be fetched, policies are asked of the database) makes
-its own topic wait, in `_busy`, and nothing else: heartbeats and other channels of the same socket go on. A failure that nobody foresaw ends
-its channel with `phx_error` and no other.
+Frames are handled as they arrive. Where an operation has to wait (a join or a new token: keys may have to be fetched, the database
+evaluates policies), later operations of the same topic queue behind it, in `_queues`. Heartbeats and other channels of the socket go on. An
+unexpected exception ends its channel with `phx_error` and no other.
 """
 
 from __future__ import annotations
@@ -61,28 +61,28 @@ from realtime_server.protocol.messages import BroadcastPush, Message, Ref
 from realtime_server.services import Limits, Services
 
 Work = Coroutine[Any, Any, None]
-# Does something for a topic at once, or returns the work that remains.
+# Completes at once, or returns a coroutine that does the rest.
 Action = Callable[[], Work | None]
 
-# The event loop's clock and the wall clock may disagree by a little: a timer that fires early must not find a valid token.
+# The event loop's clock and the wall clock may differ a little. A timer that fires too early would find a token that is still valid.
 EXPIRY_MARGIN_S: Final = 0.05
 WARNING_S: Final = 60.0
-# Event loops refuse delays of decades.
-LONGEST_TIMER_S: Final = 86_400.0
+# Event loops reject delays of decades.
+MAX_TIMER_S: Final = 86_400.0
 
-# Of the replay by time; by cursor there is no bound.
+# This limits replay by time. Replay by cursor has no limit.
 MAX_REPLAYED: Final = 25
 LATEST_TIME_MS: Final = 8_000_000_000_000_000
-DRAIN_LOOK_S: Final = 0.01
+DRAIN_POLL_S: Final = 0.01
 
-LONGEST_TOPIC: Final = 1000
-# The channel keeps its join ref, and the answer repeats the other.
-LONGEST_REF: Final = 255
-LARGEST_JOIN_BYTES: Final = 256_000
+MAX_TOPIC_LENGTH: Final = 1000
+# Refs are limited because the channel keeps its join ref and replies repeat the other.
+MAX_REF_LENGTH: Final = 255
+MAX_JOIN_BYTES: Final = 256_000
 
-# The kind of the steps that ask policies again.
+# The kind of operations that reauthorize a channel.
 REAUTHORIZE: Final = "reauthorize"
-# For so long, the answer of policies is taken for a new token of the same identity, too.
+# For this long after an authorization, its result also holds for a new token of the same identity.
 POLICY_REUSE_S: Final = 60.0
 
 TOO_MANY_MESSAGES: Final = "Too many messages per second"
@@ -90,13 +90,16 @@ TOO_MANY_MESSAGES: Final = "Too many messages per second"
 log = structlog.get_logger()
 
 
-class _Step(NamedTuple):
-    """What is to be done for a topic, once it is not busy. `size`: bytes that it holds until then. `ends_wait`: it makes no sense to wait
-    any longer for the row changes of what was joined before. `kind`: a later step of the same kind replaces one that is pending."""
+class _PendingOperation(NamedTuple):
+    """An operation that waits in the queue of a topic.
+
+    `size` is how many bytes it holds until then. `cancels_wait` is set where it makes waiting for the row changes of an earlier join
+    pointless. An operation of the same `kind` replaces one that is pending.
+    """
 
     action: Action
     size: int = 0
-    ends_wait: bool = False
+    cancels_wait: bool = False
     kind: str | None = None
 
 
@@ -127,11 +130,11 @@ class Channel(BroadcastSubscription):
         self.presence_calls = 0
         self.presence_window_ends_at = 0.0
         self.watches = False
-        self.warned = _is_brief(claims)
-        # How often policies were to be asked again, and which of these times was answered last.
+        self.warned = _expires_soon(claims)
+        # How many reauthorizations were required, and which of them was completed last.
         self.auth_epoch = 0
         self.authorized_epoch = 0
-        # Read at the join, to be sent after its reply.
+        # Messages that were read during the join and are sent after its reply.
         self.replayed: list[Stored] = []
         self.position_at_join: StreamPosition | None = None
         self.is_resuming = False
@@ -142,11 +145,11 @@ class Channel(BroadcastSubscription):
 
     @property
     def needs_reauthorization(self) -> bool:
-        """Whether policies are to be asked again, or are being asked."""
+        """Whether a reauthorization is pending or running."""
         return self.auth_epoch > self.authorized_epoch
 
     def require_reauthorization(self) -> bool:
-        """Send nothing until policies have been asked again; whether that was to be done already."""
+        """Buffer messages until the channel is reauthorized. Returns whether that was pending already."""
         was_pending = self.needs_reauthorization
         self.auth_epoch += 1
         if self.buffer is None:
@@ -154,7 +157,7 @@ class Channel(BroadcastSubscription):
         return was_pending
 
     def deliver(self, message: Broadcast | ForwardedBroadcast, frame: Frame) -> None:
-        # What is held is looked at when it is released, and the first of it may end the channel.
+        # Buffered messages are checked when they are flushed; the first one over the rate ends the channel then.
         if self.buffer is None and self.session.services.rates.events.is_over(time.monotonic()):
             self.session.shut_down(self, TOO_MANY_MESSAGES)
         else:
@@ -162,7 +165,7 @@ class Channel(BroadcastSubscription):
 
 
 class PresenceSubscriber:
-    """The subscriber to the changes of presence of one channel. `has_missed`: some were not sent, because its rights were in doubt."""
+    """Sends presence changes to one channel. `has_missed` is set when some were dropped because a reauthorization was pending."""
 
     def __init__(self, channel: Channel) -> None:
         self.encoding = Encoding(channel.encoding.format)
@@ -181,7 +184,7 @@ class PresenceSubscriber:
 
 
 class RowReader(RowChangeSubscriber):
-    """The subscriber to the row changes of one channel."""
+    """Sends row changes to one channel."""
 
     def __init__(self, session: Session, channel: Channel, *, is_held: bool) -> None:
         super().__init__(channel.room.topic, channel.encoding, is_held=is_held, client=session)
@@ -205,8 +208,11 @@ class RowReader(RowChangeSubscriber):
 
 
 class Session:
-    """`api_key` is the identity of channels that bring no token of their own; `headers` are the handshake's `x-` headers, which policies
-    may read; `tasks` owns what waits."""
+    """Holds the channels of one socket.
+
+    `api_key` is the identity of channels that join without a token of their own; `headers` are the handshake's `x-` headers, which policies
+    may read; `tasks` is the group in which pending operations run.
+    """
 
     def __init__(
         self,
@@ -222,67 +228,71 @@ class Session:
         self._api_key = api_key
         self._headers = headers
         self._limits = services.limits
-        # Half, so that a client is not too slow only because what was held for it is released.
+        # Half the limit, so that flushing these buffers cannot alone make a client exceed it.
         self.byte_budget = ByteBudget(services.limits.max_pending_bytes // 2)
         self._tasks = tasks
         self._channels: dict[str, Channel] = {}
-        self._busy: dict[str, deque[_Step]] = {}
-        # Of joins whose reply waits for row changes.
-        self._held: dict[str, RowReader] = {}
+        self._queues: dict[str, deque[_PendingOperation]] = {}
+        # Joins, by topic, whose reply waits until the subscription to row changes is established.
+        self._awaiting_changes: dict[str, RowReader] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._pending_bytes = 0
         refresh_rate = self._limits.max_token_refreshes_per_second
-        # A client gives a new token to all of its channels at once.
+        # A client sends a new token on all of its channels at once.
         refresh_burst = 2 * self._limits.max_channels
         self._refreshes = Bucket(refresh_rate, refresh_burst, time.monotonic()) if refresh_rate else None
 
     @property
     def has_channels(self) -> bool:
-        return bool(self._channels or self._busy)
+        return bool(self._channels or self._queues)
 
     def receive(self, frame: str | bytes, *, too_many: bool = False) -> None:
-        """Handle one frame of the client, `too_many` when it is over the socket's rate. Never raises: a bad frame is dropped and logged,
-        the socket lives on."""
+        """Handle one frame of the client; `too_many` is set when it is over the socket's rate.
+
+        Never raises: a malformed frame is dropped and logged, and the socket stays open.
+        """
         try:
             message = decode(frame, self.connection.format)
             carries_json = isinstance(message, Message) or message.is_json
             if carries_json and messages.is_deeper_than(message.payload, self._limits.max_depth):
                 raise MalformedFrame(f"payload nests deeper than {self._limits.max_depth} levels")
-            if len(message.topic) > LONGEST_TOPIC:
-                raise MalformedFrame(f"topic is longer than {LONGEST_TOPIC} characters")
-            if any(isinstance(ref, str) and len(ref) > LONGEST_REF for ref in (message.join_ref, message.ref)):
-                raise MalformedFrame(f"ref is longer than {LONGEST_REF} characters")
+            if len(message.topic) > MAX_TOPIC_LENGTH:
+                raise MalformedFrame(f"topic is longer than {MAX_TOPIC_LENGTH} characters")
+            if any(isinstance(ref, str) and len(ref) > MAX_REF_LENGTH for ref in (message.join_ref, message.ref)):
+                raise MalformedFrame(f"ref is longer than {MAX_REF_LENGTH} characters")
         except MalformedFrame as error:
             if not too_many:
                 log.info("frame dropped", code=error.code, problem=str(error))
             return
-        ends_wait = isinstance(message, Message) and message.event in (messages.JOIN, messages.LEAVE)
+        cancels_wait = isinstance(message, Message) and message.event in (messages.JOIN, messages.LEAVE)
         kind = (
             messages.ACCESS_TOKEN if isinstance(message, Message) and message.event == messages.ACCESS_TOKEN else None
         )
-        step = _Step(lambda: self._handle(message, too_many), len(message.payload), ends_wait, kind)
-        self._do(message.topic, step)
+        operation = _PendingOperation(lambda: self._handle(message, too_many), len(message.payload), cancels_wait, kind)
+        self._submit(message.topic, operation)
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
-        """Ask again for the rights of private channels: of one topic (without `realtime:`), of one user, or of all where None."""
-        # A channel that is joining has asked already, and may have been answered by what was true before.
-        for wire_topic in {*self._channels, *self._busy}:
+        """Reauthorize private channels: those of one topic (without `realtime:`), of one user, or all where None."""
+        # Channels that are joining are included: their authorization may have used the state before the change.
+        for wire_topic in {*self._channels, *self._queues}:
             if topic not in (None, wire_topic.removeprefix(messages.TOPIC_PREFIX)):
                 continue
             channel = self._channels.get(wire_topic)
-            if channel is not None and _is_meant(channel, subject) and channel.require_reauthorization():
+            if channel is not None and _is_affected(channel, subject) and channel.require_reauthorization():
                 continue
-            pending = self._busy.get(wire_topic)
+            pending = self._queues.get(wire_topic)
             if pending is None:
-                self._do(wire_topic, _Step(partial(self._revalidate, wire_topic, subject), kind=REAUTHORIZE))
-            elif (position := _position(pending, REAUTHORIZE)) is None:
-                pending.appendleft(_Step(partial(self._revalidate, wire_topic, subject), kind=REAUTHORIZE))
+                self._submit(
+                    wire_topic, _PendingOperation(partial(self._revalidate, wire_topic, subject), kind=REAUTHORIZE)
+                )
+            elif (index := _last_index(pending, REAUTHORIZE)) is None:
+                pending.appendleft(_PendingOperation(partial(self._revalidate, wire_topic, subject), kind=REAUTHORIZE))
             else:
-                # Both may mean the channel, or neither: it asks in any case.
-                pending[position] = _Step(partial(self._revalidate, wire_topic, None), kind=REAUTHORIZE)
+                # Either request may concern the channel; merged into one, it reauthorizes in any case.
+                pending[index] = _PendingOperation(partial(self._revalidate, wire_topic, None), kind=REAUTHORIZE)
 
     def tell_gap(self, problem: str, oldest: str) -> None:
-        """Messages of the database are missing from here on, on every channel that receives any."""
+        """Send a gap on every channel that receives broadcasts: messages of the database are missing from this point on."""
         for channel in self._channels.values():
             if channel.policy.can_read_broadcast:
                 if channel.buffer is not None:
@@ -290,7 +300,7 @@ class Session:
                 self._tell_gap(channel, problem, oldest)
 
     def close(self) -> None:
-        """Leave all channels; the socket is gone."""
+        """Leave all channels, because the socket is closed."""
         if self._expiry is not None:
             self._expiry.cancel()
         for channel in list(self._channels.values()):
@@ -298,7 +308,7 @@ class Session:
         self.services.users.discard(self)
 
     def shut_down(self, channel: Channel, reason: str) -> None:
-        """End a channel from this side and say why, unless it has ended. Clients do not join again by themselves."""
+        """Close a channel and send the reason, unless it is closed already. Clients do not rejoin by themselves."""
         if not self._is_open(channel):
             return
         topic = channel.room.topic
@@ -307,33 +317,33 @@ class Session:
         self.connection.push(messages.system(topic, channel.join_ref, reason, ok=False))
         self.connection.push(messages.closed(topic, channel.literal_join_ref))
 
-    def _do(self, topic: str, step: _Step) -> None:
-        """Do it now, or after what the topic waits for."""
-        waiting = self._busy.get(topic)
-        if waiting is None:
-            work = self._guarded(topic, step.action)
+    def _submit(self, topic: str, operation: _PendingOperation) -> None:
+        """Run the operation now, or queue it behind the pending ones of its topic."""
+        queue = self._queues.get(topic)
+        if queue is None:
+            work = self._guarded(topic, operation.action)
             if work is not None:
-                self._busy[topic] = deque()
-                self._spawn(self._finish(topic, work), work)
+                self._queues[topic] = deque()
+                self._spawn(self._drain(topic, work), work)
             return
-        position = _replaceable(waiting, step)
-        count, size = len(waiting) + 1, step.size
-        if position is not None:
-            count, size = count - 1, size - waiting[position].size
+        index = _replaceable_index(queue, operation)
+        count, size = len(queue) + 1, operation.size
+        if index is not None:
+            count, size = count - 1, size - queue[index].size
         if count <= self._limits.max_pending_messages and self._pending_bytes + size <= self._limits.max_pending_bytes:
             self._pending_bytes += size
-            if position is None:
-                waiting.append(step)
+            if index is None:
+                queue.append(operation)
             else:
-                waiting[position] = step
-            if step.ends_wait and topic in self._held:
-                self._held[topic].abandon_wait()
+                queue[index] = operation
+            if operation.cancels_wait and topic in self._awaiting_changes:
+                self._awaiting_changes[topic].abandon_wait()
         else:
-            log.warning("message dropped, too many wait for the join", topic=topic)
+            log.warning("message dropped, too many are pending for its topic", topic=topic)
 
-    async def _finish(self, topic: str, work: Work | None) -> None:
-        """Do the work, then what came for the same topic meanwhile."""
-        waiting = self._busy[topic]
+    async def _drain(self, topic: str, work: Work | None) -> None:
+        """Await the work, then run the operations that were queued for the topic in the meantime."""
+        queue = self._queues[topic]
         try:
             while True:
                 if work is not None:
@@ -341,18 +351,18 @@ class Session:
                         await work
                     except Exception:
                         self._crash(topic)
-                if not waiting:
+                if not queue:
                     return
-                step = waiting.popleft()
-                self._pending_bytes -= step.size
-                work = self._guarded(topic, step.action)
+                operation = queue.popleft()
+                self._pending_bytes -= operation.size
+                work = self._guarded(topic, operation.action)
         finally:
-            del self._busy[topic]
+            del self._queues[topic]
             if not self.has_channels:
                 self.services.users.discard(self)
 
     def _spawn(self, task: Work, work: Work) -> None:
-        """Start a task that is to wait for some work, which it may not live to begin: the socket may go away first."""
+        """Start a task that awaits `work`. Closes `work` also where the socket ends before the task has begun."""
         self._tasks.create_task(task).add_done_callback(lambda _: work.close())
 
     def _guarded(self, topic: str, action: Action) -> Work | None:
@@ -367,22 +377,22 @@ class Session:
         channel = self._channels.get(topic)
         if channel is not None:
             self._forget(channel)
-        # Without a channel: a null ref, which clients take for whatever they have on that topic.
+        # Without a channel the ref is null, which clients match with any channel of that topic.
         self.connection.push(messages.crashed(topic, None if channel is None else channel.literal_join_ref))
 
     def _handle(self, message: Message | BroadcastPush, too_many: bool) -> Work | None:
-        """Answer a message now, or return the work that will. `too_many`: the socket says more than it may."""
+        """Handle a message now, or return a coroutine that does. `too_many` is set when the socket is over its rate."""
         channel = self._channels.get(message.topic)
         match message:
             case Message(topic=messages.PHOENIX, event=messages.HEARTBEAT):
-                self._reply(message, None, self._position(message))
+                self._reply(message, None, self._heartbeat_response(message))
                 return None
             case Message(event=messages.JOIN):
-                # Joins that still wait for an answer count as well: each holds a task.
-                others = (self._channels.keys() | self._busy.keys()) - {message.topic}
-                refusal = _refusal(message, len(others), self._limits, too_many)
-                if refusal is not None:
-                    self._refuse(message, message.join_ref, refusal)
+                # Pending joins count as well, because each holds a task.
+                others = (self._channels.keys() | self._queues.keys()) - {message.topic}
+                error = _join_error(message, len(others), self._limits, too_many)
+                if error is not None:
+                    self._refuse(message, message.join_ref, error)
                     return None
                 return self._join(message)
             case Message(event=messages.LEAVE):
@@ -406,10 +416,10 @@ class Session:
                     log.info("unknown event", event_name=message.event, topic=message.topic)
         return None
 
-    def _position(self, heartbeat: Message) -> dict[str, str]:
-        """For a heartbeat that asks for it, the cursor behind all that was sent so far, if it is the same on every channel."""
+    def _heartbeat_response(self, heartbeat: Message) -> dict[str, str]:
+        """The response to a heartbeat: where it asks for it and all channels are live, the cursor after everything sent so far."""
         is_asked = heartbeat.payload != b"{}" and (messages.loads_object(heartbeat.payload) or {}).get("cursor") is True
-        is_live = not self._busy and all(channel.buffer is None for channel in self._channels.values())
+        is_live = not self._queues and all(channel.buffer is None for channel in self._channels.values())
         position = self.services.position()
         return {"cursor": position.cursor} if is_asked and is_live and position is not None else {}
 
@@ -420,11 +430,12 @@ class Session:
             topic = messages.sub_topic(message.topic)
             old = self._channels.get(message.topic)
             if old is not None:
-                # Whatever comes of the new one. Before its reply: a client without join refs could not tell which of the two is closed.
+                # The old channel ends even if the new join fails. `phx_close` precedes the reply, because a client without join refs
+                # could not tell which of the two is closed.
                 self._forget(old)
                 self.connection.push(messages.closed(message.topic, old.literal_join_ref))
             self._admit()
-            # Already now, so that a word of lost rights finds the join.
+            # Added before authorization, so that `revalidate` reaches the join.
             self.services.users.add(self)
             config = join.parse(join.loads(message.payload), self.connection.format)
             for problem in config.problems:
@@ -438,7 +449,7 @@ class Session:
                 if not policy.can_read_broadcast and not (config.presence_enabled and policy.can_read_presence):
                     raise Unauthorized(topic)
             channel = Channel(self, message, config, claims, policy)
-            await self._begin(channel, topic)
+            await self._prepare_join(channel, topic)
         except UnmatchedTopic as error:
             self._refuse(message, None, error)
         except RealtimeError as error:
@@ -446,7 +457,7 @@ class Session:
             if isinstance(error, TooManyJoins):
                 self.connection.close(1001, "too many joins")
         else:
-            self._enter(channel, message)
+            self._complete_join(channel, message)
 
     def _admit(self) -> None:
         """Raises: TooManyUsers, TooManyJoins."""
@@ -457,8 +468,8 @@ class Session:
             raise TooManyJoins
         rates.joins.count(now)
 
-    async def _begin(self, channel: Channel, topic: str) -> None:
-        """Subscribe, and read what the client asks to have replayed by time.
+    async def _prepare_join(self, channel: Channel, topic: str) -> None:
+        """Subscribe the channel, and read the messages to be replayed by time.
 
         Raises: Unauthorized, UnableToReplay, DatabaseUnavailable, InvalidBinding, ChangesTimeout, TokenExpired.
         """
@@ -466,10 +477,10 @@ class Session:
         if config.has_replay and not channel.policy.can_read_broadcast:
             raise Unauthorized(topic)
         try:
-            # The reply says that from now on nothing is missed, so it does not come before the relay reads.
+            # The reply promises that no later message is missed, so it waits until the relay reads.
             await self.services.first_position()
         except DatabaseUnavailable:
-            # Without the database clients still send each other messages.
+            # Clients can exchange messages without the database.
             if config.with_cursor or "after" in replay:
                 raise
         if config.has_replay:
@@ -479,14 +490,14 @@ class Session:
         if config.wait_ms is not None and config.bindings:
             await self._await_changes(channel, config.wait_ms)
         if channel.claims.expires_at <= time.time():
-            # While policies, the past or row changes were waited for.
+            # The token expired during authorization, replay or the wait for row changes.
             self._forget(channel)
             raise TokenExpired(int(time.time() - channel.claims.expires_at))
         if channel.policy.can_read_broadcast:
             self.services.broadcasts.subscribe(channel.room, channel)
 
     async def _read_by_time(self, channel: Channel) -> list[Stored]:
-        """The newest messages since a time. Raises: UnableToReplay."""
+        """Read the newest messages since a time. Raises: UnableToReplay."""
         since, limit = channel.config.replay.get("since"), channel.config.replay.get("limit", MAX_REPLAYED)
         if not channel.room.private:
             raise UnableToReplay("Replay is not allowed for public channels")
@@ -503,21 +514,21 @@ class Session:
                 raise UnableToReplay("Realtime was unable to replay messages") from error
             raise
 
-    def _enter(self, channel: Channel, message: Message) -> None:
+    def _complete_join(self, channel: Channel, message: Message) -> None:
         self._channels[message.topic] = channel
         self.services.metrics.joins.inc()
         config, position = channel.config, self.services.position()
         echoes = [{**msgspec.json.decode(binding), "id": id} for id, binding in enumerate(config.bindings, start=1)]
         response: dict[str, object] = {"postgres_changes": echoes}
         if config.with_cursor and config.replay.get("after") is not None:
-            # No cursor: it would lie behind messages that are yet to be replayed, and a client that adopts it and loses the connection
-            # would never get them.
+            # The reply has no cursor: it would be after messages that are not replayed yet, and a client that stored it and lost the
+            # connection would never get them.
             response["resumed"] = True
         elif config.with_cursor and position is not None:
             response["cursor"] = position.cursor
         self._reply(message, message.join_ref, response)
-        if config.private and _position(self._busy[message.topic], REAUTHORIZE) is not None:
-            # The word came after policies had answered: what was read and held since may have been written behind it.
+        if config.private and _last_index(self._queues[message.topic], REAUTHORIZE) is not None:
+            # `revalidate` came after the authorization, so messages read and buffered since may have been written after the change.
             channel.require_reauthorization()
         after = config.replay.get("after")
         if after is not None:
@@ -525,7 +536,7 @@ class Session:
         elif config.has_replay and not channel.needs_reauthorization:
             self._replay(channel)
         if not self._is_open(channel):
-            # What was held has ended it.
+            # Flushing the buffer has closed it.
             return
         if channel.rows is not None:
             channel.rows.release()
@@ -541,14 +552,14 @@ class Session:
         self._watch_expiry()
 
     def _replay(self, channel: Channel) -> None:
-        """Send what was read at the join, if anything was, and what is held."""
+        """Send the messages that were read during the join, then the buffered ones."""
         for stored in channel.replayed:
             channel.send_replayed(stored, channel.position_at_join)
         channel.replayed.clear()
         self._go_live(channel, None)
 
     def _try_to_subscribe(self, channel: Channel) -> None:
-        """Row changes, too; the channel lives on whatever comes of it."""
+        """Subscribe to row changes. If that fails, the channel stays open."""
         rows = RowReader(self, channel, is_held=False)
         try:
             self._subscribe_to_changes(channel, rows)
@@ -561,18 +572,18 @@ class Session:
         wanted = bindings.parse_all(channel.config.bindings)
         channel.rows = rows
         entry = rows.subscribe(self.services.changes, channel.claims, wanted)
-        self._spawn(self._watched(channel, entry), entry)
+        self._spawn(self._run_guarded(channel, entry), entry)
 
     async def _await_changes(self, channel: Channel, wait_ms: int) -> None:
-        """Hold the reply until the subscription to row changes stands, or the client leaves or joins anew.
+        """Delay the reply until the subscription to row changes is established, or the client leaves or rejoins.
 
         Source: Supabase Realtime, `postgres_changes_options`. Raises: InvalidBinding, ChangesTimeout.
         """
         topic, rows = channel.room.topic, RowReader(self, channel, is_held=True)
         try:
             self._subscribe_to_changes(channel, rows)
-            self._held[topic] = rows
-            if any(step.ends_wait for step in self._busy[topic]):
+            self._awaiting_changes[topic] = rows
+            if any(operation.cancels_wait for operation in self._queues[topic]):
                 rows.abandon_wait()
             async with asyncio.timeout(wait_ms / 1000):
                 await rows.established
@@ -583,25 +594,25 @@ class Session:
                 raise ChangesTimeout(wait_ms) from None
             raise
         finally:
-            self._held.pop(topic, None)
+            self._awaiting_changes.pop(topic, None)
 
-    async def _watched(self, channel: Channel, work: Work) -> None:
+    async def _run_guarded(self, channel: Channel, work: Work) -> None:
         try:
             await work
         except Exception:
             self._crash(channel.room.topic)
 
     def _go_live(self, channel: Channel, cursor: object) -> None:
-        """Release what is held for a channel, after what lies behind the cursor; None when there is nothing to be read."""
+        """Send the messages after the cursor, then flush the buffer. A cursor of None means that nothing is read first."""
         buffer = channel.buffer
         if buffer is not None and cursor is None and not buffer.overflowed:
-            self._release(channel, buffer)
+            self._flush(channel, buffer)
         elif buffer is not None:
             channel.is_resuming = True
             self._tasks.create_task(self._resume(channel, buffer, buffer.begin if cursor is None else cursor))
 
     async def _catch_up(self, channel: Channel, buffer: CatchUpBuffer, cursor: object) -> None:
-        """Send what lies behind the cursor; where messages are missing, say so."""
+        """Send the messages after the cursor, or a gap where some are missing."""
         try:
             if not isinstance(cursor, str):
                 raise MalformedCursor
@@ -609,17 +620,17 @@ class Session:
         except Gap as error:
             self._tell_gap(channel, str(error), error.oldest)
         except MalformedCursor as error:
-            # What follows is what has come since the join.
+            # The messages that follow are those since the join.
             self._tell_gap(channel, str(error), buffer.begin)
 
     async def _resume(self, channel: Channel, buffer: CatchUpBuffer, cursor: object) -> None:
-        """Send what lies behind the cursor, then flip to live."""
+        """Send the messages after the cursor, then switch to live delivery."""
         try:
             await self._catch_up(channel, buffer, cursor)
             while await self._is_ready(channel) and buffer.overflowed and buffer.begin is not None:
                 await buffer.catch_up(buffer.begin, self.services.history.after, lambda: self._is_ready(channel))
         except RealtimeError as error:
-            # Not caught up and not to be taken for it: the client joins again, with the same cursor.
+            # The channel has not caught up and must not continue as if it had: the client rejoins with the same cursor.
             self._close_retryable(channel, error)
             return
         except Exception:
@@ -627,21 +638,21 @@ class Session:
             return
         if self._is_open(channel):
             channel.is_resuming = False
-            self._release(channel, buffer)
+            self._flush(channel, buffer)
 
-    def _release(self, channel: Channel, buffer: CatchUpBuffer) -> None:
+    def _flush(self, channel: Channel, buffer: CatchUpBuffer) -> None:
         problem = buffer.release()
         if problem is not None and self._is_open(channel):
             extension = messages.CLIENT_BROADCAST
             self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, None, extension))
 
     async def _is_ready(self, channel: Channel) -> bool:
-        """Wait until the client has taken most of what was sent and keeps its rights; False when the channel is gone."""
+        """Wait until the client has received most of what was sent and no reauthorization is pending; False when the channel is closed."""
         pause_s = 0.0
         while self._is_open(channel) and (self.connection.is_filling or channel.needs_reauthorization):
-            # First only for what this turn of the loop has sent to leave.
+            # The first wait only lets frames leave that were sent in this iteration of the event loop.
             await asyncio.sleep(pause_s)
-            pause_s = DRAIN_LOOK_S
+            pause_s = DRAIN_POLL_S
         return self._is_open(channel)
 
     def _is_open(self, channel: Channel) -> bool:
@@ -678,7 +689,7 @@ class Session:
         return self._api_key
 
     def _refresh(self, message: Message, channel: Channel) -> Work | None:
-        """A new token for a channel: never replied to, whatever comes of it."""
+        """Take a new token for a channel. It is never replied to, whether it is accepted or not."""
         token = (messages.loads_object(message.payload) or {}).get("access_token")
         if not isinstance(token, str) or token.startswith("sb_") or token == channel.token:
             return None
@@ -687,8 +698,8 @@ class Session:
     async def _take_token(self, channel: Channel, token: str) -> None:
         while self._refreshes is not None and (delay_s := self._refreshes.take(time.monotonic())) > 0:
             await asyncio.sleep(delay_s)
-            if _position(self._busy[channel.room.topic], messages.ACCESS_TOKEN) is not None:
-                # There is a newer one by now.
+            if _last_index(self._queues[channel.room.topic], messages.ACCESS_TOKEN) is not None:
+                # A newer token is pending.
                 return
         if not self._is_open(channel):
             return
@@ -699,24 +710,24 @@ class Session:
             return
         is_same = claims.is_same_identity(channel.claims)
         reuses_policy = is_same and time.monotonic() < channel.authorized_at + POLICY_REUSE_S
-        if channel.room.private and not reuses_policy and not await self._authorize_again(channel, claims):
+        if channel.room.private and not reuses_policy and not await self._update_policy(channel, claims):
             return
         if not self._is_open(channel):
             return
-        channel.token, channel.claims, channel.warned = token, claims, _is_brief(claims)
+        channel.token, channel.claims, channel.warned = token, claims, _expires_soon(claims)
         self._watch_expiry()
         if channel.registration is not None and not is_same:
             change = self.services.changes.change_claims(channel.registration, claims)
-            self._spawn(self._watched(channel, change), change)
+            self._spawn(self._run_guarded(channel, change), change)
 
-    async def _authorize_again(self, channel: Channel, claims: Claims) -> bool:
-        """Put the rights of `claims` in place of the channel's; False when the channel had to be shut down."""
+    async def _update_policy(self, channel: Channel, claims: Claims) -> bool:
+        """Authorize the channel with `claims` and replace its policy; False when the channel was closed."""
         topic = messages.sub_topic(channel.room.topic)
         old = channel.policy
         try:
             new = await self.services.authorize(topic, claims, self._headers)
         except RealtimeError as error:
-            # No answer is no refusal.
+            # A failed query does not mean that access is denied.
             self._close_retryable(channel, error)
             return False
         lost_broadcast = old.can_read_broadcast and not new.can_read_broadcast
@@ -737,15 +748,15 @@ class Session:
         return True
 
     def _close_retryable(self, channel: Channel, error: RealtimeError) -> None:
-        """End a channel for what may be over soon: clients join again by themselves."""
-        log.warning("channel broken off", topic=channel.room.topic, code=error.code)
+        """Close a channel because of a transient error: clients rejoin by themselves."""
+        log.warning("channel closed by a transient error", topic=channel.room.topic, code=error.code)
         if self._is_open(channel):
             self._forget(channel)
             self.connection.push(messages.crashed(channel.room.topic, channel.literal_join_ref))
 
     def _revalidate(self, topic: str, subject: str | None) -> Work | None:
         channel = self._channels.get(topic)
-        if channel is None or not (channel.needs_reauthorization or _is_meant(channel, subject)):
+        if channel is None or not (channel.needs_reauthorization or _is_affected(channel, subject)):
             return None
         if not channel.needs_reauthorization:
             channel.require_reauthorization()
@@ -754,23 +765,23 @@ class Session:
     async def _reauthorize(self, channel: Channel) -> None:
         while channel.needs_reauthorization:
             auth_epoch = channel.auth_epoch
-            if not await self._authorize_again(channel, channel.claims):
+            if not await self._update_policy(channel, channel.claims):
                 return
             channel.authorized_epoch = auth_epoch
         if channel.buffer is not None and not channel.is_resuming:
             self._replay(channel)
         if channel.presence_subscriber.has_missed and self._is_open(channel):
-            # The state anew is all that was missed: clients take what differs.
+            # Sending the state replaces the missed changes: clients compute the difference.
             self._watch_presence(channel)
 
     def _watch_expiry(self) -> None:
-        """One timer per socket, set to the first token that expires or is to be warned of."""
+        """Set the one timer of the socket to the first token that expires or is due for a warning."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
         if self._channels:
-            first = min(map(_next_look, self._channels.values()))
-            delay = min(max(0.0, first - time.time() + EXPIRY_MARGIN_S), LONGEST_TIMER_S)
+            first = min(map(_next_deadline, self._channels.values()))
+            delay = min(max(0.0, first - time.time() + EXPIRY_MARGIN_S), MAX_TIMER_S)
             self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
 
     def _expire(self) -> None:
@@ -810,7 +821,8 @@ class Session:
     # -- presence
 
     def _watch_presence(self, channel: Channel) -> None:
-        """Send the state of the room, and from now on its changes, to who may see them; where that is in doubt, as soon as it is not."""
+        """Send the presence state of the room and subscribe to its changes, if the policy allows it. The state follows a pending
+        reauthorization."""
         if not channel.policy.can_read_presence:
             return
         channel.watches = True
@@ -847,17 +859,17 @@ class Session:
             return
         self._reply(message, channel.join_ref, {})
         if not channel.watches:
-            # Who tracks wants to see; the JavaScript client applies no change before it has the state.
+            # A client that tracks wants presence, and the JavaScript client applies no diff before it has the state.
             self._watch_presence(channel)
         ref = secrets.token_urlsafe(12)
         diff = self.services.presence.track(channel.room, channel, channel.presence_key, entry, ref)
         self.services.announce(channel.room, diff)
 
     def _presence_entry(self, channel: Channel, payload: bytes) -> bytes:
-        """What is to be tracked, encoded. Raises: PresenceTooLarge, InvalidTrack, TrackDenied."""
+        """Encode the entry to be tracked. Raises: PresenceTooLarge, InvalidTrack, TrackDenied."""
         limits, tracked = self._limits, self.services.presence
         too_large = PresenceTooLarge("An entry of presence has", limits.max_presence_entry_bytes)
-        # Checked before it is parsed, too.
+        # The size is checked before parsing as well.
         if len(payload) > limits.max_presence_entry_bytes:
             raise too_large
         content = {} if payload == b"null" else messages.loads_object(payload)
@@ -905,40 +917,40 @@ class Session:
     def _refuse(self, push: Message | BroadcastPush, join_ref: Ref, error: RealtimeError) -> None:
         self.services.metrics.count_error(error.code)
         if not isinstance(error, TooManyJoins):
-            # Over a rate, answers are all that a client may cause.
+            # Over the rate of joins a client may cause replies, but no log lines.
             log.info("refused", code=error.code, topic=push.topic, reason=str(error))
         self._reply(push, join_ref, error.response, ok=False)
 
 
-def _position(pending: Sequence[_Step], kind: str) -> int | None:
-    """Where the last step of this kind is among those that are pending; None where there is none."""
-    return next((position for position in reversed(range(len(pending))) if pending[position].kind == kind), None)
+def _last_index(pending: Sequence[_PendingOperation], kind: str) -> int | None:
+    """The index of the last pending operation of this kind; None where there is none."""
+    return next((index for index in reversed(range(len(pending))) if pending[index].kind == kind), None)
 
 
-def _replaceable(pending: deque[_Step], step: _Step) -> int | None:
-    """Where a step is pending that this one makes needless: not one from before a join or a leave."""
-    position = None if step.kind is None else _position(pending, step.kind)
-    if position is None or any(later.ends_wait for later in islice(pending, position, None)):
+def _replaceable_index(pending: deque[_PendingOperation], operation: _PendingOperation) -> int | None:
+    """The index of the pending operation that this one replaces: not one from before a join or a leave."""
+    index = None if operation.kind is None else _last_index(pending, operation.kind)
+    if index is None or any(later.cancels_wait for later in islice(pending, index, None)):
         return None
-    return position
+    return index
 
 
-def _is_meant(channel: Channel, subject: str | None) -> bool:
+def _is_affected(channel: Channel, subject: str | None) -> bool:
     return channel.room.private and subject in (None, channel.claims.subject)
 
 
-def _refusal(join: Message, others: int, limits: Limits, too_many: bool) -> RealtimeError | None:
-    """Why a join is not even looked at; `others` is how many topics the socket has joined or is joining."""
+def _join_error(join: Message, others: int, limits: Limits, too_many: bool) -> RealtimeError | None:
+    """The error for a join that is refused unparsed; `others` is how many topics the socket has joined or is joining."""
     if too_many:
         return TooManyJoins()
     if others >= limits.max_channels:
         return TooManyChannels()
-    # The channel keeps what it was joined with.
-    return PayloadTooLarge() if len(join.payload) > LARGEST_JOIN_BYTES else None
+    # The size is limited because the channel keeps the payload of its join.
+    return PayloadTooLarge() if len(join.payload) > MAX_JOIN_BYTES else None
 
 
-def _next_look(channel: Channel) -> float:
-    """When the channel's token expires or is to be warned of; that may be over."""
+def _next_deadline(channel: Channel) -> float:
+    """When the channel's token expires or is due for a warning; this may be in the past."""
     return channel.claims.expires_at - (0.0 if channel.warned else WARNING_S)
 
 
@@ -946,6 +958,6 @@ def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_brief(claims: Claims) -> bool:
-    """Whether these claims expire so soon that a warning would say nothing new."""
+def _expires_soon(claims: Claims) -> bool:
+    """Whether these claims expire so soon that a warning would be redundant."""
     return claims.expires_at - time.time() <= WARNING_S

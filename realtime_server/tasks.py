@@ -1,4 +1,4 @@
-"""Several coroutines that live and die together, and an end that is certain."""
+"""Runs coroutines until the first failure, and cancels tasks until all have ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CANCEL_S: Final = 2.0
 
 
 async def run_until_first_failure(*works: Coroutine[Any, Any, None]) -> None:
-    """Run them until one fails or this is cancelled; then end all. Raises what the first one raised."""
+    """Run coroutines until one fails or this is cancelled, then cancel all. Raises the first one's exception."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -22,13 +22,13 @@ async def run_until_first_failure(*works: Coroutine[Any, Any, None]) -> None:
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel them again and again until they have ended: one that waits for a database which does not answer first asks it to cancel,
-    and waits for that too."""
+    """Cancel tasks repeatedly until all have ended. Once is not enough: a task that waits for an unresponsive database first sends a
+    cancel request, and waits for that too."""
     running = {task for task in tasks if not task.done()}
     while running:
         for task in running:
             task.cancel()
-        # Whoever cancels this too wants the same.
+        # Cancelling this coroutine as well has the same purpose.
         with contextlib.suppress(asyncio.CancelledError):
             _, running = await asyncio.wait(running, timeout=CANCEL_S)
         running = {task for task in running if not task.done()}

@@ -1,6 +1,6 @@
-"""The WebSocket side of the bundled server: frames are handled in small turns, and what one socket can cost is bounded.
+"""Implements WebSockets for the bundled server: frames are parsed in small turns, and the memory and time of each socket are limited.
 
-A read may bring ten thousand frames. They are parsed `FRAMES_PER_TURN` at a time, with the event loop's other work in between; meanwhile
+One read may return ten thousand frames. They are parsed `FRAMES_PER_TURN` at a time, with the event loop's other work in between; meanwhile
 reading is paused, so that TCP slows the peer down. Source of frames and closing: RFC 6455.
 """
 
@@ -17,20 +17,20 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.protocol import State
 
-from realtime_server.connection import EXTENSION, GOODBYE_S, OVERLOADED, POLICY_VIOLATION, TOO_MANY_FRAMES
+from realtime_server.connection import CLOSE_TIMEOUT_S, EXTENSION, OVERLOADED, POLICY_VIOLATION, TOO_MANY_FRAMES
 from realtime_server.limits import FrameLimit
 
 FRAMES_PER_TURN: Final = 16
-# What is parsed of one socket in a turn, apart from the rest of one frame. Of sockets that hold more, one is parsed at a time, with turns
-# of the loop in between: a small request takes a few of them until it is answered.
+# Bytes of one socket that are parsed in a turn; the last frame may exceed it. Sockets with more unparsed bytes take turns, one at a time,
+# with turns of the loop in between, because a small request takes a few of those until it is answered.
 BYTES_PER_TURN: Final = 65_536
 TURNS_BETWEEN: Final = 10
-# A failed connection is closed when its peer has sent nothing for so long.
+# A failed connection is closed when its peer has sent nothing for this long.
 LINGER_S: Final = 0.1
 
 
 def frame_size(data: bytes, position: int) -> int | None:
-    """Bytes of the frame that a client begins at the position, its header included; None when they do not tell yet."""
+    """The size of the client's frame at the position, with its header; None when the header is incomplete."""
     if len(data) < position + 2:
         return None
     is_masked, length = data[position + 1] & 0x80, data[position + 1] & 0x7F
@@ -43,10 +43,10 @@ def frame_size(data: bytes, position: int) -> int | None:
 
 
 class PartialMessages:
-    """Bytes that all sockets have received of messages that are not complete.
+    """Limits the bytes of incomplete messages of all sockets together.
 
-    Over the limit, the socket that holds most for longest is closed: the product of bytes and seconds decides, so that neither many small
-    messages that never end nor one large message that is quickly sent pushes out the other.
+    Over the limit, the socket with the largest product of bytes and seconds is closed, so that neither many small messages that never end
+    nor one large message that is sent quickly displaces the other.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -64,7 +64,7 @@ class PartialMessages:
 
 
 class _Turn:
-    """A callback that has been scheduled; None once it is cancelled."""
+    """Holds a scheduled callback; None once it is cancelled."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self.callback: Callable[[], None] | None = callback
@@ -74,14 +74,14 @@ class _Turn:
 
 
 class HeavyTurns:
-    """Callbacks of all sockets that may cost much: one at a time, in the order of scheduling, with turns for other work in between.
+    """Runs expensive callbacks of all sockets one at a time, in order, with turns of the loop for other work in between.
 
-    A message of 5 MB may take 0.3 s to check. Many that were completed at the same moment would otherwise be handled in one turn.
+    A message of 5 MB may take 0.3 s to check. Many that complete at the same moment would otherwise be handled in one turn.
     """
 
     def __init__(self) -> None:
         self._scheduled: deque[_Turn] = deque()
-        # Turns of the loop that others have before the next one.
+        # Turns of the loop that are left to other work before the next callback.
         self._left = 0
 
     def schedule(self, callback: Callable[[], None]) -> _Turn:
@@ -91,7 +91,7 @@ class HeavyTurns:
         return self._scheduled[-1]
 
     def _run(self) -> None:
-        """One turn of the loop: of others, or of the next that is scheduled."""
+        """Leave this turn of the loop to other work, or run the next callback."""
         if self._left:
             self._left -= 1
         elif self._scheduled:
@@ -104,7 +104,7 @@ class HeavyTurns:
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """Offers itself to the application as `connection.Transport`."""
+    """Parses the frames of one socket, and is its `connection.Transport`."""
 
     def __init__(
         self,
@@ -124,13 +124,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._on_handshake_answered: Callable[[], None] | None = None
         self._on_writable: Callable[[], None] | None = None
         self._frame_limit: FrameLimit | None = None
-        # Received and not parsed yet, from the position on; the frame there lacks so many bytes.
+        # Received bytes, unparsed from the position on; the frame there lacks `_frame_left` bytes.
         self._received = b""
         self._position = 0
         self._frame_left = 0
         self._is_discarding = False
         self._next_turn: asyncio.Handle | _Turn | None = None
-        # Joined at once: as a list, a message in fragments of two bytes would take twenty times its size.
+        # Fragments are joined at once: as a list, a message in fragments of two bytes would take twenty times its size.
         self._message = bytearray()
         self._fragments = 0
         self._partial_since: float | None = None
@@ -170,12 +170,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.conn.send_close(code, reason)
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
-        # The peer's close frame may stand behind messages that nobody takes any more.
+        # The peer's close frame may come after messages that the application does not receive any more.
         self._schedule_turn()
         self._abort_later()
 
     def fail(self, code: int, reason: str) -> None:
-        """Close a socket that did what it must not: whatever it sends from now on is discarded."""
+        """Close a socket that broke a rule, and discard what it sends from now on."""
         if self._is_over:
             self.transport.abort()
         else:
@@ -186,18 +186,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         super().shutdown()
-        self.loop.call_later(GOODBYE_S, self.transport.abort)
+        self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     # -- the handshake
 
     def when_handshake_answered(self, callback: Callable[[], None]) -> None:
-        """Call back once the handshake is accepted or refused, or the connection is lost; at once when it is already."""
+        """Call back once the handshake is accepted or refused, or the connection is lost; at once when this has happened."""
         self._on_handshake_answered = callback
         if self.handshake_complete:
             self._handshake_answered()
 
     def _refuse_handshake(self) -> None:
-        """Answer a head that is none: websockets itself has an answer only for heads that are too large."""
+        """Respond to an invalid request head: websockets itself responds only to heads that are too large."""
         answer = b"".join(self.conn.data_to_send()) or self.conn.reject(400, "invalid WebSocket handshake").serialize()
         self.handshake_complete = self.close_sent = True
         self.transport.write(answer)
@@ -215,7 +215,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: ASGISendEvent) -> None:
         was_complete = self.handshake_complete
         await super().send(message)
-        # A refusal completes the handshake as well: uvicorn would log it as an error of the application.
+        # A refusal completes the handshake as well; otherwise uvicorn would log an error of the application.
         self.handshake_complete = self.handshake_complete or self.close_sent
         if self.handshake_complete and not was_complete:
             self._handshake_answered()
@@ -256,7 +256,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     @property
     def _partial_size(self) -> int:
-        """Bytes that are not a complete message yet, or not parsed."""
+        """Bytes that are unparsed, or of an incomplete message."""
         return len(self.conn.reader.buffer) + len(self._message) + len(self._received) - self._position
 
     @property
@@ -264,7 +264,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         return self._partial_size > BYTES_PER_TURN
 
     def _parse(self) -> None:
-        """Handle a few frames, and further ones in turns to come; read on once all are handled and the application has taken them."""
+        """Parse a few frames and schedule the rest; resume reading once all are parsed and the application has received them."""
         self._next_turn = None
         is_done = False
         if self._is_ready:
@@ -286,22 +286,22 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     @property
     def _is_ready(self) -> bool:
-        """Whether frames may be handled: the application waits for them, or does not any more."""
+        """Whether frames may be parsed: the application has received all earlier ones, or receives none any more."""
         return self.handshake_complete and (self.queue.empty() or self.close_sent)
 
     def _parse_frame(self) -> bool:
-        """Handle the next frame, or take in what there is of it; False when there is nothing to parse."""
+        """Parse the next frame, or the received part of it; False when there is nothing to parse."""
         if not self._frame_left:
             size = frame_size(self._received, self._position)
             if size is None:
                 return False
             self._frame_left = size
-        piece = self._received[self._position : self._position + self._frame_left]
-        self._position += len(piece)
-        self._frame_left -= len(piece)
-        if piece:
-            super().data_received(piece)
-        return bool(piece)
+        part = self._received[self._position : self._position + self._frame_left]
+        self._position += len(part)
+        self._frame_left -= len(part)
+        if part:
+            super().data_received(part)
+        return bool(part)
 
     def _pause_reading(self) -> None:
         if not self.read_paused:
@@ -341,7 +341,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._count_frame()
 
     def send_receive_event_to_app(self) -> None:
-        # Text that is no UTF-8 would close the socket here; as bytes it is dropped like any other malformed frame.
+        # Text that is not UTF-8 would close the socket here; as bytes it is dropped like any other malformed frame.
         if self.curr_msg_data_type == "text":
             try:
                 self.frames[0].decode()
@@ -350,7 +350,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().send_receive_event_to_app()
 
     def handle_ping(self) -> None:
-        # To a peer that reads nothing only the latest pong waits. Source: RFC 6455, section 5.5.3.
+        # For a peer that reads nothing, only the latest pong is kept. Source: RFC 6455, section 5.5.3.
         pong = b"".join(self.conn.data_to_send())
         if self.writable.is_set():
             self.write(pong)
@@ -367,7 +367,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._count_frame()
 
     def _count_frame(self) -> None:
-        """Take a frame that the application never sees from the same limit as messages."""
+        """Count a frame that the application does not receive against the limit for messages."""
         limit = self._frame_limit
         if limit is not None and limit.take(time.monotonic()) and limit.is_exhausted:
             self.fail(POLICY_VIOLATION, TOO_MANY_FRAMES)
@@ -383,7 +383,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     # -- messages that are not complete
 
     def partial_age(self) -> float:
-        """For how long the message that the peer is sending has not been complete."""
+        """Seconds since the incomplete message began; 0 when there is none."""
         return 0.0 if self._partial_since is None else self.loop.time() - self._partial_since
 
     def _update_partial(self) -> None:
@@ -397,7 +397,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._partial_messages.update(self, size)
 
     def _check_message_time(self) -> None:
-        """One timer, moved when it fires: most messages are complete long before."""
+        """Fail the socket if its message is overdue, else set the timer again. Most messages complete long before it fires."""
         self._message_timer = None
         if self._partial_since is None or self._is_discarding:
             return
@@ -420,8 +420,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._discard()
 
     def _finish(self) -> None:
-        """Send the close frame, and close once the peer is silent. Closing at once would reset a connection on which data still arrives,
-        and the peer might never read why; and clients on asyncio stumble over an end of the stream while they send."""
+        """Send the close frame, and close once the peer sends nothing more.
+
+        Closing at once would reset a connection on which data still arrives, and the peer might never read the reason. Clients on asyncio
+        also fail when the stream ends while they send.
+        """
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
         self._abort_later()
@@ -437,17 +440,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._received, self._position, self._message = b"", 0, bytearray()
         self.conn.reader.discard()
         self._partial_messages.update(self, 0)
-        # To see the peer's end of the stream.
+        # Reading detects the peer's end of the stream.
         self._resume_reading()
 
     def _abort_later(self) -> None:
-        # Not close(): that one waits for the same full buffer as a stalled peer's frames.
+        # Not close(), which waits until the peer has received the buffered frames.
         if self.close_timer is not None:
             self.close_timer.cancel()
-        self.close_timer = self.loop.call_later(GOODBYE_S, self.transport.abort)
+        self.close_timer = self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # Whoever made room for others has taken this one out already.
+        # `HttpProtocol.drop` may have removed this connection already; uvicorn removes it again.
         self.connections.add(self)
         super().connection_lost(exc)
         self._on_writable = None

@@ -1,1 +1,1 @@
-"""What listens: one module an endpoint. Each is made by a function that takes what the endpoint needs; `app` wires them to paths."""
+"""Contains the endpoints, one per module. A function makes each from the services that it needs; `app` adds the routes."""

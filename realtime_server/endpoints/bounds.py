@@ -1,4 +1,4 @@
-"""Bounds that every request keeps before any endpoint reads it: how many headers and query parameters it may have."""
+"""Limits the number of headers and query parameters of every request, before an endpoint reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_HEADERS: Final = 100
 
 
 class RequestBounds:
-    """Middleware that refuses requests and handshakes beyond the bounds. It counts separators, so that nothing is parsed for it."""
+    """Refuses requests and handshakes beyond the limits. It counts separators and parses nothing."""
 
     def __init__(self, app: ASGIApp, max_query_parameters: int) -> None:
         self._app = app

@@ -1,15 +1,15 @@
-"""REST broadcast: a batch of messages, or one message with its names in the path. They are never stored.
+"""Sends broadcasts by REST: a batch of messages, or one message with topic and event in the path. They are never stored.
 
-* `POST /api/broadcast`: all or nothing until the batch is valid; then each message goes by itself. A private message that the caller may
-  not send is dropped and logged, and the answer is 202 all the same: clients of this interface expect that.
-* `POST /api/broadcast/{topic}/events/{event}`: the body is the payload, as it came: any JSON value, or bytes.
+* `POST /api/broadcast`: an invalid message rejects the whole batch; messages of a valid batch are sent one by one. A private message that
+  the caller may not send is dropped and logged, and the response is still 202, which clients of this interface expect.
+* `POST /api/broadcast/{topic}/events/{event}`: the body is the unchanged payload: any JSON value, or bytes.
 
-What is checked comes in this order: body, `Accept`, content type, rate, token, contents, `Idempotency-Key`, rate with these messages,
-permission. Source: Supabase Realtime `RealtimeWeb.BroadcastController`, `Realtime.Tenants.BatchBroadcast`. Not taken over from there: a
-`private` key in the payload of a single message, payloads wrapped as `_json`, bodies without a content type that count as `{}`.
+Checks run in this order: body, `Accept`, content type, rate, token, contents, `Idempotency-Key`, rate with these messages, permission.
+Source: Supabase Realtime `RealtimeWeb.BroadcastController`, `Realtime.Tenants.BatchBroadcast`. Not adopted from there: a `private` key in
+the payload of a single message, payloads wrapped as `_json`, bodies without a content type that count as `{}`.
 
-A request with an `Idempotency-Key` is sent once: repeating it answers the first one's 202, reusing the key for another request 422, and
-repeating it while the first is still running 409. Source: draft-ietf-httpapi-idempotency-key-header.
+A request with an `Idempotency-Key` is sent once: a repetition gets the 202 of the first one, or 409 while the first one is still running,
+and another request with the same key gets 422. Source: draft-ietf-httpapi-idempotency-key-header.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ INVALID: Final = "is invalid"
 TOO_LARGE: Final = "Payload size exceeds tenant limit"
 # How many invalid messages of a batch are described.
 MAX_REPORTED: Final = 20
-# What a batch may do before other work gets its turn: bytes that are read, messages that are read, or deliveries.
+# Work that a batch does before it yields to the event loop: bytes, and messages or deliveries.
 SLICE_BYTES: Final = 262_144
 SLICE_STEPS: Final = 200
-# What a frame has besides names and payload.
+# The approximate size of a frame without names and payload.
 FRAME_BYTES: Final = 100
 
-# Not blank, whatever a regular expression's dialect and Python take for white space.
+# Not blank, under the definitions of white space of regular expression dialects and of Python.
 Name = Annotated[
     str, Meta(pattern=r"[^\s\x1c-\x1f\x85\ufeff]", max_length=MAX_NAME_BYTES, description="at most 255 bytes")
 ]
@@ -70,7 +70,7 @@ _ABSENT: Final = msgspec.Raw()
 
 
 class _RawBatch(msgspec.Struct):
-    """Keys that mean nothing here are skipped, not kept."""
+    """Decodes the body of a batch; unknown keys are skipped."""
 
     messages: msgspec.Raw = _NULL
 
@@ -104,8 +104,8 @@ class UnsupportedType(msgspec.Struct):
 
 
 class BatchErrors(msgspec.Struct):
-    """One sentence about the whole batch, or for each message what is wrong with each field. After 20 invalid messages, one sentence
-    says how many more there are."""
+    """One sentence about the whole batch, or the errors of each field for each message. After 20 invalid messages, one sentence says how
+    many more there are."""
 
     messages: list[str | dict[str, list[str]]]
 
@@ -153,25 +153,25 @@ SINGLE: Final = Operation(
         403: ("the caller may not write to the private topic", Refusal),
         415: ("neither JSON nor bytes", UnsupportedType),
         422: (
-            "the message is invalid, permission could not be found out, or Idempotency-Key was used for another request",
+            "the message is invalid, permission could not be determined, or Idempotency-Key was used for another request",
             InvalidMessage,
             Refusal,
         ),
-        500: ("permission could not be found out", Refusal),
+        500: ("permission could not be determined", Refusal),
     },
     needs_token=True,
 )
 
 
 class _Slice:
-    """Counts work until it is time to let the event loop do something else."""
+    """Counts work until it is time to yield to the event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = self._steps = 0
 
     def is_full_with(self, *, bytes_: int, steps: int = 1) -> bool:
-        """Count this too; when the slice is full, the next one begins."""
+        """Count more work; returns whether the slice is full, and then begins the next one."""
         self._bytes += bytes_
         self._steps += steps
         if self._bytes < self._max_bytes and self._steps < SLICE_STEPS:
@@ -181,7 +181,7 @@ class _Slice:
 
 
 class Seen(Enum):
-    """What is known of a request's key; the request that is told NEW has it until `finish` or `forget`."""
+    """The status of an idempotency key. A request that gets NEW owns the key until `finish` or `forget`."""
 
     NEW = auto()
     RUNNING = auto()
@@ -190,12 +190,12 @@ class Seen(Enum):
 
 
 class SeenKeys:
-    """The idempotency keys of accepted requests of this process: the last `capacity` ones, for `keep_s`. Digests only."""
+    """Keeps digests of the idempotency keys of this process's accepted requests: the last `capacity` ones, for `keep_s`."""
 
     def __init__(self, *, capacity: int, keep_s: float) -> None:
         self._capacity = capacity
         self._keep_s = keep_s
-        # Key to digest of its request, time it ends, and whether the request was answered.
+        # Maps a key to the digest of its request, its expiry, and whether the request was answered.
         self._entries: OrderedDict[bytes, tuple[bytes, float, bool]] = OrderedDict()
 
     def begin(self, key: bytes, request: bytes, now: float) -> Seen:
@@ -225,15 +225,18 @@ class SeenKeys:
 
 
 class HttpError(Exception):
-    """Ends a request with this answer."""
+    """Ends a request with an error response."""
 
     def __init__(self, status: int, message: str | None = None, **body: Any) -> None:
         self.response = JSONResponse(body if message is None else {"message": message}, status)
 
 
 class BroadcastEndpoints:
-    """Both endpoints. `publish` hands a message to the subscribers of its room and counts it among the `events`; it returns how many got
-    it. `pace` is made at the start of a batch that sockets may have to be waited for."""
+    """Implements both endpoints.
+
+    `publish` delivers a message to the subscribers of its room, counts it among the `events`, and returns how many received it. `pace`
+    makes a `Pace` for a batch that is too large to be sent without waiting for sockets.
+    """
 
     def __init__(
         self,
@@ -277,7 +280,7 @@ class BroadcastEndpoints:
                 await self._send(batch, claims, headers)
 
     async def _read(self, raw: msgspec.Raw) -> list[tuple[Room, Broadcast]]:
-        """The messages of a batch, public ones first and private ones by topic."""
+        """Parse the messages of a batch, and sort them: public ones first, then private ones by topic."""
         batch: list[tuple[Room, Broadcast]] = []
         errors: list[str | dict[str, list[str]]] = []
         invalid = 0
@@ -298,7 +301,7 @@ class BroadcastEndpoints:
         return sorted(batch, key=lambda entry: (entry[0].private, entry[0].topic if entry[0].private else ""))
 
     def _items(self, raw: msgspec.Raw) -> list[msgspec.Raw]:
-        """The elements of the array, not decoded; no more than allowed are ever taken apart."""
+        """Split the array into undecoded elements; parsing stops at the first element over the limit."""
         text = bytes(raw)
         if text == b"null":
             raise _invalid_batch(BLANK)
@@ -315,7 +318,7 @@ class BroadcastEndpoints:
 
     async def _send(self, batch: list[tuple[Room, Broadcast]], claims: Claims, headers: PolicyHeaders) -> None:
         policies: dict[str, Policy | None] = {}
-        # A quarter of what may wait for a socket: one that takes each slice is never over its bound.
+        # A slice is a quarter of the limit of a socket's buffer, so a socket that reads each slice never exceeds it.
         slice_bytes = self._settings.max_buffered_bytes // 4
         part = _Slice(slice_bytes)
         pace = self._pace() if sum(_size(broadcast) for _, broadcast in batch) > slice_bytes else None
@@ -352,7 +355,7 @@ class BroadcastEndpoints:
         claims = await self._caller(request)
         headers = policy_headers(request)
         is_json = media_type == JSON
-        # Bytes only fit into binary frames, which have one byte for the length of the topic with its prefix.
+        # Bytes need binary frames, which have one byte for the length of the topic with its prefix.
         errors = _name_errors("topic", topic, MAX_NAME_BYTES - (0 if is_json else len(TOPIC_PREFIX)))
         errors |= _name_errors("event", event, MAX_NAME_BYTES)
         if len(payload) > self._settings.max_payload_bytes:
@@ -381,11 +384,11 @@ class BroadcastEndpoints:
             raise HttpError(500, "Unable to authorize broadcast") from None
 
     async def _body(self, request: Request) -> bytes:
-        """The body; refused as soon as it is over the limit. More than a little is kept only of who has a valid token."""
+        """Read the body, up to the limit. Reading more than `MAX_UNAUTHENTICATED_BYTES` requires a valid token."""
         too_large = HttpError(413, "Request body is too large")
         body, is_known = bytearray(), False
         try:
-            # The parser has seen to it that this is a number.
+            # The HTTP parser has checked that this is a number.
             if int(request.headers.get("content-length", 0)) > self._settings.max_body_bytes:
                 raise too_large
             async for chunk in request.stream():
@@ -412,7 +415,7 @@ class BroadcastEndpoints:
             raise HttpError(401, "Unauthorized") from None
 
     def _check_rate(self, messages: int = 0) -> None:
-        """Again: the rate may have risen while the token was verified. A batch must fit as a whole, a single message need not."""
+        """Check the rate again, because it may have risen meanwhile. A batch has to fit as a whole; a single message need not."""
         limit, rolling = self._events.limit_per_s, self._events.rolling(self._clock())
         if limit and rolling > limit:
             raise HttpError(429, "You have exceeded your rate limit")
@@ -421,16 +424,16 @@ class BroadcastEndpoints:
 
     @contextlib.contextmanager
     def _once(self, request: Request, claims: Claims, *parts: bytes) -> Iterator[bool]:
-        """Whether the request is to be carried out: not when it was before. Its key is free again if that fails."""
-        theirs = request.headers.get("idempotency-key")
-        if theirs is None:
+        """Yield whether to execute the request: not if it was executed before. If it fails, its key is forgotten."""
+        client_key = request.headers.get("idempotency-key")
+        if client_key is None:
             yield True
             return
-        if not _KEY_PATTERN.fullmatch(theirs):
+        if not _KEY_PATTERN.fullmatch(client_key):
             raise HttpError(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-        # Who has no subject is known by all claims: others of the same role have keys of their own.
+        # A caller without subject is identified by all claims, so that others of the same role do not share its keys.
         caller = claims.json if claims.subject is None else claims.subject
-        key = _digest(repr((claims.role, claims.subject is None, caller, theirs)).encode())
+        key = _digest(repr((claims.role, claims.subject is None, caller, client_key)).encode())
         contents = _digest(*parts)
         seen = self._keys.begin(key, contents, self._clock())
         if seen is Seen.REUSED:
@@ -461,7 +464,7 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def _decode(body: bytes, type_: Any, problem: str) -> Any:
-    """Decode JSON of which parts may stay text. Those are not looked at by msgspec, so their UTF-8 is."""
+    """Decode JSON; parts may stay raw. UTF-8 is checked first, because msgspec does not check it in raw parts."""
     try:
         body.decode()
         return msgspec.json.decode(body, type=type_)
@@ -470,12 +473,12 @@ def _decode(body: bytes, type_: Any, problem: str) -> Any:
 
 
 def _media_type(request: Request) -> str:
-    """The content type without its parameters; JSON when there is none."""
+    """The content type without its parameters; JSON when it is absent."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower() or JSON
 
 
 def _check_accept(request: Request) -> None:
-    """RFC 9110, 12.5.1: the most specific range that covers JSON decides."""
+    """Check that JSON is acceptable. The most specific range that covers it decides. Source: RFC 9110, 12.5.1."""
     accept = ",".join(request.headers.getlist("accept"))
     if not accept.strip():
         return
@@ -497,7 +500,7 @@ def _is_zero_weight(parameter: str) -> bool:
 
 
 def _array_decoder(max_items: int) -> msgspec.json.Decoder[msgspec.Struct]:
-    """A decoder of arrays that stops at the first element too many. A list would be built to its end before its length is checked."""
+    """Make a decoder of arrays that stops at the first element over the limit; a list's length is checked only after building it."""
     fields = [(f"item_{number}", msgspec.Raw, _ABSENT) for number in range(max_items)]
     return msgspec.json.Decoder(msgspec.defstruct("Items", fields, array_like=True, forbid_unknown_fields=True))
 
@@ -543,7 +546,7 @@ def _read_message(item: msgspec.Raw, settings: Settings) -> tuple[Room, Broadcas
 
 
 def _size(broadcast: Broadcast) -> int:
-    """Bytes of its frame, about."""
+    """The approximate size of the frame in bytes."""
     return len(broadcast.payload) + len(broadcast.topic) + len(broadcast.event) + FRAME_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Who calls: the token of an HTTP request, what policies may read of it, what it may receive, and how it is refused."""
+"""Identifies the caller of an HTTP request: its token, the headers for policies, its authorization, and error responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from realtime_server.services import Services
 
 MAX_POLICY_HEADERS: Final = 50
 MAX_POLICY_HEADER_BYTES: Final = 8192
-# A policy has no use for them, and what a policy reads ends in errors, logs and tables.
+# Policies do not need credentials, and values that policies read get into errors, logs and tables.
 CREDENTIAL_HEADERS: Final = frozenset(
     {
         "x-access-token",
@@ -56,7 +56,7 @@ log = structlog.get_logger()
 
 
 class CodedRefusal(msgspec.Struct, omit_defaults=True):
-    """`code` is stable, `message` may change. `cursor`: the first one that can be read from, in case of a gap."""
+    """`code` is stable, `message` may change. For a gap, `cursor` is the first one that can be read from."""
 
     code: str
     message: str
@@ -75,7 +75,7 @@ REFUSALS: Final[dict[int, tuple[Any, ...]]] = {
 
 
 def token_of(request: HTTPConnection) -> str:
-    """The bearer token, or else the API key of header or query; never the key when there is an `Authorization`. Raises: MissingKey."""
+    """The bearer token, or the API key of header or query if there is no `Authorization` header. Raises: MissingKey."""
     authorization = request.headers.get("authorization")
     if authorization is None:
         token = request.headers.get("apikey") or request.query_params.get("apikey") or ""
@@ -99,7 +99,7 @@ def policy_headers(request: HTTPConnection) -> PolicyHeaders:
 def room_of(topic: str, request: HTTPConnection) -> Room:
     """The room of a topic, with or without `realtime:`, public or private as the query says. Raises: TopicNameRequired."""
     topic = topic.removeprefix(TOPIC_PREFIX)
-    # NUL is no text to PostgreSQL.
+    # PostgreSQL's text cannot contain NUL.
     if not topic or "\0" in topic:
         raise TopicNameRequired
     is_private = request.query_params.get("private", "").lower() in ("true", "1")
@@ -107,7 +107,7 @@ def room_of(topic: str, request: HTTPConnection) -> Room:
 
 
 async def check_may_receive(services: Services, room: Room, claims: Claims, headers: PolicyHeaders) -> None:
-    """Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled."""
+    """Check that the caller may receive in the room. Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled."""
     topic = room.topic.removeprefix(TOPIC_PREFIX)
     if services.limits.private_only and not room.private:
         raise PrivateOnly

@@ -1,4 +1,4 @@
-"""Stored messages by REST: `GET /messages?topic=...&after=...&limit=...`, a page at a time, for what does not stay connected."""
+"""Returns stored messages by REST, a page at a time: `GET /messages?topic=...&after=...&limit=...`, for clients without a connection."""
 
 from __future__ import annotations
 
@@ -31,25 +31,29 @@ MAX_LIMIT: Final = 1000
 
 class StoredPage(msgspec.Struct):
     messages: list[dict[str, Any]]
-    cursor: Annotated[str, Meta(description="of the last message, or of now: what to ask `after` next")]
+    cursor: Annotated[str, Meta(description="of the last message, or the current one: the next value of `after`")]
     is_last: bool
 
 
 PAGE: Final = Operation(
-    summary="Read stored messages behind a cursor; without one, get the cursor of now",
+    summary="Read stored messages after a cursor; without one, get the current cursor",
     parameters=(
         Parameter("topic", "query", Topic, "the topic to read", is_required=True),
         PRIVATE,
-        Parameter("after", "query", str, "the cursor behind which to read"),
+        Parameter("after", "query", str, "the cursor after which to read"),
         Parameter("limit", "query", Annotated[int, Meta(ge=1, le=MAX_LIMIT)], f"{DEFAULT_LIMIT} when not given"),
     ),
-    answers={200: ("a page", StoredPage), **REFUSALS, 410: ("messages behind the cursor are gone", CodedRefusal)},
+    answers={
+        200: ("a page", StoredPage),
+        **REFUSALS,
+        410: ("messages after the cursor are no longer kept", CodedRefusal),
+    },
     needs_token=True,
 )
 
 
 def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]]:
-    """Answers {"messages": [...], "cursor": "...", "is_last": bool}; without `after`, no messages and the cursor of now."""
+    """Returns {"messages": [...], "cursor": "...", "is_last": bool}; without `after`, no messages and the current cursor."""
 
     @documented(PAGE)
     async def endpoint(request: Request) -> Response:
@@ -85,7 +89,7 @@ async def _page(services: Services, request: Request) -> Response:
 def _limit(text: str | None) -> int:
     if text is None:
         return DEFAULT_LIMIT
-    # Python does not read numbers of thousands of digits.
+    # Python's int() raises for thousands of digits.
     is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_LIMIT))
     if not is_number or not 1 <= int(text) <= MAX_LIMIT:
         raise InvalidLimit(MAX_LIMIT)

@@ -1,7 +1,7 @@
-"""`GET /metrics` for Prometheus, behind a bearer token of its own. Every refusal is a bare 403. There is one region, whatever its name.
+"""Serves `GET /metrics` for Prometheus, with its own bearer token. Every error is an empty 403. There is one region, with any name.
 
-With REALTIME_METRICS_JWT_SECRET: any token signed with that secret; only its signature and, where present, `exp` and `iat` are looked at.
-Without: a token or key of role service_role. Source: Supabase Realtime `RealtimeWeb.MetricsController`.
+With REALTIME_METRICS_JWT_SECRET, any token signed with that secret is valid; only its signature and, where present, `exp` and `iat` are
+checked. Without it, a token or key of role service_role is required. Source: Supabase Realtime `RealtimeWeb.MetricsController`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document: what each endpoint says about itself, with the schemas of its own types.
+"""Generates the OpenAPI 3.1 document from the descriptions of endpoints, with the schemas of their types.
 
-An endpoint is described where it is written, with `@documented(...)`; paths and methods come from the routes. Routes under the public
-prefix are described without it. Of a WebSocket only the handshake can be described.
+`@documented(...)` describes an endpoint at its definition; paths and methods come from the routes. Routes under the public prefix are
+described without it. OpenAPI can describe only the handshake of a WebSocket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ E = TypeVar("E", bound=Callable[..., Awaitable[Response | None]])
 @dataclass(frozen=True, slots=True)
 class Parameter:
     name: str
-    place: Literal["path", "query", "header"]
+    location: Literal["path", "query", "header"]
     type: Any
     meaning: str
     is_required: bool = False
@@ -35,8 +35,11 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """`answers`: what each status means and the types its JSON body may have, none when it is empty. `texts`: the media types of statuses
-    whose body is text. `body`: media type to type."""
+    """Describes an endpoint.
+
+    `answers` maps a status to its meaning and to the types of its JSON body, none when it is empty. `texts` maps a status with a text body
+    to its media type. `body` maps the media types of requests to types.
+    """
 
     summary: str
     answers: Mapping[int, tuple[Any, ...]]
@@ -72,7 +75,7 @@ def openapi_endpoint(routes: Iterable[BaseRoute], version: str) -> Endpoint:
 
 
 def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:
-    """The document of all described routes. What is served with and without the prefix is described once."""
+    """Build the document of all described routes. A path that is served with and without the prefix is described once."""
     operations = [
         (route, route.endpoint.operation)
         for route in routes
@@ -146,13 +149,13 @@ def _describe(
         },
     }
     # One operation may be served with and without a parameter in its path.
-    parameters = [one for one in operation.parameters if one.place != "path" or one.name in route.param_convertors]
+    parameters = [one for one in operation.parameters if one.location != "path" or one.name in route.param_convertors]
     if parameters:
         described["parameters"] = [
             {
                 "name": parameter.name,
-                "in": parameter.place,
-                "required": parameter.is_required or parameter.place == "path",
+                "in": parameter.location,
+                "required": parameter.is_required or parameter.location == "path",
                 "description": parameter.meaning,
                 "schema": schemas[id(parameter.type)],
             }

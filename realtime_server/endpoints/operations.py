@@ -1,4 +1,4 @@
-"""What operators, load balancers and clients ask about the server itself: is it alive, is it ready, how busy is it."""
+"""Reports liveness, readiness and load of the server to operators, load balancers and clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from realtime_server.endpoints.openapi import TEXT, Operation, documented
 from realtime_server.limits import Rate
 
-# What `x-rate-limit` says where there is none: clients expect an integer, and one with a remainder.
+# The value of `x-rate-limit` without a limit: clients expect an integer, from which a remainder can be computed.
 UNLIMITED: Final = 2**31 - 1
 REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
@@ -31,19 +31,19 @@ class Readiness(msgspec.Struct, omit_defaults=True):
     ready: bool
     relay: bool
     serving: bool
-    why: Annotated[str, Meta(description="what is in the way")] = ""
+    why: Annotated[str, Meta(description="why the server is not ready")] = ""
 
 
 @documented(Operation(summary="Does the process answer?", answers={200: ("it does",)}, texts={200: TEXT}))
 async def alive(request: Request) -> Response:
-    """200 as long as the process answers; asks nothing of the database."""
+    """Returns 200 as long as the process responds; it does not query the database."""
     return PlainTextResponse("ok")
 
 
 def ready_endpoint(
     is_ready: Callable[[], dict[str, bool]], obstacle: Callable[[], str | None]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """200 when every part is ready, else 503; the body names the parts and what is in the way."""
+    """Returns 200 when every part is ready, else 503; the body has the status of each part and the reason."""
 
     @documented(
         Operation(
@@ -62,7 +62,7 @@ def ready_endpoint(
 def ping_endpoint(
     events: Rate, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Request], Awaitable[Response]]:
-    """What clients and probes outside may ask without a token. Source: Supabase Realtime `RealtimeWeb.PingController`."""
+    """Responds to clients and external probes without a token. Source: Supabase Realtime `RealtimeWeb.PingController`."""
 
     @documented(
         Operation(summary="Is the server there?", answers={200: ("it is", Told), 429: ("it has too much to do", Told)})
@@ -76,9 +76,9 @@ def ping_endpoint(
 
 
 class RateHeaders:
-    """Middleware that adds the rate of events and the request's id to every answer.
+    """Adds the rate of events and the request id to every response.
 
-    An id of the client is taken over when it is short and printable: it ends in other people's logs.
+    The client's id is kept when it is short and printable, because it gets into the logs of others.
     Source: Supabase Realtime `RealtimeWeb.Plugs.RateLimiter`.
     """
 
@@ -88,8 +88,8 @@ class RateHeaders:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        theirs = Headers(scope=scope).get("x-request-id", "")
-        request_id = theirs if REQUEST_ID.fullmatch(theirs) else str(uuid.uuid4())
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = client_id if REQUEST_ID.fullmatch(client_id) else str(uuid.uuid4())
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

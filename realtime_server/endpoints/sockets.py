@@ -1,4 +1,4 @@
-"""The sockets and event streams of this process: how many there may be, and how they are told to come again."""
+"""Tracks the sockets and event streams of this process: limits their number, paces batches, and closes them at shutdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from realtime_server.errors import TooManyJoins, TooManyUsers
 from realtime_server.outlet import Outlet
 from realtime_server.services import Services
 
-# How long one slice of a batch, and all of them together, may wait for sockets to take it.
+# How long one slice of a batch, and the whole batch, may wait for sockets.
 SLICE_WAIT_S: Final = 1.0
 BATCH_WAIT_S: Final = 5.0
 POLL_S: Final = 0.01
@@ -27,24 +27,26 @@ class Client(Protocol):
 
 
 class Sockets:
-    """The sockets and event streams of this process, `most` at once (0: any number), so that they can be closed before it ends; all of them
-    send through `outlet`."""
+    """Tracks open sockets and event streams, so that `drain` can close them. All of them send through `outlet`.
 
-    def __init__(self, most: int, max_unsent_bytes: int = sys.maxsize) -> None:
+    `max_sockets` limits their number; 0 means no limit.
+    """
+
+    def __init__(self, max_sockets: int, max_unsent_bytes: int = sys.maxsize) -> None:
         self.outlet = Outlet(max_unsent_bytes)
         self._connections: set[Client] = set()
-        self._most = most
+        self._max_sockets = max_sockets
         self.is_draining = False
 
     @property
     def is_full(self) -> bool:
-        return 0 < self._most <= len(self)
+        return 0 < self._max_sockets <= len(self)
 
     def __len__(self) -> int:
         return len(self._connections)
 
     def filling(self) -> Iterator[Client]:
-        """Those whose client has not taken most of what it was sent."""
+        """The clients that have not received most of what was sent."""
         return (connection for connection in self._connections if connection.is_filling)
 
     def add(self, connection: Client) -> None:
@@ -54,16 +56,16 @@ class Sockets:
         self._connections.discard(connection)
 
     def drain(self) -> None:
-        """Refuse new sockets and close all with the code that makes clients come again."""
+        """Refuse new sockets, and close all with the code that makes clients reconnect."""
         self.is_draining = True
         for connection in list(self._connections):
             connection.close(RESTARTING, "service restart")
 
 
 class Pace:
-    """Lets sockets take one slice of a batch before the next one is published.
+    """Waits until sockets have received one slice of a batch, before the next one is published.
 
-    Sockets that were slow before the batch, or have not taken a slice within SLICE_WAIT_S, are not waited for any more.
+    It does not wait for sockets that were slow before the batch, nor again for those that exceeded SLICE_WAIT_S.
     """
 
     def __init__(self, sockets: Sockets) -> None:
@@ -72,7 +74,7 @@ class Pace:
         self._left_s = BATCH_WAIT_S
 
     async def wait(self) -> None:
-        # Frames leave at the end of this turn of the loop.
+        # Frames are written at the end of this iteration of the event loop.
         await asyncio.sleep(0)
         left_s = min(self._left_s, SLICE_WAIT_S)
         while left_s > 0 and any(client not in self._slow for client in self._sockets.filling()):
@@ -83,7 +85,7 @@ class Pace:
 
 
 def check_limits(services: Services, sockets: Sockets) -> None:
-    """Raises: TooManyUsers, TooManyJoins."""
+    """Check that the server accepts another client. Raises: TooManyUsers, TooManyJoins."""
     rates = services.rates
     if sockets.is_full or (rates.max_users and len(services.users) >= rates.max_users):
         raise TooManyUsers

@@ -1,4 +1,4 @@
-"""`GET /start.json`: what the start page needs to know. It may hold a key, so it is for pages of the server itself only."""
+"""Serves `GET /start.json` to the start page. It may contain a key, so only pages of the server itself may read it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH: Final = "/start.json"
 
 
 def start_endpoint(anon_key: str | None, host: str) -> Callable[[Request], Awaitable[Response]]:
-    """`anon_key` is given away, None where people bring their own; `host` is the address that the server listens on."""
+    """`anon_key` is returned to the page, None where users have their own; `host` is the address that the server listens on."""
     is_local = _is_loopback(host)
 
     async def endpoint(request: Request) -> Response:
@@ -35,7 +35,7 @@ def _is_same_origin(request: Request, *, is_local: bool) -> bool:
         return False
     if "origin" in headers and headers["origin"].partition("://")[2] != host:
         return False
-    # A server for this machine alone is asked under another name when that name was made to lead here (DNS rebinding).
+    # A request to a loopback-only server under another host name is DNS rebinding.
     return not is_local or _is_loopback(_without_port(host))
 
 

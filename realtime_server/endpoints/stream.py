@@ -1,18 +1,18 @@
-"""Messages and row changes as Server-Sent Events: `GET /stream?topic=...`, `GET /stream?schema=&table=&filter=&event=`, for browsers'
-`EventSource` and for curl.
+"""Sends messages and row changes as Server-Sent Events: `GET /stream?topic=...`, `GET /stream?schema=&table=&filter=&event=`, for
+browsers' `EventSource` and for curl.
 
-A message is an unnamed event, so that `onmessage` sees it; its `id` is its cursor, so that a browser that reconnects resumes by itself
-(`Last-Event-ID`). Everything else is a named event: `ready` first, from which on nothing is missed; `gap` where messages are missing;
-`error` before the stream ends. Comments keep proxies from closing it. Source: WHATWG HTML, "Server-sent events".
+A message is an unnamed event, so that `onmessage` gets it; its `id` is its cursor, so that a browser that reconnects resumes by itself
+(`Last-Event-ID`). All other events are named: `ready` first, after which nothing is missed; `gap` where messages are missing; `error`
+before the stream ends. Comments keep proxies from closing it. Source: WHATWG HTML, "Server-sent events".
 
-Row changes are not kept, so a stream of them that is resumed begins with a `gap`.
+Row changes are not stored, so a stream of them that is resumed begins with a `gap`.
 
-A cursor moves on without messages too: after what was resumed, and with every comment, an `id` comes without an event.
+The cursor advances without messages too: after a resume, and with every comment, an `id` is sent without an event.
 
-`EventSource` never comes back after an answer other than 200. Who accepts event streams only is therefore told of passing trouble (the
-server restarts, the database is away) in a stream that ends at once.
+`EventSource` never reconnects after a response other than 200. A client that accepts event streams only therefore gets transient errors
+(the server restarts, the database is unavailable) in a stream that ends at once.
 
-`EventSource` sends no headers. So that tokens need not stand in URLs, `POST /stream/ticket` trades one for a ticket: `tickets`.
+`EventSource` sends no headers. To keep tokens out of URLs, `POST /stream/ticket` exchanges one for a ticket: `tickets`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from realtime_server.changes.reader import RowChangeSubscriber
 from realtime_server.changes.subscriptions import RETRYABLE
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.connection import ABORT, BEHIND_BYTES, GOODBYE_S
+from realtime_server.connection import ABORT, BEHIND_BYTES, CLOSE_TIMEOUT_S
 from realtime_server.endpoints.caller import (
     PRIVATE,
     REFUSALS,
@@ -77,14 +77,14 @@ from realtime_server.services import Services
 EVENT_STREAM: Final = "text/event-stream"
 RETRY_MS: Final = 1000
 KEEP_ALIVE_S: Final = 15.0
-DRAIN_LOOK_S: Final = 0.01
+DRAIN_POLL_S: Final = 0.01
 MAX_EVENTS: Final = 100
-# What the server below holds of a slow reader's events.
-PIECE_BYTES: Final = 65_536
-# Event loops refuse delays of decades.
-LONGEST_TIMER_S: Final = 86_400.0
+# Bytes of a slow reader's events that are passed to the ASGI server at once.
+CHUNK_BYTES: Final = 65_536
+# Event loops reject delays of decades.
+MAX_TIMER_S: Final = 86_400.0
 NOT_KEPT: Final = "gap: row changes are not kept for who is away, load the present state"
-PASSING: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, TooManyUsers)
+TRANSIENT: Final = (DatabaseUnavailable, QueryCanceled, Restarting, TooManyJoins, TooManyUsers)
 
 log = structlog.get_logger()
 
@@ -99,13 +99,13 @@ STREAM: Final = Operation(
         Parameter("table", "query", str, "table whose row changes to receive"),
         Parameter("filter", "query", list[str], "condition that rows must meet, as column=operator.value"),
         Parameter("select", "query", list[str], "columns of the rows to receive"),
-        Parameter("after", "query", str, "cursor behind which to begin"),
+        Parameter("after", "query", str, "cursor after which to begin"),
         Parameter("Last-Event-ID", "header", str, "the same, as browsers send it; has precedence"),
-        Parameter("ticket", "query", str, "in place of a token"),
+        Parameter("ticket", "query", str, "replaces the token"),
         Parameter("apikey", "query", str, "the token, for clients that send no headers"),
     ),
     answers={
-        200: ("the stream; for EventSource also a stream that ends at once, where the trouble will pass",),
+        200: ("the stream; for EventSource also a stream that ends at once with a transient error",),
         **REFUSALS,
         429: ("too many topics, streams or joins", CodedRefusal),
     },
@@ -116,7 +116,7 @@ STREAM: Final = Operation(
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """What a request asks for. `events` empty: all."""
+    """Holds the parsed parameters of a stream. Empty `events` means all."""
 
     rooms: tuple[Room, ...]
     bindings: tuple[Binding, ...]
@@ -136,24 +136,24 @@ def stream_endpoint(
             token = token_of(request) if ticket is None else tickets.open(ticket, request.query_params)
             claims = await services.verify(token)
             headers = policy_headers(request)
-            wish = _parse_request(request, settings.max_channels_per_socket)
+            stream_request = _parse_request(request, settings.max_channels_per_socket)
         except RealtimeError as error:
             return refusal(error)
         abort = request.scope.get("extensions", {}).get(ABORT)
-        stream = EventStream(services, sockets, wish, claims, headers, settings.max_buffered_bytes, abort)
-        return _Answer(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
+        stream = EventStream(services, sockets, stream_request, claims, headers, settings.max_buffered_bytes, abort)
+        return _StreamResponse(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
 
     return endpoint
 
 
 class EventStream:
-    """One client's stream of events, of one topic or several: `begin`, `run`, and in any case `end`."""
+    """Sends the events of one or more topics to one client: call `begin`, `run`, and in any case `end`."""
 
     def __init__(
         self,
         services: Services,
         sockets: Sockets,
-        wish: StreamRequest,
+        stream_request: StreamRequest,
         claims: Claims,
         headers: PolicyHeaders,
         max_buffered_bytes: int,
@@ -161,15 +161,17 @@ class EventStream:
     ) -> None:
         self._services = services
         self._sockets = sockets
-        self._wish = wish
+        self._request = stream_request
         self._claims = claims
         self._headers = headers
         self._max_buffered_bytes = max_buffered_bytes
         self._behind_bytes = min(max_buffered_bytes // 4, BEHIND_BYTES)
         self._abort = abort
         byte_budget = ByteBudget(max_buffered_bytes // 2)
-        self._subscriptions = [_Topic(self, room, services, wish.events, byte_budget) for room in wish.rooms]
-        self._rows = RowReader(self) if wish.bindings else None
+        self._subscriptions = [
+            _Topic(self, room, services, stream_request.events, byte_budget) for room in stream_request.rooms
+        ]
+        self._rows = RowReader(self) if stream_request.bindings else None
         self._buffer: CatchUpBuffer | None = None
         self._is_following = False
         self._needs_reauthorization = False
@@ -177,14 +179,14 @@ class EventStream:
         self._outlet = sockets.outlet
         self._waiting: deque[Frame] = deque()
         self._waiting_bytes = 0
-        # Of the first frame, which is read in pieces.
+        # How much of the first pending frame has been read.
         self._read_bytes = 0
         self._wake = asyncio.Event()
         self._expiry: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> None:
-        """Take up the stream.
+        """Authorize and subscribe the stream.
 
         Raises: Restarting, TooManyUsers, TooManyJoins, PrivateOnly, Unauthorized, TokenExpired, InvalidBinding, DatabaseUnavailable,
         QueryCanceled.
@@ -193,7 +195,7 @@ class EventStream:
             raise Restarting
         check_limits(self._services, self._sockets)
         self._services.rates.joins.count(time.monotonic())
-        # Before policies are asked, so that a word of lost rights finds the stream.
+        # Added before authorization, so that `revalidate` reaches the stream.
         self._sockets.add(self)
         self._services.users.add(self)
         await self._authorize()
@@ -206,27 +208,27 @@ class EventStream:
         for subscription in self._subscriptions:
             self._services.broadcasts.subscribe(subscription.room, subscription)
         topics = [subscription.room.topic.removeprefix(TOPIC_PREFIX) for subscription in self._subscriptions]
-        # With a cursor of its own, the client has one to come back with.
+        # A client that sent a cursor can reconnect with it.
         begin = None
-        if self._wish.after is None:
-            # Row changes alone have no places; with this one the client comes back and is told of what it missed.
+        if self._request.after is None:
+            # Row changes alone have no cursors; with this one, a client that reconnects gets a gap.
             begin = position.cursor if self._buffer is None else self._buffer.begin
         self._put(Frame(b"retry: %d\n\n" % RETRY_MS))
         self.send(event_frame(dumps({"topics": topics}), event="ready", id=begin))
         if self._rows is not None:
-            if self._wish.after is not None:
+            if self._request.after is not None:
                 self.send(event_frame(dumps({"message": NOT_KEPT, "cursor": None}), event="gap"))
             self._rows.release()
         if self._buffer is not None:
-            self._spawn(self._go_live(self._buffer, self._wish.after))
+            self._spawn(self._go_live(self._buffer, self._request.after))
         self._watch_expiry()
 
     async def run(self) -> AsyncIterator[bytes]:
-        """The stream's bytes, until it ends."""
+        """Yield the stream's bytes until it ends."""
         while self._waiting or not self._is_over:
             if self._waiting:
-                yield self._take(PIECE_BYTES)
-                # The server has written it: the client takes what it is sent.
+                yield self._take(CHUNK_BYTES)
+                # The ASGI server has written it, so the client reads.
                 self._outlet.update(self, 0, has_progressed=True)
                 continue
             self._wake.clear()
@@ -238,7 +240,7 @@ class EventStream:
                 self._put(Frame(b": keep-alive\n" + _id_frame(None if position is None else position.cursor).data))
 
     def end(self) -> None:
-        """Leave all topics; what waits may still be read. Harmless when over."""
+        """Leave all topics; pending frames may still be read. Does nothing when already ended."""
         self._is_over = True
         self._wake.set()
         self._sockets.discard(self)
@@ -255,7 +257,7 @@ class EventStream:
     def send(self, frame: Frame) -> None:
         if self._is_over:
             return
-        # Without this frame: one that alone is beyond the limit would end every stream, and again whenever it is resumed.
+        # This frame is not counted: one that alone exceeds the limit would end every stream, and again whenever it is resumed.
         if self.unsent > self._max_buffered_bytes:
             self.drop()
             return
@@ -264,16 +266,16 @@ class EventStream:
         self._wake.set()
 
     def drop(self) -> None:
-        """End the stream of a reader that is too slow. What it has not got it resumes from the id of the last event it read."""
+        """End the stream of a reader that is too slow. It can resume from the id of the last event that it read."""
         log.info("stream ended, its reader is too slow")
         self.discard()
         self.end()
         if self._abort is not None:
-            # A reader that takes nothing would not let the answer end.
-            asyncio.get_running_loop().call_later(GOODBYE_S, self._abort)
+            # The response to a client that reads nothing would never end.
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._abort)
 
     def flush(self) -> int:
-        """Nothing: `run` is how the server reads this source."""
+        """Write nothing, because the ASGI server reads frames from `run`."""
         return 0
 
     def report(self) -> None:
@@ -284,20 +286,20 @@ class EventStream:
         self._waiting_bytes += len(frame.data)
         self._outlet.hold(frame)
 
-    def _take(self, most: int) -> bytes:
-        """So many of the bytes that wait."""
-        pieces, left = [], most
+    def _take(self, max_bytes: int) -> bytes:
+        """Remove and return up to `max_bytes` of the pending bytes."""
+        chunks, left = [], max_bytes
         while self._waiting and left > 0:
             frame = self._waiting[0]
-            piece = frame.data[self._read_bytes : self._read_bytes + left]
-            pieces.append(piece)
-            left -= len(piece)
-            self._read_bytes += len(piece)
+            chunk = frame.data[self._read_bytes : self._read_bytes + left]
+            chunks.append(chunk)
+            left -= len(chunk)
+            self._read_bytes += len(chunk)
             if self._read_bytes == len(frame.data):
                 self._outlet.let_go(self._waiting.popleft())
                 self._read_bytes = 0
-        self._waiting_bytes -= most - left
-        return b"".join(pieces)
+        self._waiting_bytes -= max_bytes - left
+        return b"".join(chunks)
 
     def discard(self) -> None:
         while self._waiting:
@@ -312,39 +314,39 @@ class EventStream:
 
     @property
     def is_filling(self) -> bool:
-        """Whether the client has not taken most of what it was sent."""
+        """Whether the client has not received most of what was sent."""
         return self.unsent > self._behind_bytes // 2
 
     @property
     def backlog(self) -> int:
-        """Bytes that wait for the client; 0 where they are few enough that a reader of a log need not wait for it."""
+        """Bytes that wait for the client where they are enough for backpressure, else 0."""
         return self.unsent if not self._is_over and self.unsent > self._behind_bytes else 0
 
     def close(self, code: int, reason: str = "") -> None:
-        """End the stream; code and reason are for sockets."""
+        """End the stream; code and reason apply to sockets only."""
         self.end()
 
     def revalidate(self, topic: str | None, subject: str | None) -> None:
-        """Ask policies again if the stream is meant; until they have answered, nothing is sent that was written after the question."""
-        is_meant = subject in (None, self._claims.subject) and any(
-            room.private and topic in (None, room.topic.removeprefix(TOPIC_PREFIX)) for room in self._wish.rooms
+        """Reauthorize the stream if it is affected; messages written from now on are not sent before that is done."""
+        is_affected = subject in (None, self._claims.subject) and any(
+            room.private and topic in (None, room.topic.removeprefix(TOPIC_PREFIX)) for room in self._request.rooms
         )
-        if is_meant:
+        if is_affected:
             self._needs_reauthorization = True
             if self._is_following and self._buffer is None and self._subscriptions:
                 self._buffer = CatchUpBuffer(*self._subscriptions)
                 self._spawn(self._go_live(self._buffer, None))
 
     def tell_gap(self, problem: str, oldest: str) -> None:
-        """Messages of the database are missing from here on."""
-        # A stream that has not begun yet misses nothing, or is told when its own cursor is read from. Row changes come from elsewhere.
+        """Send a gap: messages of the database are missing from this point on."""
+        # A stream that has not begun misses nothing, or gets the gap when history is read from its cursor. Row changes are not affected.
         if self._is_following and self._subscriptions:
             if self._buffer is not None:
                 self._buffer.restart()
             self._tell_gap(problem, oldest)
 
     def _tell_gap(self, problem: str, oldest: str | None) -> None:
-        # Not the place of now: what is held is before it.
+        # The current position would be wrong, because buffered messages are before it.
         begin = self._buffer.begin if self._buffer is not None else None
         position = self._services.position()
         id = begin or (position.cursor if position is not None else None)
@@ -352,7 +354,7 @@ class EventStream:
 
     async def _subscribe_to_changes(self, rows: RowReader) -> None:
         """Raises: InvalidBinding, DatabaseUnavailable."""
-        self._spawn(rows.subscribe(self._services.changes, self._claims, enumerate(self._wish.bindings, start=1)))
+        self._spawn(rows.subscribe(self._services.changes, self._claims, enumerate(self._request.bindings, start=1)))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await rows.established
@@ -360,7 +362,7 @@ class EventStream:
             raise DatabaseUnavailable from None
 
     async def _authorize(self) -> None:
-        """Ask policies until no word of lost rights came meanwhile.
+        """Authorize until no `revalidate` came in the meantime.
 
         Raises: PrivateOnly, Unauthorized, DatabaseUnavailable, QueryCanceled.
         """
@@ -368,11 +370,11 @@ class EventStream:
         while self._needs_reauthorization:
             self._needs_reauthorization = False
             await asyncio.gather(
-                *(check_may_receive(self._services, room, self._claims, self._headers) for room in self._wish.rooms)
+                *(check_may_receive(self._services, room, self._claims, self._headers) for room in self._request.rooms)
             )
 
     async def _go_live(self, buffer: CatchUpBuffer, after: str | None) -> None:
-        """Send what lies behind the cursor, if there is one, and what was held, once policies allow it."""
+        """Send the messages after the cursor, if there is one, then flush the buffer, both once the stream is authorized."""
         try:
             if after is not None:
                 await self._catch_up(buffer, after)
@@ -390,35 +392,35 @@ class EventStream:
 
     async def _catch_up(self, buffer: CatchUpBuffer, after: str) -> None:
         try:
-            behind = await buffer.catch_up(after, self._read, self._is_ready)
+            end = await buffer.catch_up(after, self._read, self._is_ready)
         except (Gap, MalformedCursor) as error:
             self._tell_gap(str(error), error.oldest if isinstance(error, Gap) else None)
         else:
             if await self._is_ready():
-                self.send(_id_frame(behind))
+                self.send(_id_frame(end))
 
     async def _read(self, room: Room, cursor: str) -> Page:
         page = await self._services.history.after(room, cursor)
-        wanted = self._wish.events
+        wanted = self._request.events
         messages = [stored for stored in page.messages if not wanted or stored.message.event in wanted]
         if len(self._subscriptions) > 1:
-            # A place in one topic is none in the others, which are read after it: until all are read, no event moves the place.
+            # A cursor in one topic would skip messages of the topics that are read after it: no event has one until all are read.
             messages = [stored._replace(message=replace(stored.message, cursor=None)) for stored in messages]
         return page._replace(messages=messages)
 
     async def _is_ready(self) -> bool:
-        """Wait until the client has taken most of what was sent and its rights are sure; False when the stream is over."""
+        """Wait until the client has received most of what was sent and the stream is authorized; False when it has ended."""
         while not self._is_over:
             if self._needs_reauthorization:
                 await self._authorize()
             elif self.is_filling:
-                await asyncio.sleep(DRAIN_LOOK_S)
+                await asyncio.sleep(DRAIN_POLL_S)
             else:
                 return True
         return False
 
     def _check_expiry(self) -> float:
-        """How many seconds the token is still good. Raises: TokenExpired."""
+        """How many seconds the token is still valid. Raises: TokenExpired."""
         left_s = self._claims.expires_at - time.time()
         if left_s <= 0:
             raise TokenExpired(int(-left_s))
@@ -430,7 +432,7 @@ class EventStream:
         except TokenExpired as error:
             self.fail(error)
         else:
-            self._expiry = asyncio.get_running_loop().call_later(min(left_s, LONGEST_TIMER_S), self._watch_expiry)
+            self._expiry = asyncio.get_running_loop().call_later(min(left_s, MAX_TIMER_S), self._watch_expiry)
 
     def fail(self, error: RealtimeError) -> None:
         log.info("stream ended", code=error.code, reason=str(error))
@@ -444,7 +446,7 @@ class EventStream:
 
 
 class _Topic(BroadcastSubscription):
-    """One topic of a stream, of which it may want some events only."""
+    """Subscribes a stream to one topic, filtered by its events."""
 
     def __init__(
         self, stream: EventStream, room: Room, services: Services, events: frozenset[str], byte_budget: ByteBudget
@@ -460,7 +462,7 @@ class _Topic(BroadcastSubscription):
 
 
 class RowReader(RowChangeSubscriber):
-    """The subscriber to the row changes of a stream. What comes before `release` waits for the `ready` event."""
+    """Sends row changes to a stream. Changes before `release` are buffered until the `ready` event is sent."""
 
     def __init__(self, stream: EventStream) -> None:
         super().__init__("", Encoding(Format.SSE), is_held=True)
@@ -477,8 +479,8 @@ class RowReader(RowChangeSubscriber):
         self._stream.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
 
-class _Answer(StreamingResponse):
-    """Begins the stream, so that a refusal has its own status, and ends it in any case, however the request ends."""
+class _StreamResponse(StreamingResponse):
+    """Begins the stream before the response, so that an error has its own status, and ends it however the request ends."""
 
     def __init__(self, stream: EventStream, *, is_event_source: bool) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -492,7 +494,7 @@ class _Answer(StreamingResponse):
                 await self._stream.begin()
             except RealtimeError as error:
                 answer: Response = refusal(error)
-                if self._is_event_source and isinstance(error, PASSING):
+                if self._is_event_source and isinstance(error, TRANSIENT):
                     body = b"retry: %d\n\n%b" % (RETRY_MS, _error_frame(error).data)
                     answer = Response(body, media_type=EVENT_STREAM)
                 await answer(scope, receive, send)
@@ -504,7 +506,7 @@ class _Answer(StreamingResponse):
 
 
 def _parse_request(request: Request, max_topics: int) -> StreamRequest:
-    """Raises: TopicNameRequired, TooManyChannels, TooManyParameters, InvalidBinding."""
+    """Parse the query and headers. Raises: TopicNameRequired, TooManyChannels, TooManyParameters, InvalidBinding."""
     query = request.query_params
     rooms = tuple(dict.fromkeys(room_of(topic, request) for topic in query.getlist("topic")))
     wanted: dict[str, Any] = {}
@@ -535,13 +537,13 @@ def _parse_request(request: Request, max_topics: int) -> StreamRequest:
         rooms=rooms,
         bindings=rows,
         events=events,
-        # What the browser remembers is later than what the page asked for when it was loaded.
+        # The browser's last event id is later than the cursor in the URL of the page.
         after=request.headers.get("last-event-id") or query.get("after"),
     )
 
 
 def _id_frame(cursor: str | None) -> Frame:
-    """Moves the place that a client comes back with, and is no event."""
+    """Encode an `id` without an event, which advances the cursor that a client reconnects with."""
     return Frame(b"\n" if cursor is None else b"id: %b\n\n" % cursor.encode())
 
 

@@ -1,9 +1,9 @@
-"""Tickets for event streams: what stands in the URL of an `EventSource`, which sends no headers, in place of a token.
+"""Issues and opens tickets, which replace the token in the URL of an `EventSource`, because that sends no headers.
 
-A ticket is the token itself, encrypted with a key that only servers with the same secret have. So no server needs to remember it: the same
-ticket opens the stream again after a lost line, after a restart and at another server, and the token is verified anew each time. Who finds
-a ticket can receive what its streams bring, until it or its token ends, and do nothing else; with the parameters of a stream it opens no
-other one.
+A ticket is the token, encrypted with a key that only servers with the same secret have. So no server stores it: the same ticket opens the
+stream again after a lost connection, after a restart and on another server, and the token is verified each time. Anyone with a ticket can
+receive its streams until it or its token expires, and do nothing else. A ticket that was issued for the parameters of a stream opens no
+other stream.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Ticket(msgspec.Struct, array_like=True):
 
 
 class Tickets:
-    """Makes and opens tickets. Without a `secret` they are good in this process only. They are good for `lifetime_s`."""
+    """Issues and opens tickets, valid for `lifetime_s`. Without a `secret` they are valid in this process only."""
 
     def __init__(self, secret: str | None, lifetime_s: float, clock: Callable[[], float] = time.time) -> None:
         key = (
@@ -65,14 +65,14 @@ class Tickets:
         self._clock = clock
 
     def issue(self, token: str, claims: Claims, query: QueryParams) -> tuple[str, int]:
-        """A ticket for a verified token, and how many seconds it is good."""
+        """Make a ticket for a verified token; returns it and how many seconds it is valid."""
         now = self._clock()
         ticket = msgspec.json.encode(_Ticket(token, _digest(query)))
         expires_in = min(self._lifetime_s, int(claims.expires_at - now))
         return self._cipher.encrypt_at_time(ticket, int(now)).decode(), expires_in
 
     def open(self, ticket: str, query: QueryParams) -> str:
-        """The token that the ticket stands for, still to be verified. Raises: InvalidTicket."""
+        """Decrypt the token of a ticket; the caller has to verify it. Raises: InvalidTicket."""
         try:
             text = self._cipher.decrypt_at_time(
                 ticket.encode(errors="surrogatepass"), self._lifetime_s, int(self._clock())

@@ -1,6 +1,6 @@
-"""The WebSocket endpoint: checks the handshake, then carries frames between the socket and its session.
+"""Serves WebSockets: checks the handshake, then passes frames between the socket and its session.
 
-A refused handshake is an ordinary HTTP answer, never a socket that is accepted only to be dropped.
+A refused handshake gets an ordinary HTTP response; a socket is never accepted only to be closed.
 Source of checks, their order and their texts: Supabase Realtime `RealtimeWeb.UserSocket`.
 """
 
@@ -37,7 +37,7 @@ from realtime_server.protocol import messages
 from realtime_server.services import Services, Verify
 from realtime_server.session import Session
 
-# Messages that wait are taken without a turn of the event loop, so that others would never have one.
+# Receiving a queued message does not yield to the event loop, so the receiver yields after this many.
 MESSAGES_PER_TURN: Final = 16
 
 log = structlog.get_logger()
@@ -109,7 +109,7 @@ def websocket_endpoint(
                 )
                 idle = _IdleTimer(connection, session, settings)
                 try:
-                    await _carry(websocket, session, connection, frame_limit)
+                    await _receive_frames(websocket, session, connection, frame_limit)
                 finally:
                     idle.cancel()
                     session.close()
@@ -123,10 +123,12 @@ def websocket_endpoint(
 
 
 class _Disconnected(Exception):
-    """Ends the tasks of a socket together with it."""
+    """Ends the tasks of a socket when it is disconnected."""
 
 
-async def _carry(websocket: WebSocket, session: Session, connection: Connection, frame_limit: FrameLimit) -> None:
+async def _receive_frames(
+    websocket: WebSocket, session: Session, connection: Connection, frame_limit: FrameLimit
+) -> None:
     received = 0
     while True:
         event = await websocket.receive()
@@ -139,7 +141,7 @@ async def _carry(websocket: WebSocket, session: Session, connection: Connection,
             connection.close(POLICY_VIOLATION, TOO_MANY_FRAMES)
         else:
             session.receive(_content(event), too_many=too_many)
-        # The next one may be long in coming, and a text takes up to four times the bytes of its frame.
+        # The next event may take long, and a text takes up to four times the bytes of its frame.
         del event
         received += 1
         if received % MESSAGES_PER_TURN == 0:
@@ -159,7 +161,7 @@ async def _send(transport: AsgiTransport) -> None:
 
 
 class _IdleTimer:
-    """Closes a socket from which nothing has come for a while, or that has had no channel for long; one timer, moved when it fires."""
+    """Closes a socket that has sent nothing, or has had no channel, for too long. One timer is set again each time it fires."""
 
     def __init__(self, connection: Connection, session: Session, settings: Settings) -> None:
         self._connection = connection
@@ -168,12 +170,12 @@ class _IdleTimer:
         self._without_channels_s = settings.no_channel_timeout_s
         self._loop = asyncio.get_running_loop()
         self._had_channels_at = self._loop.time()
-        self._timer = self._loop.call_later(min(self._timeout_s, self._without_channels_s), self._look)
+        self._timer = self._loop.call_later(min(self._timeout_s, self._without_channels_s), self._check)
 
     def cancel(self) -> None:
         self._timer.cancel()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._loop.time()
         if self._session.has_channels:
             self._had_channels_at = now
@@ -182,7 +184,7 @@ class _IdleTimer:
         if idle_left_s <= 0 or channels_left_s <= 0:
             self._connection.close(NORMAL)
         else:
-            self._timer = self._loop.call_later(min(idle_left_s, channels_left_s), self._look)
+            self._timer = self._loop.call_later(min(idle_left_s, channels_left_s), self._check)
 
 
 async def _identify(websocket: WebSocket, verify: Verify) -> Claims:
@@ -193,5 +195,5 @@ async def _identify(websocket: WebSocket, verify: Verify) -> Claims:
 
 
 def _origin_is_allowed(origin: str | None, allowed: tuple[str, ...]) -> bool:
-    # Only browsers send an origin, and only browsers need the protection.
+    # Only browsers send an origin, and only they need the protection.
     return origin is None or "*" in allowed or origin in allowed

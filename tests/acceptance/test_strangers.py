@@ -69,7 +69,7 @@ async def test_second_request_must_be_finished_too(rest: bytes, monkeypatch: pyt
     config.load()
     state = ServerState()
     listener = await asyncio.get_running_loop().create_server(
-        lambda: server_module.HttpProtocol(config, state, {}, pending={}, most_connections=100), "127.0.0.1", 0
+        lambda: server_module.HttpProtocol(config, state, {}, pending={}, max_connections=100), "127.0.0.1", 0
     )
     async with listener:
         reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())

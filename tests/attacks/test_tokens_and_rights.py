@@ -90,7 +90,7 @@ async def test_of_many_tokens_only_the_newest_of_each_channel_is_pending(talk: T
     for number in range(500):
         for topic in ("a", "b"):
             talk.say(topic, "access_token", {"access_token": f"ann-{topic}{number}"})
-    assert all(len(pending) <= 1 for pending in talk.session._busy.values())
+    assert all(len(pending) <= 1 for pending in talk.session._queues.values())
     for topic in ("a", "b"):
         await until_token(talk, topic, f"ann-{topic}499")
     assert len(asked) <= 4, asked
@@ -140,10 +140,10 @@ async def test_revalidations_during_a_join_are_merged(talk: Talk) -> None:
         await asyncio.sleep(0.001)
     for number in range(1_000):
         talk.session.revalidate(None, f"user-{number}")
-    assert [len(pending) for pending in talk.session._busy.values()] == [1]
+    assert [len(pending) for pending in talk.session._queues.values()] == [1]
     answer.set()
     await joining
-    while talk.session._busy:
+    while talk.session._queues:
         await asyncio.sleep(0.001)
     assert asked[0] == 2
 

@@ -107,7 +107,7 @@ async def connect() -> AsyncIterator[Connect]:
 class Bundled:
     """The bundled server's protocol classes around an application, in the loop of the test."""
 
-    def __init__(self, application: Any, *, most_connections: int, max_partial_bytes: int, **options: Any) -> None:
+    def __init__(self, application: Any, *, max_connections: int, max_partial_bytes: int, **options: Any) -> None:
         self.pending: dict[HttpProtocol, None] = {}
         self.state = ServerState()
         self.partial_messages = PartialMessages(max_partial_bytes)
@@ -124,11 +124,11 @@ class Bundled:
         config: dict[str, Any] = {"ws": protocol, "ws_max_size": 5_000_000, "log_config": None, "lifespan": "off"}
         self._config = uvicorn.Config(application, ws_ping_interval=None, ws_per_message_deflate=False, **config)
         self._config.load()
-        self._most_connections = most_connections
+        self._max_connections = max_connections
         self._listener: asyncio.Server | None = None
 
     async def start(self) -> None:
-        make = functools.partial(HttpProtocol, pending=self.pending, most_connections=self._most_connections)
+        make = functools.partial(HttpProtocol, pending=self.pending, max_connections=self._max_connections)
         self._listener = await asyncio.get_running_loop().create_server(
             lambda: make(self._config, self.state, {}), "127.0.0.1", 0
         )
@@ -161,10 +161,10 @@ async def serve() -> AsyncIterator[BundledFactory]:
     servers: list[Bundled] = []
 
     async def start(
-        application: Any, *, most_connections: int = 1000, max_partial_bytes: int = 64_000_000, **options: Any
+        application: Any, *, max_connections: int = 1000, max_partial_bytes: int = 64_000_000, **options: Any
     ) -> Bundled:
         servers.append(
-            Bundled(application, most_connections=most_connections, max_partial_bytes=max_partial_bytes, **options)
+            Bundled(application, max_connections=max_connections, max_partial_bytes=max_partial_bytes, **options)
         )
         await servers[-1].start()
         return servers[-1]
@@ -217,7 +217,7 @@ async def test_handshake_is_pending_until_it_is_answered(
             while (await receive())["type"] != "websocket.disconnect":
                 pass
 
-    server = await serve(application, most_connections=20)
+    server = await serve(application, max_connections=20)
     peers = [await connect(server.address) for _ in range(50)]
     for peer in peers:
         peer.send(UPGRADE.format(path="/", more="").encode())
@@ -313,7 +313,7 @@ async def test_few_pipelined_requests_wait_and_all_are_answered_in_order(
             head = await peer.reader.readuntil(b"\r\n\r\n")
             size = int(head.partition(b"content-length: ")[2].split()[0])
             assert await peer.reader.readexactly(size) == b"/%d" % number
-    assert 0 < waiting <= bundled.PARSED_BYTES // len(b"GET /0 HTTP/1.1\r\n\r\n")
+    assert 0 < waiting <= bundled.PARSE_BYTES // len(b"GET /0 HTTP/1.1\r\n\r\n")
 
 
 async def test_requests_behind_an_endless_answer_are_not_read(
@@ -551,7 +551,7 @@ async def test_messages_that_wait_under_another_server_leave_turns_to_others() -
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count_turns())
-    carrying: Any = websocket._carry
+    carrying: Any = websocket._receive_frames
     with pytest.raises(websocket._Disconnected):
         await carrying(Queue(), Counter(), Counter(), FrameLimit(0, 0.0))
     counting.cancel()

@@ -64,7 +64,7 @@ async def test_entries_that_go_while_the_database_is_away_are_forgotten_by_both(
 ) -> None:
     monkeypatch.setattr(module, "FLUSH_S", 0.01)
     monkeypatch.setattr(module, "RETRY_S", 0.01)
-    monkeypatch.setattr(module, "MOST_GONE", 10)
+    monkeypatch.setattr(module, "MAX_REMOVED", 10)
     presence_writer = PresenceWriter(link)
 
     def shown() -> list[str]:

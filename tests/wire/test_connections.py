@@ -91,16 +91,16 @@ ServeFactory = Callable[[int], Awaitable[tuple[Address, ServerState]]]
 
 @pytest.fixture
 async def serve() -> AsyncIterator[ServeFactory]:
-    """`await serve(most_connections)`: the bundled server's protocol around a small application."""
+    """`await serve(max_connections)`: the bundled server's protocol around a small application."""
     servers: list[asyncio.Server] = []
     states: list[ServerState] = []
     app = Starlette(routes=[Route("/quick", quick), Route("/slow", slow), Route("/large", large)])
 
-    async def start(most_connections: int) -> tuple[Address, ServerState]:
+    async def start(max_connections: int) -> tuple[Address, ServerState]:
         config, state = uvicorn.Config(app, log_config=None), ServerState()
         states.append(state)
         config.load()
-        make = functools.partial(HttpProtocol, pending={}, most_connections=most_connections)
+        make = functools.partial(HttpProtocol, pending={}, max_connections=max_connections)
         servers.append(await asyncio.get_running_loop().create_server(lambda: make(config, state, {}), "127.0.0.1", 0))
         return servers[-1].sockets[0].getsockname(), state
 
@@ -218,7 +218,7 @@ async def test_who_takes_nothing_of_its_answer_is_dropped(
 @pytest.mark.parametrize(("files", "connections"), [("100 1000", 800), ("1000 1000", 800), ("50 100", 50)])
 async def test_connections_are_bounded_by_the_files_that_may_be_open(files: str, connections: int) -> None:
     soft, hard = files.split()
-    code = "from realtime_server.server import most_connections; print(most_connections())"
+    code = "from realtime_server.server import max_connections; print(max_connections())"
     process = await asyncio.create_subprocess_shell(
         f'ulimit -S -n {soft}; ulimit -H -n {hard}; exec "{sys.executable}" -c "{code}"', stdout=PIPE
     )
