@@ -575,11 +575,11 @@ async def test_server_that_reads_the_log_takes_triggers_away_that_nobody_reads(
 ) -> None:
     publish(database, "things")
     actions(database)
-    await Upkeep(pool, lambda: "trigger").look()
+    await Upkeep(pool, lambda: "trigger").check()
     with reader(database):
-        await Upkeep(pool, lambda: "wal").look()
+        await Upkeep(pool, lambda: "wal").check()
     assert captured(database) == {"things"}
-    await Upkeep(pool, lambda: "wal").look()
+    await Upkeep(pool, lambda: "wal").check()
     assert captured(database) == set()
 
 
@@ -597,13 +597,13 @@ async def test_slot_that_nobody_reads_is_told_of(database: TestDatabase, pool: P
     care = Upkeep(pool, lambda: "trigger")
     with structlog.testing.capture_logs() as logs:
         for _ in range(2):
-            await care.look()
+            await care.check()
     (line,) = logs
     assert (line["log_level"], line["slot"]) == ("error", slot)
     assert "realtime.drop_slot()" in line["advice"]
     with structlog.testing.capture_logs() as logs:
         # It is about to be read.
-        await Upkeep(pool, lambda: "wal").look()
+        await Upkeep(pool, lambda: "wal").check()
     assert logs == []
 
 
