@@ -134,7 +134,7 @@ class Assembly:
                 # Clients get no TRUNCATE; types are known by their oid; origins and logical messages were not requested.
                 pass
 
-    def has_all_before(self, lsn: int) -> None:
+    def note_sent_before(self, lsn: int) -> None:
         """Note that the walsender has sent all commits before this position. It counts only where no change is pending."""
         if self._begin is None and not self._changes:
             self._end_lsn = max(self._end_lsn, lsn)

@@ -95,7 +95,7 @@ class ChangeDispatcher:
                 return
 
     def gap(self, problem: str) -> None:
-        self._subscriptions.miss_all(problem)
+        self._subscriptions.report_gap_to_all(problem)
 
     async def change_claims(self, registration: Registration, claims: Claims) -> None:
         """Use these claims from now on. A batch that is being evaluated with the old claims is delivered first: after the new claims are
@@ -105,7 +105,7 @@ class ChangeDispatcher:
             registration.last_status = None
 
     async def _deliver(self, changes: Sequence[Change]) -> None:
-        """Raises: DatabaseUnavailable, QueryCanceled."""
+        """Evaluate the changes of all tables, then send them in commit order. Raises: DatabaseUnavailable, QueryCanceled."""
         by_table: dict[int, list[Change]] = defaultdict(list)
         for change in changes:
             if change.table in self._subscriptions:
@@ -150,7 +150,7 @@ class ChangeDispatcher:
         if unreadable:
             log.warning("changes could not be read", relation=relation, count=unreadable)
             name = self._catalog.tables.get(relation, "a table")
-            self._subscriptions.miss(relation, f"gap: changes of {name} could not be read")
+            self._subscriptions.report_gap(relation, f"gap: changes of {name} could not be read")
         return evaluated
 
     async def _evaluate(self, relation: int, changes: Sequence[Change]) -> list[tuple[Table, Verdict]]:
@@ -162,7 +162,7 @@ class ChangeDispatcher:
                 # The table has left the publication. Its subscribers are told when they are activated again, but the table may be back by
                 # then; and changes in the log were published. Triggers go on writing for a moment.
                 if self._sources.triggers is None:
-                    self._subscriptions.miss(relation, "gap: changes of a table came when it was not published")
+                    self._subscriptions.report_gap(relation, "gap: changes of a table came when it was not published")
                 return []
             round = Round(
                 self._judge,

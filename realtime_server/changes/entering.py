@@ -116,12 +116,12 @@ class SubscriptionActivator:
         return next(filter(None, texts), None)
 
     async def _current_snapshot(self) -> Snapshot:
-        """Raises: DatabaseUnavailable, QueryCanceled."""
+        """Return the database's current snapshot. Raises: DatabaseUnavailable, QueryCanceled."""
         ((snapshot,),) = await self._pool.fetch("select pg_current_snapshot()::text")
         return Snapshot.parse(snapshot)
 
     async def _resolve(self, registration: Registration) -> list[Entry]:
-        """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
+        """Return an entry for each table of each binding. Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
         entries = []
         for id, binding in registration.bindings:
             if None in (binding.schema, binding.table) or not self._tables_of(binding):
@@ -161,7 +161,7 @@ class SubscriptionActivator:
         ]
 
     async def _check(self, table: Table, role: str, binding: Binding) -> Sequence[frozenset[str] | None]:
-        """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
+        """Check a binding, or return the cached result. Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
         if not binding.conditions and not binding.select:
             return ()
         key = (table, role, binding.conditions, binding.select)

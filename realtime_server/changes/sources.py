@@ -212,7 +212,7 @@ class Sources:
                 triggers.cancel_stop()
 
     async def _hand_over(self, triggers: TriggerSource, wal: WalSource, barrier: _HandoverBarrier) -> None:
-        """Raises: DatabaseUnavailable, QueryCanceled."""
+        """Stop triggers at a drawn transaction id, then open the barrier. Raises: DatabaseUnavailable, QueryCanceled."""
         while not wal.is_ready:
             await asyncio.sleep(POLL_S)
         barrier.has_log = True

@@ -153,12 +153,12 @@ class Subscriptions:
             if registration.entries and (registration.since is None or registration.since < snapshot):
                 registration.since = snapshot
 
-    def miss(self, relation: int, problem: str) -> None:
+    def report_gap(self, relation: int, problem: str) -> None:
         """Notify subscribers of the table that changes are missing here."""
         for registration in {entry.registration for entry in self.of_table(relation)}:
             registration.subscriber.tell_missing_changes(problem)
 
-    def miss_all(self, problem: str) -> None:
+    def report_gap_to_all(self, problem: str) -> None:
         """Notify subscribers of all tables that changes are missing here."""
         self.forget_snapshots()
         for registration in list(self.registrations):

@@ -71,7 +71,7 @@ class TriggerSource:
     async def capture(self) -> list[int]:
         """Make the triggers match the publication, as far as possible now. Returns the tables that lacked a trigger for a moment, whichever
         server restored it. Raises: DatabaseUnavailable, QueryCanceled."""
-        await self._triggers.put()
+        await self._triggers.sync()
         with database.retry_on_ddl():
             marks = dict(await self._pool.fetch("select relation, mark from realtime_internal.capture_marks()"))
         renewed = [relation for relation, mark in marks.items() if self._marks.get(relation, mark) != mark]
@@ -106,11 +106,11 @@ class CaptureTriggers:
         # The last reported problem of the database.
         self._last_problem = ""
 
-    async def put(self) -> list[int]:
+    async def sync(self) -> list[int]:
         """Capture the tables of the publication, and no others; return the tables that got a trigger. To be called periodically."""
         return await self._follow("select * from realtime_internal.capture_plan()")
 
-    async def take_away(self) -> None:
+    async def release_all(self) -> None:
         """Release all tables, unless somebody reads the outbox. To be called periodically."""
         await self._follow(
             "select * from realtime_internal.capture_plan(false) where not realtime_internal.has_change_reader()"
@@ -130,7 +130,7 @@ class CaptureTriggers:
         }
         captured: list[int] = []
         try:
-            await self._take_all([step for step in steps if self._due_at(step) <= time.monotonic()], captured)
+            await self._take_steps([step for step in steps if self._due_at(step) <= time.monotonic()], captured)
         except DatabaseUnavailable as error:
             self._warn_once("capture trigger sync failed", error)
         else:
@@ -144,7 +144,7 @@ class CaptureTriggers:
             self._last_problem = problem
             log.warning(what, error=problem)
 
-    async def _take_all(self, due: list[_Step], captured: list[int]) -> None:
+    async def _take_steps(self, due: list[_Step], captured: list[int]) -> None:
         """Take all due steps, first those that need not wait for a lock. Raises: DatabaseUnavailable."""
         ends_at = time.monotonic() + LOCK_BUDGET_S
         waiting = []

@@ -73,7 +73,7 @@ class Upkeep:
         """Drop triggers where the log is read, and check the slot. Raises: DatabaseUnavailable, QueryCanceled."""
         mode = self._mode()
         if mode == "wal":
-            await self._triggers.take_away()
+            await self._triggers.release_all()
         found = await self._pool.fetch(
             "select slot, active, wal_status, pg_size_pretty(retained_bytes), problem from realtime.slot_status()"
         )

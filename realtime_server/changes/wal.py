@@ -168,7 +168,7 @@ class WalSource:
                 problem, blocked_since = error.__cause__, None
             except (psycopg.Error, MalformedReplication) as error:
                 problem, blocked_since = error, None
-                if not _is_passing(error):
+                if not _is_transient(error):
                     self._note_failure(error, was_ready)
             self._on_loss()
             if was_ready:
@@ -246,25 +246,25 @@ class WalSource:
         self._slot_owner = await self._backend(db, db)
         # It waits for all transactions that are writing. On a primary pg_log_standby_snapshot() does not shorten that: PostgreSQL logs a
         # snapshot itself as soon as they have ended.
-        naming = asyncio.create_task(self._name_waited_for())
+        waits_report = asyncio.create_task(self._report_slot_waits())
         try:
             with database.errors():
                 await db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (self._slot,))
         finally:
-            await end([naming])
+            await end([waits_report])
         self._slot_owner = None
 
-    async def _name_waited_for(self) -> None:
-        last_problem: list[tuple[Any, ...]] = []
-        waits = last_problem
+    async def _report_slot_waits(self) -> None:
+        reported: list[tuple[Any, ...]] = []
+        waits = reported
         while True:
             await asyncio.sleep(SLOT_WAITS_S)
             # The session that creates the slot notices the loss of the database.
             with contextlib.suppress(DatabaseUnavailable, QueryCanceled), database.retry_on_ddl():
                 waits = await self._pool.fetch("select pid, role, application from realtime_internal.slot_waits()")
-            for pid, role, application in waits if waits != last_problem else ():
+            for pid, role, application in waits if waits != reported else ():
                 log.warning("the replication slot waits for a transaction", pid=pid, role=role, application=application)
-            last_problem = waits
+            reported = waits
 
     async def _connect_walsender(self) -> Database:
         """Open a replication connection. Raises: psycopg.OperationalError."""
@@ -318,7 +318,7 @@ class WalSource:
                     case WalData(payload):
                         assembly.add(pgoutput.decode(payload))
                     case Keepalive(end_lsn, is_asked):
-                        assembly.has_all_before(end_lsn)
+                        assembly.note_sent_before(end_lsn)
                         wants_reply |= is_asked
             # Complete transactions do not wait for a slow one, and only a transaction that exceeds a batch is split.
             batch = assembly.take_batch(everything=stream.is_full and not assembly.has_whole)
@@ -416,12 +416,12 @@ class _Stream:
         received: list[memoryview] = []
         size = 0
         # Two empty reads: decrypted data does not make the socket readable, and one read does not always return all of it.
-        vain = 0
+        empty_reads = 0
         self.is_full = False
         try:
-            while vain < 2 and not self.is_full:
+            while empty_reads < 2 and not self.is_full:
                 self._connection.consume_input()
-                vain += 1
+                empty_reads += 1
                 while not self._is_over:
                     self.is_full = len(received) >= max_messages or size >= max_bytes
                     if self.is_full:
@@ -432,7 +432,7 @@ class _Stream:
                         break
                     received.append(data)
                     size += length
-                    vain = 0
+                    empty_reads = 0
         except psycopg.Error as error:
             self._error = error
         # The reason arrives after the end, and asking for it earlier would block the event loop.
@@ -493,7 +493,7 @@ def _reason_of(result: pq.abc.PGresult | None) -> psycopg.Error:
     return psycopg.OperationalError("the walsender has ended the stream")
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether the connection, the server's state or its resources failed, not the work itself: SQLSTATE classes 08, 57, 53."""
     return isinstance(error, psycopg.Error) and (error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"))
 

@@ -51,7 +51,9 @@ class PublicationMonitor:
             refresh = self._refreshes_begun
             if (triggers := self._sources.triggers) is not None:
                 for relation in await triggers.capture():
-                    self._subscriptions.miss(relation, "gap: for a moment, changes of the table were not captured")
+                    self._subscriptions.report_gap(
+                        relation, "gap: for a moment, changes of the table were not captured"
+                    )
             if await self._catalog.refresh():
                 self._subscriptions.requeue_all()
             self._last_refresh = refresh

@@ -103,7 +103,7 @@ async def test_who_is_entered_while_the_source_is_lost_stands_when_there_is_anot
     await stage.is_asked.wait()
     # Who is not told of a gap must not have been there before it.
     stage.is_active = False
-    stage.subscriptions.miss_all("gap")
+    stage.subscriptions.report_gap_to_all("gap")
     stage.gate.set()
     await asyncio.sleep(0.01)
     assert not listener.heard

@@ -329,10 +329,10 @@ def test_row_outside_a_transaction_is_malformed() -> None:
 
 def test_place_is_confirmed_where_nothing_waits() -> None:
     assembly = Assembly(NO_PROGRESS)
-    assembly.has_all_before(90)
+    assembly.note_sent_before(90)
     assert assembly.take_batch(everything=False).progress.confirmed_lsn == 90
     assembly.add(Begin(100, 0.0, 7))
-    assembly.has_all_before(95)
+    assembly.note_sent_before(95)
     assert assembly.take_batch(everything=True).progress.confirmed_lsn == 90
     assembly.add(ROW)
     assembly.add(Insert(1, [b"1", None, None]))
@@ -341,10 +341,10 @@ def test_place_is_confirmed_where_nothing_waits() -> None:
     assert assembly.take_batch(everything=False).progress.confirmed_lsn == 110
     for message in (Begin(120, 0.0, 8), Insert(1, [b"1", None, None]), Commit(120, 130, 0.0)):
         assembly.add(message)
-    assembly.has_all_before(140)
+    assembly.note_sent_before(140)
     assert assembly.take_batch(everything=False).progress.confirmed_lsn == 130
-    assembly.has_all_before(140)
-    assembly.has_all_before(135)
+    assembly.note_sent_before(140)
+    assembly.note_sent_before(135)
     assert assembly.take_batch(everything=False).progress.confirmed_lsn == 140
 
 
