@@ -1,1 +1,1 @@
-"""Row changes: from a source (the log, or triggers) to those who subscribed to them and may see the row."""
+"""Row changes: from a source (the log, or triggers) to subscribers that may see the row."""

@@ -1,7 +1,7 @@
-"""Messages of pgoutput become changes, and pieces of them that are safe to hand on. Pure.
+"""Assembles messages of pgoutput into changes, and these into batches that are safe to deliver. Pure.
 
-An assembly is of one session, because tables are described anew in each. What was taken before is given to it, so that what the log says
-again is left out.
+An assembly belongs to one session, because each session describes tables again. It starts from the progress so far, and skips what the log
+repeats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from realtime_server.changes.pgoutput import (
 
 
 class Progress(NamedTuple):
-    """How far changes were taken: all transactions up to the commit at `commit_lsn`, and of the one with its commit at `part_lsn` the first
+    """How far changes were delivered: all transactions up to the commit at `commit_lsn`, and of the one committed at `part_lsn` the first
     `part_count` changes. Nothing before `confirmed_lsn` is needed again."""
 
     commit_lsn: int
@@ -34,46 +34,46 @@ class Progress(NamedTuple):
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """Without what is only about the log that is kept."""
+        """Progress without `confirmed_lsn`, which only concerns the log that PostgreSQL keeps."""
         return self[:3]
 
 
 NO_PROGRESS: Final = Progress(0, 0, 0, 0)
 
 
-class Piece(NamedTuple):
-    """`xids`: the transactions that the changes are of. `taken`: how far it is once these were taken."""
+class Batch(NamedTuple):
+    """`xids`: the transactions of the changes. `progress`: the progress once these changes are delivered."""
 
     changes: list[Change]
     xids: list[int]
-    taken: Progress
+    progress: Progress
 
 
 class _Table:
-    """How rows of one table are read."""
+    """Decodes rows of one table."""
 
     def __init__(self, relation: Relation) -> None:
         self._columns = [column.name for column in relation.columns]
         self._key = [column.name for column in relation.columns if column.is_key]
 
     def row(self, values: Tuple, fallback: Tuple | None = None) -> Row:
-        """`fallback` has the values that are left out because they are unchanged."""
+        """Decode a row. `fallback` has the values that are absent because they are unchanged."""
         if len(values) != len(self._columns) or (fallback is not None and len(fallback) != len(values)):
             raise MalformedReplication(f"expected a row of {len(self._columns)} columns, got {len(values)}")
         row: Row = {}
         for index, name in enumerate(self._columns):
             value = values[index]
             if value is UNCHANGED:
-                # Null here means: not part of the old key, for a null would not have been kept apart from its row.
+                # Null here means: not part of the old key, because a null is never stored out of line.
                 value = None if fallback is None else fallback[index]
                 if value is None or value is UNCHANGED:
                     continue
-            # A database of encoding SQL_ASCII may send anything.
+            # A database with encoding SQL_ASCII may send any bytes.
             row[name] = None if value is None else str(value, errors="replace")
         return row
 
     def key_of(self, row: Row) -> Row | None:
-        """What of a row is its identity, None if it has none, or null in it: the root of partitions has another one than the partition."""
+        """Return the replica identity of a row; None if it has none or a null in it: a partition's may differ from that of the root."""
         key = {name: row[name] for name in self._key if name in row}
         return key if key and None not in key.values() else None
 
@@ -83,42 +83,42 @@ class _Table:
 
 
 class Assembly:
-    def __init__(self, taken: Progress) -> None:
-        self._taken = taken
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._tables: dict[int, _Table] = {}
         self._changes: list[Change] = []
         self.bytes_waiting = 0
-        # Of transactions that have ended, and what they leave behind.
+        # Completed transactions: number of their changes, ids, and progress after them.
         self._whole = 0
         self._xids: list[int] = []
-        self._commit_lsn = taken.commit_lsn
-        self._end_lsn = taken.confirmed_lsn
-        # The open transaction: its changes so far, and those of them that were taken already (all, if it was).
+        self._commit_lsn = progress.commit_lsn
+        self._end_lsn = progress.confirmed_lsn
+        # The open transaction: its changes so far, and how many of them were delivered already (all, if it was).
         self._begin: Begin | None = None
         self._count = 0
         self._skip = 0.0
 
     @property
     def has_whole(self) -> bool:
-        """Whether whole transactions wait."""
+        """Whether complete transactions are pending."""
         return self._whole > 0
 
     @property
     def changes_waiting(self) -> int:
-        """How many the next piece may have."""
+        """Number of changes for the next batch."""
         return len(self._changes)
 
     def add(self, message: Message) -> None:
-        """Raises: MalformedReplication."""
+        """Add one message. Raises: MalformedReplication."""
         match message:
             case Insert() | Update() | Delete():
                 self._add_row(message)
             case Begin():
                 self._begin, self._count = message, 0
-                if message.commit_lsn <= self._taken.commit_lsn:
+                if message.commit_lsn <= self._progress.commit_lsn:
                     self._skip = float("inf")
                 else:
-                    self._skip = self._taken.part_count if message.commit_lsn == self._taken.part_lsn else 0
+                    self._skip = self._progress.part_count if message.commit_lsn == self._progress.part_lsn else 0
             case Commit():
                 if self._begin is None:
                     raise MalformedReplication("expected a commit after its begin only")
@@ -131,18 +131,18 @@ class Assembly:
             case Relation():
                 self._tables[message.oid] = _Table(message)
             case _:
-                # Clients are not told of TRUNCATE; types are known by their oid; origins and logical messages nobody asked for.
+                # Clients get no TRUNCATE; types are known by their oid; origins and logical messages were not requested.
                 pass
 
-    def has_all_before(self, lsn: int) -> None:
-        """The walsender has sent all commits before this place. It counts where nothing waits for being taken."""
+    def note_sent_before(self, lsn: int) -> None:
+        """Note that the walsender has sent all commits before this position. It counts only where no change is pending."""
         if self._begin is None and not self._changes:
             self._end_lsn = max(self._end_lsn, lsn)
 
-    def cut(self, *, everything: bool) -> Piece:
-        """What has come since the last piece: whole transactions, or `everything`, the begun one too."""
+    def take_batch(self, *, everything: bool) -> Batch:
+        """Return what has arrived since the last batch: complete transactions, or `everything`, including the open one."""
         changes, xids = self._changes, self._xids
-        part_lsn, part_count = self._taken.part_lsn, self._taken.part_count
+        part_lsn, part_count = self._progress.part_lsn, self._progress.part_count
         if everything:
             if self._begin is not None and len(changes) > self._whole:
                 xids = [*xids, self._begin.xid]
@@ -152,8 +152,8 @@ class Assembly:
             changes, self._changes = changes[: self._whole], changes[self._whole :]
         self._whole, self._xids = 0, []
         self.bytes_waiting = sum(change.size for change in self._changes)
-        self._taken = Progress(self._commit_lsn, part_lsn, part_count, self._end_lsn)
-        return Piece(changes, xids, self._taken)
+        self._progress = Progress(self._commit_lsn, part_lsn, part_count, self._end_lsn)
+        return Batch(changes, xids, self._progress)
 
     def _add_row(self, message: Insert | Update | Delete) -> None:
         begin, table = self._begin, self._tables.get(message.relation)

@@ -1,7 +1,7 @@
-"""How long clients' patterns may be evaluated.
+"""Limits how long clients' patterns may be evaluated.
 
-What was too slow is counted for the client and for its claims, so that neither to join again nor to connect again gives more time, and the
-pattern itself is refused for a while.
+Slow evaluations are charged to the client and to its claims, so that neither rejoining nor reconnecting gives more time, and the pattern
+itself is refused for a while.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from weakref import WeakKeyDictionary
 from realtime_server.changes.judge import Identity
 from realtime_server.protocol.filters import PATTERNS, Condition
 
-# In so much time the budget is there again.
+# A spent budget is full again after so long.
 WINDOW_S: Final = 60.0
-# All clients with the same claims have so many times what one has.
+# All clients with the same claims have so many times the budget of one.
 CLIENTS_WORTH: Final = 3
 REFUSED_S: Final = 600.0
-MOST_KEPT: Final = 10_000
+MAX_KEPT: Final = 10_000
 
 
 class _Account:
-    """Seconds that were spent and are not forgiven yet."""
+    """Seconds that were spent; they are forgiven at a constant rate."""
 
     def __init__(self) -> None:
         self._spent_s = 0.0
@@ -40,7 +40,7 @@ class _Account:
 
 
 class Budget:
-    """`client_s`: seconds a minute of one client; 0: no limit."""
+    """Budgets of clients and identities. `client_s`: seconds a minute of one client; 0: no limit."""
 
     def __init__(self, client_s: float) -> None:
         self._client_s = client_s
@@ -53,9 +53,9 @@ class Budget:
             self._clients.setdefault(client, _Account()).spend(seconds, self._client_s / WINDOW_S)
             account = self._identities.pop(identity, None) or _Account()
             account.spend(seconds, CLIENTS_WORTH * self._client_s / WINDOW_S)
-            # Those who spent something last come last.
+            # The latest spender goes to the end, so that the oldest is removed first.
             self._identities[identity] = account
-            while len(self._identities) > MOST_KEPT:
+            while len(self._identities) > MAX_KEPT:
                 self._identities.pop(next(iter(self._identities)))
 
     def is_spent(self, client: Hashable, identity: Identity) -> bool:
@@ -66,12 +66,12 @@ class Budget:
         return any(account is not None and account.spent_s(most / WINDOW_S) >= most for account, most in accounts)
 
     def refuse(self, relation: int, conditions: Iterable[Condition]) -> None:
-        """They took too long on a row of the table."""
+        """Refuse these patterns on the table for a while, because they took too long on a row of it."""
         for condition in conditions:
             if condition.operator in PATTERNS:
                 self._refused.pop((relation, condition), None)
                 self._refused[relation, condition] = time.monotonic() + REFUSED_S
-        while len(self._refused) > MOST_KEPT:
+        while len(self._refused) > MAX_KEPT:
             self._refused.pop(next(iter(self._refused)))
 
     def is_refused(self, relation: int, conditions: Iterable[Condition]) -> bool:

@@ -1,4 +1,4 @@
-"""Which tables tell their changes, and what each role may read of them: as the database has it now, asked again every second."""
+"""Keeps which tables publish their changes, and what each role may read of them, as of the database's current state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from realtime_server.database import Pool
 
 
 class Column(msgspec.Struct, frozen=True):
-    """`type` is PostgreSQL's own name of the type, as clients are told it. `is_key`: of the primary key; `is_identity`: of the replica
-    identity; `is_published`: not left out of the publication's list of columns."""
+    """`type` is PostgreSQL's own name of the type, as clients get it. `is_key`: in the primary key; `is_identity`: in the replica identity;
+    `is_published`: in the publication's column list, or there is none."""
 
     name: str
     type: str
@@ -29,7 +29,7 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Access(msgspec.Struct, frozen=True):
-    """What a role may read; `is_bound`: row-level security decides which rows."""
+    """Columns that a role may read; `is_bound`: row-level security decides which rows."""
 
     columns: frozenset[str]
     is_bound: bool
@@ -40,10 +40,9 @@ NOTHING = Access(frozenset(), True)
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, of all partitions, too, so that clients are told old rows,
-    not only their keys. `is_captured`: it has a trigger that writes its changes to the outbox. `columns` are the published ones;
-    `unpublished` are told nobody, but policies may read them.
-    `policy_columns` are those without which no row can be judged."""
+    """A table of the publication. `has_whole_old`: REPLICA IDENTITY FULL, of all partitions, too, so that clients get old rows, not only
+    their keys. `is_captured`: it has a trigger that writes its changes to the outbox. `columns` are the published ones; clients never get
+    `unpublished`, but policies may read them. Without all `policy_columns` no policy can be evaluated."""
 
     relation: int
     schema: str
@@ -90,23 +89,22 @@ class Table:
 
 
 class Catalog:
-    """`version` counts what was found to have changed. A table that has not is the same object as before."""
+    """The published tables. `version` counts detected changes. A table that has not changed stays the same object."""
 
     def __init__(self, pool: Pool, roles: Iterable[str]) -> None:
         self._pool = pool
         self._roles = sorted(roles)
         self._marks: dict[int, str] = {}
-        # Seen, but not yet followed by a look.
+        # Read by `is_current`, but not yet followed by a refresh.
         self._new_marks: dict[int, str] = {}
         self._rows: dict[int, tuple[Any, ...]] | None = None
-        # Of two answers the later one must not be the older one.
+        # Serialized, so that an older answer does not overwrite a newer one.
         self._refreshing = asyncio.Lock()
         self.tables: Mapping[int, Table] = {}
         self.version = 0
 
     async def is_current(self, relations: Collection[int]) -> bool:
-        """Whether these tables are there, and nothing was done to them and to rights on them since `refresh` looked after this had asked
-        for the last time.
+        """Whether these tables exist, and neither they nor rights on them have changed since the last `refresh` after a call of this.
 
         Raises: DatabaseUnavailable, QueryCanceled.
         """
@@ -119,7 +117,7 @@ class Catalog:
         return found == {relation: self._marks.get(relation) for relation in relations}
 
     async def refresh(self) -> bool:
-        """Look again; whether something has changed. Raises: DatabaseUnavailable, QueryCanceled."""
+        """Read the catalog again; return whether it has changed. Raises: DatabaseUnavailable, QueryCanceled."""
         async with self._refreshing:
             return await self._refresh()
 

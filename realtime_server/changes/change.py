@@ -1,4 +1,4 @@
-"""A committed change of one row, as every source tells it."""
+"""Defines a committed change of one row, as every source delivers it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-# Column → the text that PostgreSQL writes for its value, None for null. A column that is absent is not known.
+# Column → the text that PostgreSQL writes for its value, None for null. An absent column is unknown.
 Row = dict[str, str | None]
 # The same as JSON.
 Image = dict[str, msgspec.Raw]
@@ -24,12 +24,11 @@ class Action(StrEnum):
 
 
 class Change(NamedTuple):
-    """`table` is the oid of the table as the publication names it; `committed_at` seconds since 1970; `size` bytes of all values.
+    """`table` is the oid of the table as the publication names it; `committed_at` seconds since 1970; `size` bytes of all values; `xid` the
+    transaction's id.
 
-    `xid` is the id of the transaction.
-
-    `new` is None for DELETE. `old` is what is known of the row before: None for INSERT and where nothing is known; `has_whole_old` tells
-    that it is the whole row, not only the columns of the replica identity.
+    `new` is None for DELETE. `old` is what is known of the row before: None for INSERT and where nothing is known; with `has_whole_old` it
+    is the whole row, otherwise only the columns of the replica identity.
     """
 
     table: int
@@ -63,16 +62,16 @@ def image_of(row: Row | None) -> Image | None:
 
 
 def text_of(value: msgspec.Raw | None) -> str | None:
-    """A value of an image as text; None for null and for what is not known."""
+    """Return a value of an image as text; None for null and for an unknown value."""
     return None if value is None else msgspec.json.decode(value, type=str | None)
 
 
 class Receiver(Protocol):
-    """Where a source hands changes to."""
+    """Receives the changes of a source."""
 
     async def take(self, changes: Sequence[Change]) -> None:
-        """Changes in commit order, visible to other sessions by now; returns when they are delivered, which is when a source may
-        forget them. A transaction may come in several pieces. Never raises for what is in them."""
+        """Deliver changes, which come in commit order and are visible to other sessions. Returns when they are delivered; then the source
+        may forget them. A transaction may come in several batches. Never raises because of their content."""
 
     def gap(self, problem: str) -> None:
-        """Changes are missing here; `problem` is a sentence for clients."""
+        """Report that changes are missing here; `problem` is a sentence for clients."""

@@ -1,4 +1,4 @@
-"""Subscriptions come to stand: bindings are found their tables, filters are checked, and the subscriber is told what became of it."""
+"""Activates subscriptions: resolves bindings to tables, checks filters, and notifies the subscriber of the result."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.judge import Identity, Judge, Rejected, TookTooLong
 from realtime_server.changes.quarantine import Quarantine
-from realtime_server.changes.sources import LOOK_S, RETRY_S, Sources
+from realtime_server.changes.sources import POLL_S, RETRY_S, Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, TIMEOUTS, UNAVAILABLE, Entry, Registration, Subscriptions
-from realtime_server.changes.watch import Watch
+from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.cursor import Snapshot
 from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable, InvalidBinding, QueryCanceled
@@ -22,17 +22,17 @@ from realtime_server.protocol.bindings import Binding
 from realtime_server.protocol.filters import PATTERNS, Condition
 from realtime_server.tasks import run_until_first_failure
 
-# What waits for its first answer for longer is told so.
+# A subscriber that waits longer for its first result is notified that it is pending.
 PATIENCE_S: Final = 10.0
-# A check that takes too long is made again, so often in all and after so long: it may be the database, which has much to do.
-MOST_CHECKS: Final = 3
+# A check that times out is repeated, so often in all and after so long: the database may be overloaded.
+MAX_CHECKS: Final = 3
 CHECK_RETRY_S: Final = 2.0
-ENTERING_AT_ONCE: Final = 8
-MOST_CHECKS_KEPT: Final = 20_000
+MAX_CONCURRENT_ACTIVATIONS: Final = 8
+MAX_CACHED_CHECKS: Final = 20_000
 
 
 class SubscriptionActivator:
-    """`run` must run: it enters again whom others found to be in need of it."""
+    """Activates subscriptions. While `run` runs, it also activates again those that `Subscriptions` has queued."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class SubscriptionActivator:
         quarantine: Quarantine,
         budget: Budget,
         sources: Sources,
-        watch: Watch,
+        monitor: PublicationMonitor,
     ) -> None:
         self._pool = pool
         self._catalog = catalog
@@ -52,41 +52,41 @@ class SubscriptionActivator:
         self._quarantine = quarantine
         self._budget = budget
         self._sources = sources
-        self._watch = watch
+        self._monitor = monitor
         self._checks: dict[
             tuple[Table, str, tuple[Condition, ...], tuple[str, ...]], Sequence[frozenset[str] | None]
         ] = {}
 
     async def run(self) -> None:
-        await run_until_first_failure(*(self._reactivate() for _ in range(ENTERING_AT_ONCE)))
+        await run_until_first_failure(*(self._reactivate() for _ in range(MAX_CONCURRENT_ACTIVATIONS)))
 
     async def _reactivate(self) -> None:
         while True:
             await self.enter(await self._subscriptions.next_pending())
 
     async def enter(self, registration: Registration) -> None:
-        """Put the bindings to work, all of them or none, and tell the subscriber what has become of it, unless it knows."""
-        registration.turn += 1
-        turn = registration.turn
+        """Activate the bindings, all of them or none, and notify the subscriber of the result, unless it is the last one it got."""
+        registration.generation += 1
+        generation = registration.generation
         waiting_since = time.monotonic()
         checks = 0
-        while registration.is_open and registration.turn == turn:
+        while registration.is_open and registration.generation == generation:
             version, connection_epoch = self._catalog.version, self._subscriptions.connection_epoch
             try:
                 if self._sources.is_active and version > 0:
                     entries, text = await self._resolve(registration), SUBSCRIBED
-                    # Who is told changes already goes on where they are, not with those of now.
+                    # An active subscription continues at its own snapshot, not at the current one.
                     since = registration.since
                     if since is None and not registration.entries:
-                        since = await self._present()
+                        since = await self._current_snapshot()
                 else:
-                    # It may be that a server starts, or that its database does.
-                    await asyncio.sleep(LOOK_S)
+                    # The server or its database may be starting.
+                    await asyncio.sleep(POLL_S)
                     if time.monotonic() - waiting_since > PATIENCE_S:
                         registration.report_pending(UNAVAILABLE)
                     continue
             except InvalidBinding as error:
-                if isinstance(error.__cause__, TookTooLong) and (checks := checks + 1) < MOST_CHECKS:
+                if isinstance(error.__cause__, TookTooLong) and (checks := checks + 1) < MAX_CHECKS:
                     registration.report_pending(TIMEOUTS)
                     await asyncio.sleep(CHECK_RETRY_S)
                     continue
@@ -96,13 +96,13 @@ class SubscriptionActivator:
                 await asyncio.sleep(RETRY_S)
                 continue
             if (version, connection_epoch) != (self._catalog.version, self._subscriptions.connection_epoch):
-                # Perhaps there is no source by now, and who had no entries was not told of the gap; nor does an old snapshot hold.
+                # The source may be gone, and subscriptions without entries got no notification of the gap; also, old snapshots are void.
                 continue
-            if registration.is_open and registration.turn == turn:
+            if registration.is_open and registration.generation == generation:
                 if [(entry.id, entry.relation) for entry in entries] != [
                     (entry.id, entry.relation) for entry in registration.entries
                 ]:
-                    registration.said = None
+                    registration.last_status = None
                 registration.since = registration.since or since
                 self._subscriptions.put(registration, entries)
                 withheld = self._withheld(registration)
@@ -110,23 +110,23 @@ class SubscriptionActivator:
             return
 
     def _withheld(self, registration: Registration) -> str | None:
-        """What is to be said to who comes while changes of some table are withheld from such claims."""
+        """Return the notification for claims that are in quarantine on one of the subscription's tables, if any."""
         identity = Identity.of(registration.claims)
         texts = (self._quarantine.text(entry.relation, identity) for entry in registration.entries)
         return next(filter(None, texts), None)
 
-    async def _present(self) -> Snapshot:
-        """Raises: DatabaseUnavailable, QueryCanceled."""
+    async def _current_snapshot(self) -> Snapshot:
+        """Return the database's current snapshot. Raises: DatabaseUnavailable, QueryCanceled."""
         ((snapshot,),) = await self._pool.fetch("select pg_current_snapshot()::text")
         return Snapshot.parse(snapshot)
 
     async def _resolve(self, registration: Registration) -> list[Entry]:
-        """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
+        """Return an entry for each table of each binding. Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
         entries = []
         for id, binding in registration.bindings:
             if None in (binding.schema, binding.table) or not self._tables_of(binding):
-                # Perhaps one was added a moment ago.
-                await self._watch.look()
+                # The table may have been added a moment ago.
+                await self._monitor.refresh()
             tables = self._tables_of(binding)
             if not tables:
                 raise InvalidBinding(bindings.not_published(binding))
@@ -134,13 +134,13 @@ class SubscriptionActivator:
                 self._check_budget(registration, table, binding)
                 exact = await self._check(table, registration.claims.role, binding)
                 entries.append(_entry(registration, id, binding, table, exact))
-        # A table that was made anew a moment ago has the name of the one that is known here.
+        # A table that was created again a moment ago has the name of the one in the catalog.
         if not await self._catalog.is_current({entry.relation for entry in entries}):
-            await self._watch.look()
+            await self._monitor.refresh()
         return entries
 
     def _check_budget(self, registration: Registration, table: Table, binding: Binding) -> None:
-        """Patterns are not taken on where others took too long. What stands, goes on standing. Raises: InvalidBinding."""
+        """Refuse new patterns of clients that have spent their budget. Active bindings stay active. Raises: InvalidBinding."""
         patterns = [condition for condition in binding.conditions if condition.operator in PATTERNS]
         if self._budget.is_refused(table.relation, patterns):
             raise InvalidBinding(bindings.rejected(binding, "ERROR 57014 (query_canceled) the pattern takes too long"))
@@ -161,7 +161,7 @@ class SubscriptionActivator:
         ]
 
     async def _check(self, table: Table, role: str, binding: Binding) -> Sequence[frozenset[str] | None]:
-        """Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
+        """Check a binding, or return the cached result. Raises: InvalidBinding, DatabaseUnavailable, QueryCanceled."""
         if not binding.conditions and not binding.select:
             return ()
         key = (table, role, binding.conditions, binding.select)
@@ -169,10 +169,10 @@ class SubscriptionActivator:
             try:
                 answer = await self._judge.check(table, role, binding.conditions, binding.select)
             except Rejected as error:
-                # Perhaps the table was made anew a moment ago; then it is asked again.
-                await self._watch.look()
+                # The table may have been created again a moment ago; then the subscription is activated again.
+                await self._monitor.refresh()
                 raise InvalidBinding(bindings.rejected(binding, str(error))) from error
-            while len(self._checks) >= MOST_CHECKS_KEPT:
+            while len(self._checks) >= MAX_CACHED_CHECKS:
                 self._checks.pop(next(iter(self._checks)))
             self._checks[key] = answer
         return self._checks[key]
@@ -185,7 +185,7 @@ def _entry(
     table: Table,
     exact: Sequence[frozenset[str] | None],
 ) -> Entry:
-    """Index by the condition with the fewest texts; the others are for the database."""
+    """Index the binding by the condition that the fewest texts satisfy; the database evaluates the others."""
     best = min(
         (number for number, texts in enumerate(exact) if texts is not None),
         key=lambda n: len(exact[n] or ()),
@@ -196,7 +196,7 @@ def _entry(
     texts = exact[best] or frozenset()
     condition = binding.conditions[best]
     if any(column.is_bool for column in table.columns if column.name == condition.column):
-        # Filters say "true", rows "t".
+        # Filters write "true", rows "t".
         texts = frozenset(text[0] for text in texts)
     rest = tuple(one for number, one in enumerate(binding.conditions) if number != best)
     return Entry(registration, id, binding, table.relation, (condition.column, texts), rest)

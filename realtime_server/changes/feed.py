@@ -1,7 +1,7 @@
-"""Row changes, put together from their parts; what the rest of the server has to do with.
+"""Assembles row changes from their parts, and is their interface to the rest of the server.
 
-`sources` reads changes, `delivering` judges them and tells them, `entering` puts subscriptions to work, `watch` follows what is published.
-What they have in common: who subscribed to what, what is published, and who is left out.
+`sources` reads changes, `delivering` evaluates and sends them, `entering` activates subscriptions, `watch` refreshes the catalog. They
+share the subscriptions, the catalog and the quarantine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from realtime_server.changes.judge import Judge
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import Mode, Sources
 from realtime_server.changes.subscriptions import Registration, Subscriptions
-from realtime_server.changes.watch import Watch
+from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.claims import Claims
 from realtime_server.database import Endpoint, Pool
 from realtime_server.metrics import Metrics
@@ -24,7 +24,7 @@ from realtime_server.tasks import run_until_first_failure
 
 
 class Feed:
-    """Row changes for one process. `run` must run; `roles` are those that tokens may have. In `judge_pool` code of users runs."""
+    """Row changes of one process, delivered while `run` runs. `roles` are those that tokens may have; `judge_pool` runs users' code."""
 
     def __init__(
         self,
@@ -44,44 +44,44 @@ class Feed:
         quarantine = Quarantine()
         self._subscriptions = Subscriptions()
         self._sources = Sources(target, pool, catalog, self._subscriptions, mode=mode, timeout_s=timeout_s)
-        self._watch = Watch(catalog, self._sources, self._subscriptions)
-        parts = (judge, self._subscriptions, quarantine, Budget(filter_budget_s), self._sources, self._watch)
-        self._entrance = SubscriptionActivator(pool, catalog, *parts)
-        self._courier = ChangeDispatcher(catalog, *parts, strict_deletes=strict_deletes, metrics=metrics)
+        self._monitor = PublicationMonitor(catalog, self._sources, self._subscriptions)
+        parts = (judge, self._subscriptions, quarantine, Budget(filter_budget_s), self._sources, self._monitor)
+        self._activator = SubscriptionActivator(pool, catalog, *parts)
+        self._dispatcher = ChangeDispatcher(catalog, *parts, strict_deletes=strict_deletes, metrics=metrics)
 
     @property
     def mode(self) -> str | None:
-        """`wal` or `trigger` while changes flow."""
+        """`wal` or `trigger` while a source is active."""
         source = self._sources.current
         return source.name if source is not None and source.is_ready else None
 
     async def chosen(self, timeout_s: float) -> str:
-        """Where changes come from and why, once it was looked for a source or the time is over."""
+        """Wait for the choice of a source, at most so long; return the source and the reason."""
         return await self._sources.chosen(timeout_s)
 
     def __len__(self) -> int:
-        """How many subscribers there are."""
+        """Number of subscribers."""
         return len(self._subscriptions.registrations)
 
     async def run(self) -> None:
         """Deliver changes until cancelled, through any loss of the database."""
-        await run_until_first_failure(self._sources.run(self._courier), self._watch.run(), self._entrance.run())
+        await run_until_first_failure(self._sources.run(self._dispatcher), self._monitor.run(), self._activator.run())
 
     def register(self, registration: Registration) -> None:
-        """Count it in; `enter` makes it work."""
+        """Add the subscriber; `enter` activates it."""
         self._subscriptions.registrations[registration] = None
 
     def leave(self, registration: Registration) -> None:
-        """Harmless when not registered."""
+        """Remove the subscriber; does nothing when it is not registered."""
         registration.is_open = False
         self._subscriptions.registrations.pop(registration, None)
         self._subscriptions.put(registration, ())
 
     async def enter(self, registration: Registration) -> None:
-        """Put the bindings to work, and tell the subscriber what has become of it."""
-        await self._entrance.enter(registration)
+        """Activate the bindings, and notify the subscriber of the result."""
+        await self._activator.enter(registration)
 
     async def change_claims(self, registration: Registration, claims: Claims) -> None:
-        """From now on judge by these claims; the subscriber is told when they are in effect."""
-        await self._courier.change_claims(registration, claims)
-        await self._entrance.enter(registration)
+        """Use these claims from now on; the subscriber is notified when they are in effect."""
+        await self._dispatcher.change_claims(registration, claims)
+        await self._activator.enter(registration)

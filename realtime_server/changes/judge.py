@@ -1,6 +1,6 @@
-"""What is asked of PostgreSQL about changes: whether they fit a filter, and who may see them. No rule is repeated here.
+"""Asks PostgreSQL about changes: whether they match a filter, and who may see them. The server repeats none of these rules.
 
-Many questions leave in one round trip. One that takes too long or cannot be answered is found and named; the others are answered.
+Many questions share one round trip. One that takes too long or fails is isolated and named; the others are answered.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from realtime_server.database import Pool
 from realtime_server.errors import QueryCanceled
 from realtime_server.protocol.filters import Condition
 
-CLIENTS_AT_ONCE: Final = 500
-# Of all clients together: many are not to take as long as one whose policies take too long.
-ROWS_SEEN_AT_ONCE: Final = 10_000
-# Images times conditions: many that are cheap must not take as long together as one that is too expensive.
-BYTES_MATCHED_AT_ONCE: Final = 4_000_000
-FEWEST_CONDITIONS_AT_ONCE: Final = 10
-# When many together took too long, each is asked by itself, with a limit of its own, and all of them with this one.
+MAX_CLIENTS_PER_QUERY: Final = 500
+# Over all clients: many of them must not take as long as one whose policies take too long.
+MAX_ROWS_PER_QUERY: Final = 10_000
+# Images times conditions: many cheap ones must not take as long together as one that is too expensive.
+MAX_MATCHED_BYTES: Final = 4_000_000
+MIN_CONDITIONS_PER_QUERY: Final = 10
+# When a query of many questions times out, each is asked alone with the first limit, and all of them within the second.
 LIMIT_ALONE_S: Final = 0.25
 LIMIT_ALL_ALONE_S: Final = 5.0
 # Clients choose what is checked and matched, so it may take less time than policies.
 LIMIT_FILTERS_S: Final = 1.0
 LIMIT_ALL_FILTERS_ALONE_S: Final = 1.0
-# Of one large row, for all clients.
+# For one large row and all clients.
 LIMIT_LARGE_S: Final = 1.0
 TOO_LONG: Final = "57014: it took too long"
 
@@ -43,7 +43,7 @@ A = TypeVar("A")
 
 
 class Identity(NamedTuple):
-    """As whom a row is looked at: clients that agree in both see the same."""
+    """The role and claims that policies are evaluated with: clients with the same identity see the same."""
 
     role: str
     claims: str
@@ -54,23 +54,23 @@ class Identity(NamedTuple):
 
 
 class Rejected(Exception):
-    """The database does not accept a filter or a selection; the text is PostgreSQL's, as `ERROR 22P02 (name) message`."""
+    """The database rejects a filter or a selection; the text is PostgreSQL's, as `ERROR 22P02 (name) message`."""
 
 
 class TookTooLong(Rejected):
-    """It may be the filter, or the database at this moment."""
+    """The check timed out: because of the filter, or because the database is slow at the moment."""
 
 
 class Question(NamedTuple):
-    """A condition, and the images that it is to be evaluated on; None: on all."""
+    """A condition and the images to evaluate it on; None: on all."""
 
     condition: Condition
     images: tuple[int, ...] | None = None
 
 
 class Matches(NamedTuple):
-    """`found`: pairs of an image and a question whose condition it satisfies. `problems`: questions that could not be answered, and why.
-    `slow_s`: how long those took that were asked alone, because all together took too long."""
+    """`found`: pairs of an image and a question whose condition it satisfies. `problems`: questions that failed, and why. `slow_s`: the
+    duration of each question that was asked alone, because all together timed out."""
 
     found: frozenset[tuple[int, int]]
     problems: dict[int, str]
@@ -78,8 +78,8 @@ class Matches(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """`images` that somebody may see; `unknown` those of which nobody can say, because policies read what is not known of them; `problem`:
-    SQLSTATE and text when it could not be found out."""
+    """`images` are visible; of `unknown` nobody can say, because policies read values that are not known; `problem`: SQLSTATE and text
+    when policies could not be evaluated."""
 
     images: frozenset[int]
     unknown: frozenset[int] = frozenset()
@@ -90,8 +90,11 @@ NOTHING_VISIBLE: Final = Visibility(frozenset())
 
 
 class Judge:
-    """Images are numbered from 0 in the order of the list. All methods raise DatabaseUnavailable, and `database.Error` where the table
-    is not what the catalog says any more."""
+    """Evaluates filters and policies in PostgreSQL.
+
+    Images are numbered from 0 in the order of the list. All methods raise DatabaseUnavailable, and `database.Error` where the table differs
+    from the catalog.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -99,7 +102,7 @@ class Judge:
     async def check(
         self, table: Table, role: str, conditions: Sequence[Condition], select: Sequence[str]
     ) -> list[frozenset[str] | None]:
-        """For each condition the texts that alone satisfy it, None where texts do not decide. Raises: Rejected, TookTooLong."""
+        """Return, for each condition, all texts that satisfy it, or None where texts do not decide. Raises: Rejected, TookTooLong."""
         try:
             rows = await self._pool.fetch(
                 "select n, is_exact, vals from realtime_internal.check_filters(%s, %s, %s::jsonb, %s)",
@@ -117,11 +120,11 @@ class Judge:
         return answers
 
     async def match(self, table: Table, role: str, images: bytes, questions: Sequence[Question]) -> Matches:
-        """Which of its images satisfy each condition, by PostgreSQL's own comparison."""
+        """Find the images that satisfy each condition, by PostgreSQL's own comparison."""
         found: set[tuple[int, int]] = set()
         problems: dict[int, str] = {}
         slow_s: dict[int, float] = {}
-        size = max(FEWEST_CONDITIONS_AT_ONCE, BYTES_MATCHED_AT_ONCE // len(images))
+        size = max(MIN_CONDITIONS_PER_QUERY, MAX_MATCHED_BYTES // len(images))
         for start in range(0, len(questions), size):
             matches = await self._match(table, role, images, questions[start : start + size])
             found.update((image, start + number) for image, number in matches.found)
@@ -143,8 +146,8 @@ class Judge:
         try:
             return Matches(frozenset(await ask(questions, LIMIT_FILTERS_S)), {}, {})
         except (QueryCanceled, database.Error) as error:
-            await self._blame(table, images, error)
-        # One expensive pattern, one value that its operator refuses: the others are asked without it.
+            await self._raise_if_unreadable(table, images, error)
+        # One expensive pattern, or one value that its operator refuses, must not fail the others.
         slow_s = dict.fromkeys(range(len(questions)), 0.0)
         numbers = iter(slow_s)
 
@@ -164,33 +167,33 @@ class Judge:
             slow_s,
         )
 
-    async def see(
+    async def visible_rows(
         self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
     ) -> list[Visibility]:
-        """For each client which of the images that it wants it may see, by the policies for SELECT."""
-        sights: list[Visibility] = []
-        for some in _in_turn(wanted):
+        """Return, for each client, which of its images it may see by the policies for SELECT."""
+        visibilities: list[Visibility] = []
+        for some in _batches(wanted):
             try:
-                sights += await self._see(table, images, some)
+                visibilities += await self._visible_rows(table, images, some)
             except (QueryCanceled, database.Error) as error:
-                await self._blame(table, images, error)
+                await self._raise_if_unreadable(table, images, error)
                 answers = await _each_alone(
-                    some, lambda one: self._see(table, images, [one], LIMIT_ALONE_S), LIMIT_ALL_ALONE_S
+                    some, lambda one: self._visible_rows(table, images, [one], LIMIT_ALONE_S), LIMIT_ALL_ALONE_S
                 )
                 for answer in answers:
-                    sights += [Visibility(frozenset(), problem=answer)] if isinstance(answer, str) else answer
-        return sights
+                    visibilities += [Visibility(frozenset(), problem=answer)] if isinstance(answer, str) else answer
+        return visibilities
 
-    async def see_large(
+    async def visible_large_rows(
         self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
     ) -> list[Visibility]:
-        """The same of rows that may take long by themselves. In `LIMIT_LARGE_S`, or nobody is answered."""
+        """Do the same for rows that may take long by themselves, within `LIMIT_LARGE_S`; a timeout fails all clients."""
         try:
-            return await self._see(table, images, wanted, LIMIT_LARGE_S)
+            return await self._visible_rows(table, images, wanted, LIMIT_LARGE_S)
         except (QueryCanceled, database.Error) as error:
             return [Visibility(frozenset(), problem=_problem(error))] * len(wanted)
 
-    async def _see(
+    async def _visible_rows(
         self,
         table: Table,
         images: bytes,
@@ -212,7 +215,7 @@ class Judge:
         ]
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
-        """The images as `to_jsonb` writes them. Raises: QueryCanceled."""
+        """Return the images as `to_jsonb` writes them. Raises: QueryCanceled."""
         rows = await self._ask(
             "select (select jsonb_object_agg(v.key, v.value::text)::text from jsonb_each(image::jsonb) as v)"
             " from realtime_internal.render_changes(%s, %s::jsonb) as image",
@@ -222,7 +225,7 @@ class Judge:
         return [_image(text) for (text,) in rows]
 
     async def complete(self, table: Table, images: bytes) -> list[Image]:
-        """The images with generated columns, and with what is not known of them taken from the rows, if these are still the same.
+        """Add generated columns to the images, and missing values from the current rows, if all known values are still the same.
 
         Raises: QueryCanceled.
         """
@@ -232,12 +235,12 @@ class Judge:
         return msgspec.json.decode(text, type=list[Image])
 
     async def published(self, table: Table, images: bytes) -> frozenset[int]:
-        """Which images pass the row filter of the publication. Raises: QueryCanceled."""
+        """Return the images that pass the row filter of the publication. Raises: QueryCanceled."""
         rows = await self._ask("select realtime_internal.filter_changes(%s, %s::jsonb)", table.relation, images)
         return frozenset(number for (number,) in rows)
 
-    async def _blame(self, table: Table, images: bytes, error: Exception) -> None:
-        """Find out whether it was the images, which no question can be asked about then. Raises: database.Error, QueryCanceled."""
+    async def _raise_if_unreadable(self, table: Table, images: bytes, error: Exception) -> None:
+        """Raise if the images themselves cannot be read, since then every question fails. Raises: database.Error, QueryCanceled."""
         if isinstance(error, database.Error):
             await self.render(table, images)
 
@@ -248,21 +251,21 @@ class Judge:
         return await self._pool.fetch(query, texts, limit_s=limit_s)
 
 
-def _in_turn(
+def _batches(
     wanted: Sequence[tuple[Identity, Collection[int]]],
 ) -> Iterator[Sequence[tuple[Identity, Collection[int]]]]:
-    """As many clients at once as is fair to them."""
+    """Split clients into queries that are not too large to be fair to each."""
     start = rows = 0
     for end, (_, images) in enumerate(wanted):
         rows += len(images)
-        if start < end and (end - start == CLIENTS_AT_ONCE or rows > ROWS_SEEN_AT_ONCE):
+        if start < end and (end - start == MAX_CLIENTS_PER_QUERY or rows > MAX_ROWS_PER_QUERY):
             yield wanted[start:end]
             start, rows = end, len(images)
     yield wanted[start:]
 
 
 async def _each_alone(questions: Sequence[Q], ask: Callable[[Q], Awaitable[A]], limit_s: float) -> list[A | str]:
-    """The answer to each, or what the problem was: who holds up the others is found, in a time that is bounded however many they are."""
+    """Ask each question alone, within a total limit; return each answer, or the text of its error."""
     answers: list[A | str] = []
     ends_at = time.monotonic() + limit_s
     for question in questions:
@@ -291,13 +294,13 @@ def _json(conditions: Sequence[Condition], images: Sequence[tuple[int, ...] | No
 
 
 def _image(text: str) -> Image:
-    """From the texts of its values, however deep these are nested."""
+    """Decode an image from the texts of its values, however deep these are nested."""
     values = msgspec.json.decode(text, type=dict[str, str])
     return {name: msgspec.Raw(value.encode()) for name, value in values.items()}
 
 
 def _problem(error: Exception) -> str:
-    """SQLSTATE and text, for the log: the text may repeat values of rows."""
+    """Format SQLSTATE and text for the log: clients do not get it, as the text may repeat values of rows."""
     if not isinstance(error, database.Error):
         return TOO_LONG
     return f"{error.sqlstate}: {error.diag.message_primary}"

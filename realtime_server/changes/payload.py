@@ -1,4 +1,4 @@
-"""A change as clients are told it: one JSON object. Source: Supabase Realtime, `data` of a `postgres_changes` message."""
+"""Encodes a change for clients as one JSON object. Source: Supabase Realtime, `data` of a `postgres_changes` message."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from realtime_server.changes.catalog import Column, Table
 from realtime_server.changes.change import Action, Change, Image, text_of
 from realtime_server.protocol.messages import dumps
 
-LARGEST_CHANGE_BYTES: Final = 1_048_576
-# Of a change that is larger, values as short as this are sent nevertheless.
+MAX_CHANGE_BYTES: Final = 1_048_576
+# A larger change still contains values up to this size.
 SHORT_VALUE_BYTES: Final = 64
 
 NO_KEY: Final = "Error 400: Bad Request, no primary key"
@@ -21,7 +21,7 @@ TOO_LARGE: Final = "Error 413: Payload Too Large"
 
 
 class View(NamedTuple):
-    """What of a change somebody is told: `columns` of the row, `old` of the old row; or an `error` instead of it."""
+    """The part of a change that a client may get: `columns` of the row, `old` of the old row; or an `error` instead."""
 
     action: Action
     columns: frozenset[str]
@@ -30,7 +30,7 @@ class View(NamedTuple):
 
 
 def encode(table: Table, change: Change, new: Image | None, old: Image | None, view: View) -> bytes:
-    """`new` and `old` as `to_jsonb` writes them. Nothing that is not in `view` gets into it."""
+    """Encode a change; `new` and `old` are as `to_jsonb` writes them. Nothing outside `view` is included."""
     data: dict[str, object] = {
         "schema": table.schema,
         "table": table.name,
@@ -49,18 +49,18 @@ def encode(table: Table, change: Change, new: Image | None, old: Image | None, v
     if view.action is not Action.DELETE:
         data["record"] = _row(columns, new or {}, is_too_large)
     if view.action is not Action.INSERT:
-        told = [column for column in columns if column.name in view.old]
-        data["old_record"] = _row(told, old or {}, is_too_large)
+        visible = [column for column in columns if column.name in view.old]
+        data["old_record"] = _row(visible, old or {}, is_too_large)
     return dumps(data)
 
 
 def _is_too_large(table: Table, change: Change) -> bool:
-    """Without what only triggers know, which write whole rows: columns that are not published, and what is no identity of the old row."""
-    if change.size <= LARGEST_CHANGE_BYTES:
+    """Compare the size without values that only triggers write: unpublished columns, and old values outside the replica identity."""
+    if change.size <= MAX_CHANGE_BYTES:
         return False
     rows = ((change.new or {}, table.names), (change.old or {}, table.identity))
     texts = (text_of(value) for row, logged in rows for name, value in row.items() if name not in logged)
-    return change.size - sum(len(text.encode()) for text in texts if text is not None) > LARGEST_CHANGE_BYTES
+    return change.size - sum(len(text.encode()) for text in texts if text is not None) > MAX_CHANGE_BYTES
 
 
 def _row(columns: list[Column], image: Image, is_too_large: bool) -> dict[str, msgspec.Raw]:
@@ -79,6 +79,6 @@ def _row(columns: list[Column], image: Image, is_too_large: bool) -> dict[str, m
 
 
 def _timestamp(seconds: float) -> str:
-    # By way of whole microseconds: what the database says is not to be rounded down.
+    # Rounded to whole microseconds first, so that the database's value is not rounded down.
     whole, millis = divmod(round(seconds * 1_000_000) // 1000, 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{millis:03d}Z"

@@ -1,9 +1,9 @@
-"""The words of PostgreSQL's plugin `pgoutput` (protocol version 1, values as text), and of the stream that carries them.
+"""Decodes messages of PostgreSQL's plugin `pgoutput` (protocol version 1, values as text), and of the stream that carries them.
 
-Bytes in, values out, no I/O. Whatever the bytes are, only MalformedReplication is raised. A message must be used up to its last byte: one
-that is longer than what is known of it is misread, not newer, because the version of the protocol is asked for by number.
+Bytes in, values out, no I/O. Whatever the bytes are, only MalformedReplication is raised. A message must be consumed to its last byte: a
+longer one is misread, not newer, because the protocol version is requested by number.
 
-Places in the log (LSN) are integers here and `16/B374D848` in SQL. Times are seconds since 1970.
+Positions in the log (LSN) are integers here and `16/B374D848` in SQL. Times are seconds since 1970.
 
 Source: PostgreSQL manual, "Logical Replication Message Formats" and "Streaming Replication Protocol"; `proto.c`, `walsender.c`.
 """
@@ -38,13 +38,13 @@ _STATUS: Final = struct.Struct(">cQQQqB")
 
 
 class MalformedReplication(RealtimeError):
-    """What came is not what pgoutput says in version 1."""
+    """The bytes are no message of pgoutput, version 1."""
 
     code = "MalformedReplication"
 
 
 class Unchanged(Enum):
-    """Stands for a large value, kept apart from its row, that an UPDATE did not touch: the log does not have it."""
+    """Stands for a large value, stored out of line, that an UPDATE did not touch: the log does not contain it."""
 
     TOAST = "toast"
 
@@ -56,7 +56,7 @@ Tuple = list[bytes | Unchanged | None]
 
 
 class Begin(NamedTuple):
-    """`commit_lsn` is the place of the commit record, as in Commit; `xid` the lower 32 bits of the transaction's id."""
+    """`commit_lsn` is the position of the commit record, as in Commit; `xid` the lower 32 bits of the transaction's id."""
 
     commit_lsn: int
     committed_at: float
@@ -64,7 +64,7 @@ class Begin(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """`end_lsn`: to confirm this place is to confirm the transaction."""
+    """`end_lsn`: confirming this position confirms the transaction."""
 
     commit_lsn: int
     end_lsn: int
@@ -77,7 +77,7 @@ class Origin(NamedTuple):
 
 
 class Column(NamedTuple):
-    """`is_key`: it belongs to the replica identity. `type` is an oid."""
+    """`is_key`: in the replica identity. `type` is an oid."""
 
     name: str
     is_key: bool
@@ -86,7 +86,7 @@ class Column(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """Comes before the first row of a table in a session, and again when the table has changed. `identity` as in `pg_class`."""
+    """Precedes the first row of a table in a session, and is repeated when the table has changed. `identity` as in `pg_class`."""
 
     oid: int
     schema: str
@@ -116,7 +116,7 @@ class Update(NamedTuple):
 
 
 class Delete(NamedTuple):
-    """`old` as in Update, and always there."""
+    """`old` as in Update, but never None."""
 
     relation: int
     old: Tuple
@@ -130,7 +130,7 @@ class Truncate(NamedTuple):
 
 
 class LogicalMessage(NamedTuple):
-    """What `pg_logical_emit_message` wrote; sent on request only. One that is not transactional may come at any time."""
+    """Written by `pg_logical_emit_message`; sent on request only. One that is not transactional may come at any time."""
 
     is_transactional: bool
     lsn: int
@@ -142,7 +142,7 @@ Message = Begin | Commit | Origin | Relation | Type | Insert | Update | Delete |
 
 
 class WalData(NamedTuple):
-    """One message of the plugin, on its way."""
+    """Carries one message of the plugin."""
 
     payload: bytes
 
@@ -155,7 +155,7 @@ class Keepalive(NamedTuple):
 
 
 def parse_lsn(text: str) -> int:
-    """Raises: MalformedReplication."""
+    """Parse an LSN. Raises: MalformedReplication."""
     found = _LSN.fullmatch(text)
     if found is None:
         raise MalformedReplication(f"expected a place in the log, got {text[:40]!r}")
@@ -164,7 +164,7 @@ def parse_lsn(text: str) -> int:
 
 
 def decode_envelope(data: bytes | memoryview) -> WalData | Keepalive:
-    """What the walsender put into one CopyData message. Raises: MalformedReplication."""
+    """Decode what the walsender put into one CopyData message. Raises: MalformedReplication."""
     kind = data[:1]
     if kind == b"w" and len(data) >= 1 + _WAL_DATA.size:
         return WalData(bytes(data[1 + _WAL_DATA.size :]))
@@ -175,18 +175,18 @@ def decode_envelope(data: bytes | memoryview) -> WalData | Keepalive:
 
 
 def encode_status(confirmed_lsn: int, *, now: float, wants_reply: bool = False) -> bytes:
-    """Tell the walsender that nothing before this place is needed again."""
+    """Encode the status that tells the walsender that nothing before this position is needed again."""
     microseconds = int((now - _EPOCH_S) * 1_000_000)
     return _STATUS.pack(b"r", confirmed_lsn, confirmed_lsn, confirmed_lsn, microseconds, wants_reply)
 
 
 def decode(payload: bytes) -> Message:
-    """One message of the plugin. Raises: MalformedReplication."""
+    """Decode one message of the plugin. Raises: MalformedReplication."""
     try:
         message, end = _DECODERS[payload[0]](payload)
     except (KeyError, IndexError, ValueError, struct.error) as error:
         raise MalformedReplication(f"expected a message of pgoutput, got {payload[:40]!r}") from error
-    # A slice ends early without a word, so this is where lengths that are too long show.
+    # A slice past the end does not fail, so excessive lengths are detected here.
     if end != len(payload):
         raise MalformedReplication(f"expected {end} bytes, got {len(payload)}: {payload[:40]!r}")
     return message
@@ -317,7 +317,7 @@ def _tuple(data: bytes, at: int) -> tuple[Tuple, int]:
 
 def _string(data: bytes, at: int) -> tuple[str, int]:
     end = data.index(0, at)
-    # A database of encoding SQL_ASCII may send anything.
+    # A database with encoding SQL_ASCII may send any bytes.
     return data[at:end].decode(errors="replace"), end + 1
 
 

@@ -1,5 +1,5 @@
-"""What channels and streams have in common as subscribers to row changes: a client that waits for its subscription is told nothing before
-it is told that it stands."""
+"""Implements what channels and streams share as subscribers to row changes: a client that waits for its subscription gets nothing before it
+is notified that the subscription is active."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from realtime_server.protocol.frames import Encoding, Frame
 
 
 class RowChangeSubscriber(ABC):
-    """A subscriber. What comes for one that `is_held` waits for `release`, which is for when its subscription stands.
+    """A subscriber. With `is_held` its notifications and changes are buffered until `release`, which is called once it is subscribed.
 
-    `client` is whose it is, where it is one of several. `established` of one that is held is done then, and raises InvalidBinding if that
-    can never be. Passing trouble is no word.
+    `client` is the owner, where it has several subscribers. With `is_held`, `established` completes on activation, or raises InvalidBinding
+    if that can never succeed. Temporary failures do not complete it.
     """
 
     def __init__(self, topic: str, encoding: Encoding, *, is_held: bool, client: Hashable | None = None) -> None:
@@ -30,14 +30,14 @@ class RowChangeSubscriber(ABC):
         self.encoding = encoding
         self.registration: Registration | None = None
         self.established: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Looked at here too, for when the client is gone before it is waited for.
-        self.established.add_done_callback(lambda word: word.cancelled() or word.exception())
-        self._held: list[Callable[[], None]] | None = [] if is_held else None
+        # Marks the exception as retrieved, for when the client is gone before it awaits the future.
+        self.established.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self._buffered: list[Callable[[], None]] | None = [] if is_held else None
 
     def subscribe(
         self, feed: Feed, claims: Claims, bindings: Iterable[tuple[int, Binding]]
     ) -> Coroutine[Any, Any, None]:
-        """Be counted in; what is returned makes the subscription stand, and is for the caller to run."""
+        """Register; the returned coroutine, which the caller must run, activates the subscription."""
         self.registration = Registration(self, claims, bindings)
         feed.register(self.registration)
         return self._enter(feed, self.registration)
@@ -52,22 +52,22 @@ class RowChangeSubscriber(ABC):
 
     @property
     def _is_waiting(self) -> bool:
-        return self._held is not None and not self.established.done()
+        return self._buffered is not None and not self.established.done()
 
     def abandon_wait(self) -> None:
-        """Take it as if the subscription stood: who waits wants something else by now."""
+        """Treat the subscription as active: the caller does not wait for it any more."""
         if self._is_waiting:
             self.established.set_result(None)
 
     def release(self) -> None:
-        held, self._held = self._held or [], None
-        for step in held:
-            # One of them may have ended it.
+        buffered, self._buffered = self._buffered or [], None
+        for step in buffered:
+            # An earlier one may have closed the subscription.
             if self.registration is not None and self.registration.is_open:
                 step()
 
     def changed(self, frame: Frame) -> None:
-        self._do(partial(self.send, frame))
+        self._send_or_buffer(partial(self.send, frame))
 
     def tell_changes(self, text: str, *, ok: bool) -> None:
         if self._is_waiting:
@@ -77,16 +77,16 @@ class RowChangeSubscriber(ABC):
                 return
             else:
                 self.established.set_exception(InvalidBinding(text))
-        self._do(partial(self.say, text, ok=ok))
+        self._send_or_buffer(partial(self.say, text, ok=ok))
 
     def tell_missing_changes(self, problem: str) -> None:
-        self._do(partial(self.say_missing, problem))
+        self._send_or_buffer(partial(self.say_missing, problem))
 
-    def _do(self, step: Callable[[], None]) -> None:
-        if self._held is None:
+    def _send_or_buffer(self, step: Callable[[], None]) -> None:
+        if self._buffered is None:
             step()
         else:
-            self._held.append(step)
+            self._buffered.append(step)
 
     @abstractmethod
     def send(self, frame: Frame) -> None:
@@ -94,8 +94,8 @@ class RowChangeSubscriber(ABC):
 
     @abstractmethod
     def say(self, text: str, *, ok: bool) -> None:
-        """Say what became of the subscription."""
+        """Send the result of the subscription."""
 
     @abstractmethod
     def say_missing(self, problem: str) -> None:
-        """Say that changes are missing here."""
+        """Send that changes are missing here."""

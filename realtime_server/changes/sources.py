@@ -1,11 +1,11 @@
-"""Where row changes are read from: the log if it can be had, else what triggers write, and the log again when it can be had later.
+"""Chooses the source of row changes: the log if possible, else triggers, and the log again when it becomes possible.
 
-**From triggers to the log nothing is lost and nothing told twice.** The log is begun first and what comes from it is held back: from now on
-whatever commits is in it. A transaction id drawn then parts the past from it. The triggers' outbox is read until everything before that id
-has ended; what its last snapshot sees was told, and what it does not see committed after the log had begun. So the log goes on with that,
-also where it breaks off meanwhile.
+**The switch from triggers to the log loses nothing and repeats nothing.** The log is started first, and its changes are held back: every
+later commit is in it. Then a transaction id is drawn. The triggers' outbox is read until all transactions before that id have ended. What
+its last snapshot sees has been delivered; what it does not see committed after the log had started, so the log delivers exactly that, also
+after a reconnect.
 
-From the log to triggers there is a gap, and it is told: who cannot read the log does not know what was in it.
+The switch from the log to triggers is a gap, and is reported: without the log nobody knows what was in it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from realtime_server.tasks import run_until_first_failure
 
 PUBLICATION: Final = "supabase_realtime"
 
-LOOK_S: Final = 0.05
+POLL_S: Final = 0.05
 DATABASE_RETRY_S: Final = 1.0
 RETRY_S: Final = 5.0
-# The slot is free when the server that had it has ended.
+# How long to wait for a slot that is in use: it is free once the server that uses it has ended.
 SLOT_GRACE_S: Final = 5.0
-# While triggers stand in for the log it is looked whether it can be had, and after twice as long again: much of what may be in the way
-# stays for ever.
-SHORTEST_PAUSE_S: Final = 30.0
-LONGEST_PAUSE_S: Final = 300.0
-# A server that has lost its connection comes back to its slot before.
-COMES_BACK_S: Final = 10.0
+# While triggers replace the log, the log is tried again after this time, which doubles each time: many obstacles are permanent.
+MIN_PAUSE_S: Final = 30.0
+MAX_PAUSE_S: Final = 300.0
+# A server that has lost its connection returns to its slot within this time.
+RECONNECT_GRACE_S: Final = 10.0
 
 Mode = Literal["auto", "wal", "trigger"]
 
@@ -54,14 +53,14 @@ class Source(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether changes that are committed from now on will be handed on."""
+        """Whether changes that commit from now on will be delivered."""
 
     async def run(self, receiver: Receiver) -> None: ...
 
 
 class Sources:
-    """`current` is the one that is read from; `run` must run. `status` tells where changes come from and why, or why there are none: a
-    few words for the operator."""
+    """Runs the `current` source while `run` runs. `status` says, in a few words for the operator, where changes come from and why, or why
+    there are none."""
 
     def __init__(
         self,
@@ -80,7 +79,7 @@ class Sources:
         self._mode = mode
         self._timeout_s = timeout_s
         self._wal: WalSource | None = None
-        self._pause_s = SHORTEST_PAUSE_S
+        self._pause_s = MIN_PAUSE_S
         self._is_chosen = asyncio.Event()
         self.current: Source | None = None
         self.status = "looking for a source"
@@ -91,17 +90,17 @@ class Sources:
 
     @property
     def triggers(self) -> TriggerSource | None:
-        """The current one, if it is they."""
+        """The current source, if it is triggers."""
         return self.current if isinstance(self.current, TriggerSource) else None
 
     async def chosen(self, timeout_s: float) -> str:
-        """`status`, once it was looked for a source or the time is over."""
+        """Wait for the first choice of a source, at most so long; return `status`."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._is_chosen.wait(), timeout_s)
         return self.status
 
     async def run(self, receiver: Receiver) -> None:
-        """Hand on changes until cancelled, through any loss of the database."""
+        """Deliver changes until cancelled, through any loss of the database."""
         lost: str | None = None
         problem = ""
         while True:
@@ -131,25 +130,25 @@ class Sources:
                     lost = str(error)
                 receiver.gap("gap: row changes have to be read in another way from here on")
                 for registration in self._subscriptions.registrations:
-                    # Told again when they are.
-                    registration.said = None
+                    # Notified again on reactivation.
+                    registration.last_status = None
                 self._subscriptions.requeue_all()
 
     async def _choose(self, lost: str | None) -> Source | None:
-        """The source that the settings ask for, if it can be had. `lost`: why the log is not to be tried.
+        """Return the source that the settings ask for, if it is possible. `lost`: why not to try the log.
 
         Raises: DatabaseUnavailable, QueryCanceled.
         """
         await self._catalog.refresh()
         obstacle = None
         if self._mode != "trigger":
-            # The same again after a loss: it knows what was delivered.
+            # After a loss the same object is used again: it knows what was delivered.
             wal = self._wal = self._wal or await self._make_wal()
             obstacle = lost or await wal.obstacle()
-            patience_ends_at = time.monotonic() + SLOT_GRACE_S
-            while obstacle is not None and time.monotonic() < patience_ends_at and await self._is_slot_active():
-                # Perhaps of a server that is ending.
-                await asyncio.sleep(LOOK_S)
+            grace_ends_at = time.monotonic() + SLOT_GRACE_S
+            while obstacle is not None and time.monotonic() < grace_ends_at and await self._is_slot_active():
+                # The slot may belong to a server that is stopping.
+                await asyncio.sleep(POLL_S)
                 obstacle = await wal.obstacle()
             if obstacle is None:
                 with database.retry_on_ddl():
@@ -186,57 +185,57 @@ class Sources:
         return bool(is_active)
 
     async def _switch_to_wal(self, triggers: TriggerSource, receiver: Receiver) -> None:
-        """Look now and then whether the log can be read, and go on with it. Raises: SourceLost, when it is lost again."""
+        """Check periodically whether the log can be read, and switch to it. Raises: SourceLost, when it is lost again."""
         while True:
             await asyncio.sleep(self._pause_s)
-            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-            gate = _HandoverBarrier(receiver)
+            self._pause_s = min(self._pause_s * 2, MAX_PAUSE_S)
+            barrier = _HandoverBarrier(receiver)
             begun_at = time.monotonic()
             try:
                 wal = await self._make_wal()
                 if await wal.obstacle() is not None:
                     continue
-                await asyncio.sleep(COMES_BACK_S)
+                await asyncio.sleep(RECONNECT_GRACE_S)
                 if await wal.obstacle() is not None:
                     continue
                 with database.retry_on_ddl():
-                    # What is kept for the slot was told from triggers, and may be more than can be read in a moment.
+                    # Triggers have delivered what the slot keeps, and that may be too much to read quickly.
                     await self._pool.fetch("select realtime.drop_slot()")
-                await run_until_first_failure(wal.run(gate), self._hand_over(triggers, wal, gate))
+                await run_until_first_failure(wal.run(barrier), self._hand_over(triggers, wal, barrier))
             except (DatabaseUnavailable, QueryCanceled, SourceLost) as error:
-                if gate.opened.is_set():
-                    if time.monotonic() - begun_at > LONGEST_PAUSE_S:
-                        self._pause_s = SHORTEST_PAUSE_S
+                if barrier.opened.is_set():
+                    if time.monotonic() - begun_at > MAX_PAUSE_S:
+                        self._pause_s = MIN_PAUSE_S
                     raise
                 log.info("row changes still come from triggers", problem=str(error.__cause__ or error))
             finally:
                 triggers.cancel_stop()
 
-    async def _hand_over(self, triggers: TriggerSource, wal: WalSource, gate: _HandoverBarrier) -> None:
-        """Raises: DatabaseUnavailable, QueryCanceled."""
+    async def _hand_over(self, triggers: TriggerSource, wal: WalSource, barrier: _HandoverBarrier) -> None:
+        """Stop triggers at a drawn transaction id, then open the barrier. Raises: DatabaseUnavailable, QueryCanceled."""
         while not wal.is_ready:
-            await asyncio.sleep(LOOK_S)
-        gate.has_log = True
+            await asyncio.sleep(POLL_S)
+        barrier.has_log = True
         ((xid,),) = await self._pool.fetch("select pg_current_xact_id()::text::bigint")
 
-        def cancel_stop(seen: Snapshot, lsn: str) -> None:
-            # What the gate holds; and what comes then.
-            self._subscriptions.have_seen(seen)
-            wal.skip_visible_in(seen, lsn)
+        def switch(delivered: Snapshot, lsn: str) -> None:
+            # For changes behind the barrier, and for those that come later.
+            self._subscriptions.skip_visible_in(delivered)
+            wal.skip_visible_in(delivered, lsn)
             self.current = self._wal = wal
             self.status = "wal"
             log.info("the log takes over from triggers")
-            # There are tables that cannot be captured.
+            # Some tables cannot be captured by triggers.
             self._subscriptions.requeue_all()
-            gate.opened.set()
+            barrier.opened.set()
 
-        triggers.stop_at(xid, cancel_stop)
-        await gate.opened.wait()
+        triggers.stop_at(xid, switch)
+        await barrier.opened.wait()
 
 
 class _HandoverBarrier:
-    """Before the receiver of the log, while that of the triggers is the same. `has_log`: the log is complete from here on; what was missing
-    before, triggers have told."""
+    """Holds back the changes of the log until the switch; triggers deliver to the same receiver. `has_log`: the log is complete from here
+    on; gaps before are dropped, because triggers have delivered those changes."""
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver

@@ -1,4 +1,4 @@
-"""Who wants which changes: by table and by the value of one column, so that a change finds its few candidates, not touching the others."""
+"""Indexes subscriptions by table and by the value of one column, so that a change finds its few candidates without scanning the others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from realtime_server.protocol.frames import Encoding, Frame
 SUBSCRIBED: Final = "Subscribed to PostgreSQL"
 TIMEOUTS: Final = '{:error, "Too many database timeouts"}'
 UNAVAILABLE: Final = "Row changes are not available now, subscribe to broadcasts"
-# What is said of a subscription that may stand in a moment.
+# Results of a subscription that may become active later.
 RETRYABLE: Final = (TIMEOUTS, UNAVAILABLE)
 
 
 class Subscriber(Protocol):
-    """One client's channel or stream, as row changes reach it. None of these may wait."""
+    """A client's channel or stream as subscriber to row changes. None of these methods may wait."""
 
     @property
     def encoding(self) -> Encoding: ...
@@ -32,53 +32,53 @@ class Subscriber(Protocol):
 
     @property
     def client(self) -> Hashable:
-        """Whose it is: the socket of a channel. What its filters cost is counted for it."""
+        """The owner: for a channel, its socket. The cost of filters is charged to it."""
 
     def changed(self, frame: Frame) -> None:
-        """Take a change."""
+        """Accept a change."""
 
     def tell_changes(self, text: str, *, ok: bool) -> None:
-        """Take word of what became of the subscription."""
+        """Accept the status of the subscription."""
 
     def tell_missing_changes(self, problem: str) -> None:
-        """Take word that changes are missing here."""
+        """Accept a notification that changes are missing here."""
 
 
 class Registration:
-    """What one subscriber wants, under its claims of now. `bindings`: each with the id that the client knows it by."""
+    """The subscription of one subscriber, with its current claims. `bindings`: each with the id that the client knows it by."""
 
     def __init__(self, subscriber: Subscriber, claims: Claims, bindings: Iterable[tuple[int, Binding]]) -> None:
         self.subscriber = subscriber
         self.claims = claims
         self.bindings = tuple(bindings)
         self.entries: tuple[Entry, ...] = ()
-        # What this sees was there before: only what was committed later is told.
+        # Only transactions that this snapshot does not see are sent.
         self.since: Snapshot | None = None
         self.is_open = True
-        # What the subscriber was told last.
-        self.said: str | None = None
-        # Counts how often it was to be entered, so that what is late does not undo what is newer.
-        self.turn = 0
+        # Status that the subscriber was last notified of.
+        self.last_status: str | None = None
+        # Counts activations, so that a late one does not overwrite a newer one.
+        self.generation = 0
 
     def is_past(self, xid: int) -> bool:
-        """Whether the transaction had committed before."""
+        """Whether the transaction had committed before the subscription."""
         return self.since is not None and self.since.sees(xid)
 
     def say(self, text: str, *, ok: bool) -> None:
-        """Tell the subscriber what became of it, unless it knows."""
-        if self.is_open and self.said != text:
-            self.said = text
+        """Notify the subscriber of its status, unless it is the last one that it got."""
+        if self.is_open and self.last_status != text:
+            self.last_status = text
             self.subscriber.tell_changes(text, ok=ok)
 
     def report_pending(self, text: str) -> None:
-        """Tell the subscriber why it is not told changes yet. What stands goes on standing, and loses nothing."""
+        """Notify the subscriber why it is not active yet. An active one stays active and loses nothing."""
         if not self.entries:
             self.say(text, ok=False)
 
 
 class Entry:
-    """One binding on one table. `exact`: a column and the texts of which it must have one; `rest`: conditions that are left for the
-    database to judge. `role` is the one it was entered with; `claims` may be newer."""
+    """One binding on one table. `exact`: a column and the texts of which it must have one; `rest`: conditions that the database evaluates.
+    `role` is that of the activation; `claims` may be newer."""
 
     __slots__ = ("binding", "exact", "id", "registration", "relation", "rest", "role")
 
@@ -107,21 +107,21 @@ class Entry:
 class Subscriptions:
     """All entries. Dictionaries keep the order of subscribing, sets do not.
 
-    `registrations` are all that there are, also those without entries. `connection_epoch` counts how often snapshots were forgotten.
+    `registrations` includes those without entries. `connection_epoch` counts how often snapshots were forgotten.
     """
 
     def __init__(self) -> None:
         self.registrations: dict[Registration, None] = {}
         self.connection_epoch = 0
-        # Those that are to be entered anew, each once.
-        self._again: asyncio.Queue[Registration] = asyncio.Queue()
-        self._is_queued: set[Registration] = set()
+        # Registrations to activate again, each queued once.
+        self._pending: asyncio.Queue[Registration] = asyncio.Queue()
+        self._queued: set[Registration] = set()
         self._tables: dict[int, dict[str, dict[Entry, None]]] = {}
         self._unindexed: dict[int, dict[Entry, None]] = {}
         self._exact: dict[int, dict[str, dict[str, dict[Entry, None]]]] = {}
 
     def put(self, registration: Registration, entries: Iterable[Entry]) -> None:
-        """In place of those it had."""
+        """Replace the entries of the registration."""
         for entry in registration.entries:
             self.discard(entry)
         registration.entries = tuple(entries)
@@ -130,36 +130,36 @@ class Subscriptions:
 
     def requeue_all(self) -> None:
         for registration in self.registrations:
-            if registration not in self._is_queued:
-                self._is_queued.add(registration)
-                self._again.put_nowait(registration)
+            if registration not in self._queued:
+                self._queued.add(registration)
+                self._pending.put_nowait(registration)
 
     async def next_pending(self) -> Registration:
-        """Wait for one that is to be entered anew. From now on it may be queued once more."""
-        registration = await self._again.get()
-        self._is_queued.discard(registration)
+        """Wait for a registration to activate again. From now on it may be queued once more."""
+        registration = await self._pending.get()
+        self._queued.discard(registration)
         return registration
 
     def forget_snapshots(self) -> None:
-        """After a crash or a restore, ids of transactions are given again: what a snapshot of before seems to see may be new. Who reads has
-        lost the connection then."""
+        """Forget snapshots, because the reader has lost its connection: after a crash or a restore transaction ids are assigned again, and
+        an old snapshot would seem to see new transactions."""
         self.connection_epoch += 1
         for registration in self.registrations:
             registration.since = None
 
-    def have_seen(self, snapshot: Snapshot) -> None:
-        """Who has entries was told all that the snapshot sees, and is not to be told it again."""
+    def skip_visible_in(self, snapshot: Snapshot) -> None:
+        """Skip what the snapshot sees: active subscriptions have received it."""
         for registration in self.registrations:
             if registration.entries and (registration.since is None or registration.since < snapshot):
                 registration.since = snapshot
 
-    def miss(self, relation: int, problem: str) -> None:
-        """Tell those who have an entry on the table that changes are missing here."""
+    def report_gap(self, relation: int, problem: str) -> None:
+        """Notify subscribers of the table that changes are missing here."""
         for registration in {entry.registration for entry in self.of_table(relation)}:
             registration.subscriber.tell_missing_changes(problem)
 
-    def miss_all(self, problem: str) -> None:
-        """The same of all tables."""
+    def report_gap_to_all(self, problem: str) -> None:
+        """Notify subscribers of all tables that changes are missing here."""
         self.forget_snapshots()
         for registration in list(self.registrations):
             if registration.entries:
@@ -200,8 +200,8 @@ class Subscriptions:
         return self._tables.get(relation, {})
 
     def candidate_groups(self, relation: int, image: Image) -> Iterator[Mapping[Entry, None]]:
-        """Entries that the image may fit, whose `exact` it has or that have none, in the sets that other images have, too: the same object
-        until an entry comes or goes."""
+        """Yield the sets of entries that the image may match: their `exact` column has its value, or they have none. Other images get the
+        same set objects, until an entry is added or removed."""
         if relation in self._unindexed:
             yield self._unindexed[relation]
         for column, values in self._exact.get(relation, {}).items():

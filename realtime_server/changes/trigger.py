@@ -1,6 +1,6 @@
-"""Row changes from capture triggers, which write them to `realtime_internal.changes` in the transaction of the change.
+"""Reads row changes from capture triggers, which write them to `realtime_internal.changes` in the transaction of the change.
 
-An ordinary role will do.
+An ordinary role is enough.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from realtime_server.database import Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.relay import CHANGES, ChangeRow, Relay
 
-# A lock that is waited for holds up everybody behind us: first only what is free is taken, then each of the others is waited for, but all
-# of them together not for longer than this, so that the rest of what is looked at has its turn.
+# A pending lock request blocks everybody queued after it. So free tables are locked first; then each of the others is waited for, all of
+# them together no longer than the budget, so that the rest of a refresh is not delayed.
 NOWAIT_S: Final = 0.001
-PATIENCE_S: Final = 0.1
+LOCK_TIMEOUT_S: Final = 0.1
 LOCK_BUDGET_S: Final = 0.5
-# No table is locked for longer.
+# No table stays locked for longer.
 LIMIT_S: Final = 1.0
-# One table is tried again after so long, and then after twice as long each time.
-SHORTEST_BACKOFF_S: Final = 1.0
-LONGEST_BACKOFF_S: Final = 10.0
+# A table is tried again after this time, which doubles each time.
+MIN_BACKOFF_S: Final = 1.0
+MAX_BACKOFF_S: Final = 10.0
 
-# Behind the bracket or a comma. Quotes and backslashes are doubled, and only between quotes.
+# After a parenthesis or a comma. Quotes and backslashes are doubled, and only between quotes.
 _FIELD: Final = re.compile(r"""[(,](?:"([^"]*(?:""[^"]*)*)"|([^,)]*))""")
 
 log = structlog.get_logger()
 
 
 class TriggerSource:
-    """Reads for one process; any number may. `on_loss` is called when the connection is lost, before there is another one."""
+    """Reads for one process; any number may. `on_loss` is called when the connection is lost, before the next one."""
 
     name: Final = "trigger"
 
@@ -56,22 +56,22 @@ class TriggerSource:
         return self._relay.is_ready
 
     async def run(self, receiver: Receiver) -> None:
-        """Hand on changes until cancelled, or until the end that was asked for, through any loss of the database."""
-        await self._relay.run(_Pieces(receiver))
+        """Deliver changes until cancelled or stopped by `stop_at`, through any loss of the database."""
+        await self._relay.run(_Batches(receiver))
 
     def stop_at(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
-        """Let `run` end once all transactions before this one were handed on; `then` is told what had been handed on by then, which is
-        all that the snapshot sees and nothing else, and a place in the log that all of it is before, on disk."""
+        """Let `run` return once all transactions before `xid` are delivered. `then` gets a snapshot that sees exactly what was delivered,
+        and a position of the log on disk that is after all of it."""
         self._relay.stop_at(xid, then)
 
     def cancel_stop(self) -> None:
-        """Take that back."""
+        """Cancel `stop_at`."""
         self._relay.cancel_stop()
 
     async def capture(self) -> list[int]:
-        """Put the triggers in step with the publication, as far as that can be had now; the tables that were without one for a moment,
-        whichever server put it back. Raises: DatabaseUnavailable, QueryCanceled."""
-        await self._triggers.put()
+        """Make the triggers match the publication, as far as possible now. Returns the tables that lacked a trigger for a moment, whichever
+        server restored it. Raises: DatabaseUnavailable, QueryCanceled."""
+        await self._triggers.sync()
         with database.retry_on_ddl():
             marks = dict(await self._pool.fetch("select relation, mark from realtime_internal.capture_marks()"))
         renewed = [relation for relation, mark in marks.items() if self._marks.get(relation, mark) != mark]
@@ -80,7 +80,7 @@ class TriggerSource:
 
 
 class _Step(NamedTuple):
-    """What is to be done to a table; to take its trigger away, if there are no events. A row of realtime_internal.capture_plan."""
+    """A table to capture, or to release if there are no events. A row of realtime_internal.capture_plan."""
 
     relation: int
     table: str
@@ -89,7 +89,7 @@ class _Step(NamedTuple):
 
 @dataclass(slots=True)
 class _Obstacle:
-    """Why a step could not be taken, and when to try again."""
+    """Why a step failed, and when to try again."""
 
     events: list[str]
     problem: str
@@ -98,20 +98,20 @@ class _Obstacle:
 
 
 class CaptureTriggers:
-    """Puts them on tables and takes them away. Each table is a transaction of its own: none waits for another, or fails with it."""
+    """Creates and drops capture triggers. Each table is a transaction of its own: none waits for another, or fails with it."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._obstacles: dict[int, _Obstacle] = {}
-        # What was last said of the database.
-        self._said = ""
+        # The last reported problem of the database.
+        self._last_problem = ""
 
-    async def put(self) -> list[int]:
-        """On the tables of the publication, and on no others; the tables that got one. Call it again and again."""
+    async def sync(self) -> list[int]:
+        """Capture the tables of the publication, and no others; return the tables that got a trigger. To be called periodically."""
         return await self._follow("select * from realtime_internal.capture_plan()")
 
-    async def take_away(self) -> None:
-        """From all tables, unless somebody reads what they write. Call it again and again."""
+    async def release_all(self) -> None:
+        """Release all tables, unless somebody reads the outbox. To be called periodically."""
         await self._follow(
             "select * from realtime_internal.capture_plan(false) where not realtime_internal.has_change_reader()"
         )
@@ -121,7 +121,7 @@ class CaptureTriggers:
             with database.retry_on_ddl():
                 steps = [_Step(*row) for row in await self._pool.fetch(plan)]
         except (DatabaseUnavailable, QueryCanceled) as error:
-            self._complain("capture triggers were not looked at", error)
+            self._warn_once("capture plan could not be read", error)
             return []
         self._obstacles = {
             step.relation: obstacle
@@ -130,22 +130,22 @@ class CaptureTriggers:
         }
         captured: list[int] = []
         try:
-            await self._take_all([step for step in steps if self._due_at(step) <= time.monotonic()], captured)
+            await self._take_steps([step for step in steps if self._due_at(step) <= time.monotonic()], captured)
         except DatabaseUnavailable as error:
-            self._complain("capture triggers were not all put right", error)
+            self._warn_once("capture trigger sync failed", error)
         else:
-            self._said = ""
+            self._last_problem = ""
         return captured
 
-    def _complain(self, what: str, error: DatabaseUnavailable | QueryCanceled) -> None:
-        """Once, until it is something else: this is tried again every second."""
+    def _warn_once(self, what: str, error: DatabaseUnavailable | QueryCanceled) -> None:
+        """Log a problem once, until it changes: this is tried again every second."""
         problem = str(error.__cause__)
-        if problem != self._said:
-            self._said = problem
+        if problem != self._last_problem:
+            self._last_problem = problem
             log.warning(what, error=problem)
 
-    async def _take_all(self, due: list[_Step], captured: list[int]) -> None:
-        """Raises: DatabaseUnavailable."""
+    async def _take_steps(self, due: list[_Step], captured: list[int]) -> None:
+        """Take all due steps, first those that need not wait for a lock. Raises: DatabaseUnavailable."""
         ends_at = time.monotonic() + LOCK_BUDGET_S
         waiting = []
         for step in due:
@@ -154,28 +154,28 @@ class CaptureTriggers:
                 waiting.append(step)
             elif action == "captured":
                 captured.append(step.relation)
-        # Who was not waited for the last time is the first now.
+        # Tables that were skipped the last time come first now.
         for step in sorted(waiting, key=self._due_at):
             if time.monotonic() > ends_at:
                 break
-            if await self._take(step, PATIENCE_S, is_last_try=True) == "captured":
+            if await self._take(step, LOCK_TIMEOUT_S, is_last_try=True) == "captured":
                 captured.append(step.relation)
 
     def _due_at(self, step: _Step) -> float:
         obstacle = self._obstacles.get(step.relation)
         return 0.0 if obstacle is None else obstacle.due_at
 
-    async def _take(self, step: _Step, patience_s: float, *, is_last_try: bool = False) -> str | None:
-        """What was done. Raises: DatabaseUnavailable."""
+    async def _take(self, step: _Step, lock_timeout_s: float, *, is_last_try: bool = False) -> str | None:
+        """Take one step; return the action. Raises: DatabaseUnavailable."""
         action: str | None
         try:
             rows = await self._pool.fetch(
                 "select action, problem from realtime_internal.capture_table(%s::oid, %s, make_interval(secs => %s))",
-                (step.relation, step.events, patience_s),
+                (step.relation, step.events, lock_timeout_s),
                 limit_s=LIMIT_S,
             )
         except QueryCanceled:
-            # It has partitions, and there was a little to wait for at each.
+            # It has partitions, and each of their locks took a while.
             rows = [("refused", "it took too long")]
         except database.Error as error:
             rows = [("refused", str(error))]
@@ -191,15 +191,15 @@ class CaptureTriggers:
 
     def _note(self, step: _Step, problem: str) -> None:
         before = self._obstacles.get(step.relation)
-        pause_s = SHORTEST_BACKOFF_S if before is None else min(before.pause_s * 2, LONGEST_BACKOFF_S)
+        pause_s = MIN_BACKOFF_S if before is None else min(before.pause_s * 2, MAX_BACKOFF_S)
         self._obstacles[step.relation] = _Obstacle(step.events, problem, pause_s, time.monotonic() + pause_s)
         if before is None or before.problem != problem:
             what = "table cannot be captured" if step.events else "table cannot be released"
             log.warning(what, table=step.table, problem=problem)
 
 
-class _Pieces:
-    """The relay's receiver: rows become changes, which are handed on piece by piece."""
+class _Batches:
+    """The relay's receiver: converts rows to changes, and delivers them in batches."""
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
@@ -225,15 +225,15 @@ class _Pieces:
 
 
 def captured_row(columns: list[str] | None, text: str | None) -> Row | None:
-    """A row from its text, None where it was not written, or has other columns: triggers of before named those that the table had when the
-    transaction began.
+    """Decode a row from its text; None where it was not written or has other columns, because older triggers name the columns that the
+    table had when the transaction began.
 
-    Source: PostgreSQL manual, "Composite Types", on what a row is written as: nothing for null, quotes where they are needed.
+    Source: PostgreSQL manual, "Composite Types", on the text form of a row: nothing for null, quotes where needed.
     """
     if columns is None or text is None:
         return None
     if not columns:
-        # A row of nothing and one that is nothing but a null are written alike.
+        # A row without columns and a row of one null are written alike.
         return {}
     values = []
     for field in _FIELD.finditer(text):

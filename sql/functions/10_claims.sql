@@ -1,4 +1,4 @@
--- What policies ask: who is calling, and about which topic. Functions in SQL have bodies that PostgreSQL parses when they are created: a name
+-- What policies read: the caller's claims and the topic. Functions in SQL have bodies that PostgreSQL parses when they are created: a name
 -- means the same on every search path, and PostgreSQL can still inline them.
 
 create or replace function realtime.topic()
@@ -6,14 +6,14 @@ returns text
 language sql
 stable
 return nullif(pg_catalog.current_setting('realtime.topic', true), '');
-comment on function realtime.topic() is 'Topic being joined or sent to; null outside of realtime. For policies on realtime.messages.';
+comment on function realtime.topic() is 'Topic being joined or sent to; null outside of realtime. For policies on realtime.messages. Example: create policy members_read on realtime.messages for select to authenticated using (realtime.topic() = ''room:1'');';
 
--- The helpers of schema auth belong to whoever brought them; only what is missing is made.
+-- Functions of schema auth that exist belong to their creator; only missing ones are created.
 do $$
 begin
     if to_regnamespace('auth') is null then
         create schema auth;
-        comment on schema auth is 'Who is calling, read from the claims of the current request.';
+        comment on schema auth is 'The identity of the caller, read from the claims of the current request.';
         grant usage on schema auth to anon, authenticated, service_role;
     end if;
 

@@ -1,8 +1,8 @@
--- Writing messages: called by applications, by their triggers and in psql, with the caller's rights.
--- No SET clause on those that insert: the caller's policies and triggers run inside, and would see it. So every name and every operator in
--- them is qualified.
+-- Functions that write messages: applications, their triggers and psql call them, with the caller's rights.
+-- Those that insert have no SET clause, because the caller's policies and triggers run inside and would see it. So every name and every
+-- operator in them is qualified.
 
--- What a message must be, whoever writes it: one truth for realtime.send and for inserts.
+-- Rules for every message, written by realtime.send or by an insert.
 create or replace function realtime_internal.check_message(topic text, event text, payload jsonb, binary_payload bytea)
 returns boolean
 language plpgsql
@@ -10,7 +10,7 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    -- Beyond half a gigabyte of bytes PostgreSQL could not hand the row to the servers, which would read nothing any more.
+    -- Beyond half a gigabyte of bytes PostgreSQL could not send the row to the servers, and they could not read on.
     c_most_bytes constant bigint := 16777216;
     v_bytes constant bigint := coalesce(octet_length(binary_payload), octet_length(payload::text));
 begin
@@ -44,7 +44,7 @@ begin
             errcode = 'invalid_parameter_value', schema = 'realtime', constraint = 'messages_sound',
             message = format('payload must have at most %s bytes, not %s', c_most_bytes, v_bytes),
             hint = 'Store what is larger, and send where to find it.';
-    -- Only a longer text can have a number in it with so many digits.
+    -- A number with so many digits needs a longer text.
     elsif v_bytes > 308
         and jsonb_path_exists(
             payload,
@@ -60,10 +60,10 @@ begin
 end
 $$;
 comment on function realtime_internal.check_message(text, text, jsonb, bytea) is
-    'True for a message that clients can receive; raises what is wrong with another one.';
+    'Returns true for a message that clients can receive; raises an error that says what is wrong with any other.';
 
--- A check of the table, although it calls a function: it comes with that one. It does not hold for what is meant for the servers, and not
--- for the probe rows of authorization checks.
+-- This check of the table is created here, because it needs the function. It does not apply to messages for the servers, and not to the
+-- probe rows of authorization checks.
 do $$
 begin
     if not exists (
@@ -86,7 +86,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- A row that an UPDATE moves to another partition comes by here with those it has.
+    -- A row that an UPDATE moves to another partition passes here with the values that it has.
     if new.xid is null
         or new.seq is null
         or new.xid >= pg_snapshot_xmax(pg_current_snapshot())
@@ -103,16 +103,16 @@ begin
 end
 $$;
 comment on function realtime_internal.stamp_message() is
-    'Sets the transaction and the number of a message that has none, or one that is yet to come, and adds the key "id" to a JSON object without it.';
+    'Sets the transaction id and the sequence number of a message that has none, or future ones, and adds the key "id" to a JSON object without it.';
 revoke all on function realtime_internal.stamp_message() from public;
 
--- Not for probe rows: those that realtime.authorize means to fail have a null here, and it gives the others what they need.
+-- Probe rows are left out: realtime.authorize fails some on purpose by a null here, and sets all values of the others.
 create or replace trigger stamp_message
     before insert on realtime.messages
     for each row
     when (new.updated_at is not null and new.inserted_at >= '1970-01-02')
     execute function realtime_internal.stamp_message();
-comment on trigger stamp_message on realtime.messages is 'Sets what is not for writers to choose.';
+comment on trigger stamp_message on realtime.messages is 'Sets the columns that writers do not choose.';
 
 create or replace function realtime_internal.refuse_probe_row()
 returns trigger
@@ -127,7 +127,7 @@ begin
         hint = 'Leave inserted_at to its default.';
 end
 $$;
-comment on function realtime_internal.refuse_probe_row() is 'Raises at commit: a row in the partition of probe rows would be delivered and be gone afterwards.';
+comment on function realtime_internal.refuse_probe_row() is 'Raises at commit: a committed row in the partition of probe rows would be delivered, and then lost.';
 revoke all on function realtime_internal.refuse_probe_row() from public;
 
 do $$
@@ -166,7 +166,7 @@ begin
             message = 'private must be true or false',
             hint = 'Public and private topics of one name are different rooms.';
     end if;
-    -- INSERT policies may ask realtime.topic(). A null would break NOT NULL, whose error has no hint.
+    -- INSERT policies may call realtime.topic(). A null would break NOT NULL, whose error has no hint.
     perform pg_catalog.set_config('realtime.topic', coalesce(message_topic, ''), true);
     insert into realtime.messages (topic, event, payload, binary_payload, private, extension)
     values (coalesce(message_topic, ''), message_event, message_payload, message_binary_payload, message_private, 'broadcast');
@@ -174,7 +174,8 @@ begin
 end
 $$;
 comment on function realtime.write_message(text, text, jsonb, bytea, boolean) is
-    'Writes one message, which the table checks. Internal: call realtime.send or realtime.send_binary.';
+    'Writes one message, which the table checks. Internal: call realtime.send or realtime.send_binary. '
+    'Example: select realtime.write_message(''room:1'', ''greeting'', ''{"text": "hello"}'', null, true);';
 
 create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true)
 returns void
@@ -189,14 +190,15 @@ begin
             raise warning 'message not sent: %', sqlerrm using errcode = sqlstate;
         end;
     else
-        -- No exception block: each one that writes costs a transaction id.
+        -- No exception block: each block that writes costs a transaction id.
         perform realtime.write_message(topic, event, payload, null, private);
     end if;
 end
 $$;
 comment on function realtime.send(jsonb, text, text, boolean) is
     'Sends a JSON object to a topic at commit. Adds the key "id" where absent. Raises when the message cannot be written; '
-    'after "set realtime.send_errors = ''warning''" it warns instead and goes on.';
+    'after "set realtime.send_errors = ''warning''" it warns instead and continues. '
+    'Example: select realtime.send(''{"text": "hello"}'', ''greeting'', ''room:1'');';
 
 create or replace function realtime.send_binary(payload bytea, event text, topic text, private boolean default true)
 returns void
@@ -216,7 +218,8 @@ begin
 end
 $$;
 comment on function realtime.send_binary(bytea, text, text, boolean) is
-    'Sends bytes to a topic at commit; clients of protocol 1.0.0 do not get them. Raises as realtime.send does.';
+    'Sends bytes to a topic at commit; clients of protocol 1.0.0 do not get them. Raises as realtime.send does. '
+    'Example: select realtime.send_binary(''\x00ff'', ''frame'', ''room:1'');';
 
 create or replace function realtime.broadcast_changes(
     topic_name text,
@@ -258,10 +261,11 @@ begin
 end
 $$;
 comment on function realtime.broadcast_changes(text, text, text, text, text, record, record, text) is
-    'Sends a changed row to a private topic; for row-level triggers: broadcast_changes(topic, TG_OP, TG_OP, TG_TABLE_NAME, TG_TABLE_SCHEMA, NEW, OLD).';
+    'Sends a changed row to a private topic; to be called in row-level triggers. '
+    'Example: perform realtime.broadcast_changes(''room:'' || new.room_id, tg_op, tg_op, tg_table_name, tg_table_schema, new, old);';
 
--- Columns are granted, but what an administrator grants later, or by default to new tables, comes on top of it. A row that is dropped early
--- would be a gap for everybody. And what is for the servers, clients do not write.
+-- Only some columns are granted, but an administrator may grant more, later or by default privileges. A row that is dropped early would be
+-- a gap for everybody. And clients may not write messages for the servers.
 drop policy if exists writers_choose_neither_time_nor_order on realtime.messages;
 create policy writers_choose_neither_time_nor_order on realtime.messages
     as restrictive
@@ -273,7 +277,7 @@ create policy writers_choose_neither_time_nor_order on realtime.messages
         and (xid is null or xid = pg_current_xact_id_if_assigned())
     );
 
--- A server without BYPASSRLS for service_role is served as well.
+-- For servers whose service_role lacks BYPASSRLS.
 drop policy if exists service_role_may_do_everything on realtime.messages;
 create policy service_role_may_do_everything on realtime.messages
     for all

@@ -1,11 +1,11 @@
--- Who may join a private topic and send to it: asked of PostgreSQL itself, under the client's role and claims.
--- Called by the server only. SECURITY INVOKER, because a definer may not change its role.
+-- Who may join a private topic and send to it: PostgreSQL evaluates the policies under the client's role and claims.
+-- Only the server calls this. SECURITY INVOKER, because a definer may not change its role.
 
--- A write is allowed when the row passes the INSERT policies: these are checked before NOT NULL, so an insert that breaks
--- NOT NULL on purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no garbage, no transaction id.
--- RETURNING adds the SELECT policies to the same question. Only where writing is denied is a real row needed to ask for reading;
--- it goes to an unlogged partition and is rolled back.
--- Policies' functions find names as they were written for it, on the search path that is usual for applications; nothing of ours does.
+-- A write is allowed when the row passes the INSERT policies. PostgreSQL checks these before NOT NULL, so an insert that breaks NOT NULL on
+-- purpose tells "allowed" (23502) from "denied" (42501) and leaves nothing behind: no row, no dead tuple, no transaction id.
+-- RETURNING adds the SELECT policies to the same check. Only where writing is denied, a check for reading needs a real row; it goes to an
+-- unlogged partition and is rolled back.
+-- Functions of policies find names on the search path that is usual for applications, as they were written for it; our own code does not.
 create or replace function realtime.authorize(
     topic text,
     role text,
@@ -29,7 +29,7 @@ declare
     v_schema text;
     v_column text;
     v_constraint text;
-    -- Row-level security and a missing GRANT both raise 42501: only the text tells them apart, and only where it is not translated.
+    -- Row-level security and a missing GRANT both raise 42501: only the text differs, and is reliable only where it is not translated.
     v_is_english constant boolean := current_setting('lc_messages') ~* '^(c|posix|en)([._]|$)';
     c_denied_by_policy constant text := 'new row violates row-level security policy%';
 begin
@@ -39,7 +39,7 @@ begin
         problem := null;
         v_is_done := false;
         begin
-            -- To set_config these mean "as the session's own role", which row-level security does not bind.
+            -- To set_config these mean "the session's own role", which row-level security does not bind.
             if coalesce(authorize.role, 'none') = 'none' then
                 raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
             end if;
@@ -53,8 +53,8 @@ begin
                 pg_catalog.set_config('role', authorize.role, true);
             -- From here to the end of the block, names and operators are qualified.
 
-            -- RT000 undoes a row that was written after all: a BEFORE trigger may have filled what is null here. The variable tells
-            -- our own RT000 from one that a policy raises, the column or constraint what is wrong with our own row from what a policy ran into.
+            -- RT000 rolls back a row that was written nevertheless: a BEFORE trigger may have filled the null. The variable tells our own
+            -- RT000 from one that a policy raises; the column or constraint tells the error of our own row from one inside a policy.
             v_passed := false;
             begin
                 insert into realtime.messages (topic, extension, updated_at)
@@ -136,15 +136,15 @@ begin
                 end;
             end if;
 
-            -- Takes role and settings back, whatever they were.
+            -- Restores role and settings.
             v_is_done := true;
             raise exception using errcode = 'RT000';
         exception when others then
-            -- A standby, or maintenance: no policy was asked, so there is no answer.
+            -- A standby, or maintenance: no policy was evaluated, so there is no answer.
             if sqlstate = '25006' and pg_catalog.current_setting('transaction_read_only')::boolean then
                 raise;
             end if;
-            -- A policy that raises, a role that does not exist: this question alone is answered "no".
+            -- A policy that raises, or a role that does not exist, denies this check alone.
             if not v_is_done then
                 can_read := false;
                 can_write := false;
@@ -156,7 +156,8 @@ begin
 end
 $$;
 comment on function realtime.authorize(text, text, jsonb, jsonb, text[]) is
-    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated, or may not read what it needs; then what it guards is not allowed.';
+    'What a client with these claims may do on a private topic. Leaves nothing behind. problem: SQLSTATE and text when a policy could not be evaluated, or may not read what it needs; then the right is denied. '
+    'Example: select * from realtime.authorize(''room:1'', ''authenticated'', ''{"sub": "5f1e8b1c-0d3f-4c0a-9a51-0c2f6f3f7a10", "role": "authenticated"}'');';
 revoke all on function realtime.authorize(text, text, jsonb, jsonb, text[]) from public;
 
 create or replace function realtime_internal.authorize_batch(topics text[], roles text[], claims jsonb[], headers jsonb[])
@@ -169,5 +170,5 @@ begin atomic
     cross join lateral realtime.authorize(asked.topic, asked.role, asked.claims, asked.headers) as answer;
 end;
 comment on function realtime_internal.authorize_batch(text[], text[], jsonb[], jsonb[]) is
-    'realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
+    'Runs realtime.authorize for many clients in one round trip; question counts from 1 in the order of the arrays.';
 revoke all on function realtime_internal.authorize_batch(text[], text[], jsonb[], jsonb[]) from public;

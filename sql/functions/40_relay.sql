@@ -1,8 +1,8 @@
--- What the relay reads, and how it is woken. Called by the server only.
+-- What the relay reads, and what wakes it. Only servers call these functions.
 
--- Writers ask in passing whether a reader of the outbox sleeps (it then holds the lock exclusively) and ring only then: NOTIFY in every
--- transaction would put all commits of the database behind one lock. Arguments: the channel, and the key of the advisory lock, which the
--- readers know as well. It runs with the writer's rights, and calls nothing that the writer has no right to.
+-- Writers check whether a reader of the outbox sleeps (it then holds the lock exclusively), and notify only then: a NOTIFY in every
+-- transaction would serialize all commits of the database. Arguments: the channel, and the key of the advisory lock, which the readers
+-- know as well. The function runs with the writer's rights, and calls nothing that the writer has no right to.
 create or replace function realtime_internal.ring_doorbell()
 returns trigger
 language plpgsql
@@ -10,7 +10,7 @@ volatile
 as $$
 begin
     if pg_catalog.current_setting('realtime.doorbell', true) operator(pg_catalog.=) 'off' then
-        -- For transactions that are to be prepared: PREPARE TRANSACTION refuses those that notify.
+        -- PREPARE TRANSACTION refuses transactions that notify.
         return null;
     elsif pg_catalog.pg_try_advisory_lock_shared(tg_argv[1]::pg_catalog.int8) then
         perform pg_catalog.pg_advisory_unlock_shared(tg_argv[1]::pg_catalog.int8);
@@ -21,7 +21,7 @@ begin
 end
 $$;
 comment on function realtime_internal.ring_doorbell() is
-    'Wakes the readers of an outbox at commit if one sleeps. "set local realtime.doorbell = ''off''" keeps it silent, for PREPARE TRANSACTION; the rows are then found within seconds.';
+    'Wakes the readers of an outbox at commit if one sleeps. "set local realtime.doorbell = ''off''" disables it, for PREPARE TRANSACTION; the rows are then found within seconds.';
 revoke all on function realtime_internal.ring_doorbell() from public;
 
 create or replace trigger ring_doorbell
@@ -54,11 +54,11 @@ begin atomic
     );
 end;
 comment on function realtime_internal.doorbell_is_held(integer, bigint) is
-    'Whether this backend holds the lock of a doorbell or stands in the queue for it; in both cases writers ring.';
+    'Whether this backend holds the lock of a doorbell or waits for it; in both cases writers notify.';
 revoke all on function realtime_internal.doorbell_is_held(integer, bigint) from public;
 
--- Exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is compared.
--- Two branches, so that each uses the index on xid. The bound at the top hides transaction ids of another cluster's counter (a restored
+-- Returns exactly the rows that were not visible in "position" and are visible now. A row has no snapshot of its own: only its xid is
+-- compared. The two branches let each use the index on xid. The upper bound hides transaction ids of another cluster's counter (a restored
 -- dump). One row without a message always comes first and carries the new position.
 create or replace function realtime_internal.messages_since("position" pg_snapshot)
 returns table (
@@ -96,5 +96,5 @@ begin atomic
     order by 1 asc nulls first;
 end;
 comment on function realtime_internal.messages_since(pg_snapshot) is
-    'Messages committed since a snapshot, in the order written; the first row carries the snapshot to go on from.';
+    'Messages committed since a snapshot, in the order written; the first row carries the snapshot to continue from.';
 revoke all on function realtime_internal.messages_since(pg_snapshot) from public;

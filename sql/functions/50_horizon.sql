@@ -1,4 +1,4 @@
--- How far back the stream of messages reaches, and in which incarnation of the database.
+-- The retention horizon of the stream of messages, and the incarnation of the database.
 
 create or replace function realtime.life()
 returns text
@@ -22,7 +22,8 @@ as $$
     cross join pg_control_system() as control
 $$;
 comment on function realtime.life() is
-    'Names this life of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another.';
+    'Names the incarnation of the database. A restore, a promotion or a new cluster changes it: transaction ids of one mean nothing in another. '
+    'Example: select realtime.life();';
 
 create or replace function realtime_internal.dropped_xid()
 returns xid8
@@ -34,7 +35,7 @@ as $$
     select case when stream.dropped_in_life = realtime.life() then stream.dropped_xid else '0' end
     from realtime_internal.stream
 $$;
-comment on function realtime_internal.dropped_xid() is 'Highest transaction id among messages that were dropped in this life of the database.';
+comment on function realtime_internal.dropped_xid() is 'The retention horizon: highest transaction id among messages that were dropped in this incarnation of the database.';
 revoke all on function realtime_internal.dropped_xid() from public;
 
 create or replace function realtime_internal.note_dropped(xid xid8, is_covered boolean default false)
@@ -42,7 +43,7 @@ returns void
 language sql
 volatile
 begin atomic
-    -- Transaction ids of another life mean nothing.
+    -- Transaction ids of another incarnation mean nothing.
     delete from realtime_internal.dropped_topics
     where note_dropped.xid is not null
         and not exists (select from realtime_internal.stream where dropped_in_life = realtime.life());
@@ -57,7 +58,7 @@ begin atomic
     where note_dropped.xid is not null;
 end;
 comment on function realtime_internal.note_dropped(xid8, boolean) is
-    'Remembers that messages up to this transaction are no longer kept, in the transaction that drops them. is_covered: realtime_internal.dropped_topics says of which topics.';
+    'Records that messages up to this transaction are no longer kept, in the transaction that drops them. is_covered: their topics are in realtime_internal.dropped_topics.';
 revoke all on function realtime_internal.note_dropped(xid8, boolean) from public;
 
 create or replace function realtime_internal.note_dropped_topics(messages regclass)
@@ -70,7 +71,7 @@ declare
     v_xid xid8;
 begin
     execute format('select xid from %s where xid < pg_snapshot_xmax(pg_current_snapshot()) order by xid desc limit 1', messages) into v_xid;
-    -- To read all of a large partition would hold up maintenance: 1 GB takes seconds.
+    -- Reading all of a large partition would delay maintenance: 1 GB takes seconds.
     if pg_relation_size(messages) > 256 * 1024 * 1024 then
         perform realtime_internal.note_dropped(v_xid);
         return;
@@ -88,10 +89,10 @@ begin
 end
 $$;
 comment on function realtime_internal.note_dropped_topics(regclass) is
-    'Remembers of which topics the messages of a partition are no longer kept, in the transaction that drops it.';
+    'Records the topics of the messages of a partition, in the transaction that drops it.';
 revoke all on function realtime_internal.note_dropped_topics(regclass) from public;
 
--- At most 100,000 topics are remembered, about 10 MB; the oldest of them make room.
+-- At most 100,000 topics are recorded, about 10 MB; the oldest are removed first.
 create or replace function realtime_internal.trim_dropped_topics()
 returns void
 language sql
@@ -106,5 +107,5 @@ as $$
     select realtime_internal.note_dropped(max(xid::text::numeric)::text::xid8) from left_out
 $$;
 comment on function realtime_internal.trim_dropped_topics() is
-    'Keeps realtime_internal.dropped_topics within its bound: what does not fit counts as dropped of all topics.';
+    'Keeps realtime_internal.dropped_topics within its bound: what is removed counts as dropped of all topics.';
 revoke all on function realtime_internal.trim_dropped_topics() from public;

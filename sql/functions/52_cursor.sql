@@ -1,11 +1,11 @@
--- Reading from a place on: paged, exact, and with a plain word where something is missing.
+-- Reading from a cursor: paged, exact, and with an explicit gap where messages are missing.
 --
--- A cursor is "since" and "seq": behind all that the snapshot "since" sees; no row whose transaction got its id later has a sequence number
--- up to "seq", so a read may start there, but for what realtime.overlapping names. Or it is "since", "until" and "seq": behind all that
--- "since" sees and, of what the later snapshot "until" sees as well, behind "seq".
+-- A cursor is either "since" and "seq": after all that the snapshot "since" sees. Transactions with later ids have no sequence number up to
+-- "seq", so a read may start there, except for those that realtime.overlapping returns. Or it is "since", "until" and "seq": after all that
+-- "since" sees and, among what the later snapshot "until" sees as well, after "seq".
 
--- At most 1,000 transactions in progress are named. Beyond, the snapshot is cut down to what it surely sees; realtime.overlapping, which
--- knows how many may have been running but not how many of those beyond had ended, may then miss the newest.
+-- A cursor names at most 1,000 transactions in progress. With more, the snapshot is reduced to what it surely sees. realtime.overlapping
+-- knows how many may have been running, but not how many of the others had ended, so it may then miss the newest.
 create or replace function realtime_internal.snapshot_text("snapshot" pg_snapshot)
 returns text
 language sql
@@ -25,7 +25,7 @@ begin atomic
         )
     );
 end;
-comment on function realtime_internal.snapshot_text(pg_snapshot) is 'A snapshot as it stands in a cursor: xmin.xmax and what was in progress.';
+comment on function realtime_internal.snapshot_text(pg_snapshot) is 'Formats a snapshot for a cursor: xmin.xmax and the transactions in progress.';
 
 create or replace function realtime_internal.snapshot_from_text(part text)
 returns pg_snapshot
@@ -46,7 +46,7 @@ immutable
 begin atomic
     select pg_catalog.concat_ws('-', '1', life, realtime_internal.snapshot_text(since), realtime_internal.snapshot_text(until), seq)::realtime.cursor;
 end;
-comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'A cursor from its parts; until may be null.';
+comment on function realtime.format_cursor(text, pg_snapshot, pg_snapshot, bigint) is 'Makes a cursor from its parts; until may be null. Example: select realtime.format_cursor(realtime.life(), pg_current_snapshot(), null, 0);';
 
 create or replace function realtime_internal.xid_after(xid bigint)
 returns bigint
@@ -57,10 +57,10 @@ begin atomic
     select xid + case when (xid + 1) % 4294967296 = 0 then 2 else 1 end;
 end;
 comment on function realtime_internal.xid_after(bigint) is
-    'The next id that a snapshot may begin at: those of which the lower 32 bits are zero are none, and PostgreSQL refuses them.';
+    'The next id that a snapshot may begin at: PostgreSQL never assigns ids whose lower 32 bits are zero, and refuses them.';
 revoke all on function realtime_internal.xid_after(bigint) from public;
 
--- A crash forgets transactions that left nothing on disk and gives their ids to others. So a cursor claims no id above that of the newest
+-- After a crash, ids of transactions that left nothing on disk are assigned again. So a cursor names no id above that of the newest
 -- message, which is on disk; ids above it, up to the snapshot's, wrote no message or were still running.
 create or replace function realtime.durable("snapshot" pg_snapshot)
 returns pg_snapshot
@@ -97,7 +97,8 @@ as $$
     ) as bound
 $$;
 comment on function realtime.durable(pg_snapshot) is
-    'The same messages as in the snapshot, seen by transactions that a crash of the database cannot take back.';
+    'A snapshot that sees the same messages, by transactions that a crash of the database cannot undo. '
+    'Example: select realtime.durable(pg_current_snapshot());';
 revoke all on function realtime.durable(pg_snapshot) from public;
 grant execute on function realtime.durable(pg_snapshot) to anon, authenticated, service_role;
 
@@ -108,7 +109,7 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    -- Any row that is visible will do for "seq"; the newest transaction has a high one.
+    -- Any visible row gives a valid "seq"; the newest transaction has a high one.
     select realtime.format_cursor(
         realtime.life(),
         realtime.durable(pg_current_snapshot()),
@@ -125,7 +126,7 @@ as $$
         )
     )
 $$;
-comment on function realtime.cursor() is 'The place behind everything that is committed now: take it, then follow from it.';
+comment on function realtime.cursor() is 'The position after everything that is committed now: take it, then read messages from it. Example: select realtime.cursor();';
 
 create or replace function realtime.oldest_cursor()
 returns realtime.cursor
@@ -141,14 +142,14 @@ as $$
         0
     )
 $$;
-comment on function realtime.oldest_cursor() is 'The place before everything that is still kept.';
+comment on function realtime.oldest_cursor() is 'The position before all messages that are still kept. Example: select * from realtime.messages_after(''room:1'', realtime.oldest_cursor());';
 
 create or replace function realtime_internal.sees_dropped("snapshot" pg_snapshot, xid xid8)
 returns boolean
 language sql
 stable
 begin atomic
-    -- Nothing was dropped of who still runs: nobody else sees what it has written, nor gets the lock of a partition that holds it.
+    -- Nothing of a running transaction was dropped: no other session sees its rows, or gets the lock of a partition that contains them.
     select pg_catalog.pg_snapshot_xmax("snapshot") > xid
         and not exists (
             select
@@ -156,7 +157,7 @@ begin atomic
             where xip <= xid and pg_catalog.pg_visible_in_snapshot(xip, pg_catalog.pg_current_snapshot())
         );
 end;
-comment on function realtime_internal.sees_dropped(pg_snapshot, xid8) is 'Whether a snapshot sees all that was dropped of transactions up to this one.';
+comment on function realtime_internal.sees_dropped(pg_snapshot, xid8) is 'Whether a snapshot sees all dropped messages of transactions up to this one.';
 revoke all on function realtime_internal.sees_dropped(pg_snapshot, xid8) from public;
 
 create or replace function realtime.read_cursor(
@@ -180,7 +181,7 @@ begin
         where topic_hash = hashtextextended(topic, 0) and v_dropped is not null;
         v_dropped := coalesce(v_dropped, '0');
     end if;
-    -- Its life has no name of its own, so that every cursor would seem to be of another one.
+    -- A standby cannot name its incarnation, so every cursor would seem to belong to another one.
     if pg_is_in_recovery() then
         raise exception using
             errcode = 'read_only_sql_transaction', message = 'this is a standby', hint = 'Messages are read from the primary.';
@@ -219,8 +220,9 @@ begin
 end
 $$;
 comment on function realtime.read_cursor(realtime.cursor, text) is
-    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages of the topic behind it are gone, of any topic where it is null; 22023 when it is malformed, 25006 on a standby.';
--- Not for everybody: it tells whether anything was sent to a topic.
+    'Parses a cursor. Raises RT001 (a gap; detail: the oldest cursor) when messages of the topic after it are gone, of any topic where it is null; 22023 when it is malformed, 25006 on a standby. '
+    'Example: select * from realtime.read_cursor(realtime.cursor(), ''room:1'');';
+-- Not granted to everybody: it reveals whether anything was sent to a topic.
 revoke all on function realtime.read_cursor(realtime.cursor, text) from public;
 grant execute on function realtime.read_cursor(realtime.cursor, text) to service_role;
 
@@ -233,10 +235,11 @@ as $$
     select * from realtime.read_cursor(place, null)
 $$;
 comment on function realtime.read_cursor(realtime.cursor) is
-    'Takes a cursor apart. Raises RT001 (a gap; detail: the oldest cursor) when messages behind it are gone, 22023 when it is malformed, 25006 on a standby.';
+    'Parses a cursor. Raises RT001 (a gap; detail: the oldest cursor) when messages after it are gone, 22023 when it is malformed, 25006 on a standby. '
+    'Example: select * from realtime.read_cursor(realtime.cursor());';
 
 -- A snapshot's xmax is one past the highest id that had *ended*: transactions at or above it may have been running, and may have written
--- already. All ids from there up to the highest one given out by then were running, so they are no more than there can be at one time.
+-- already. All ids from there up to the highest one assigned by then were running, so they are at most as many as can run at one time.
 create or replace function realtime.overlapping(since pg_snapshot)
 returns xid8[]
 language sql
@@ -252,7 +255,7 @@ as $$
         cross join lateral (
             select m.xid from realtime.messages as m where m.xid > written.xid order by m.xid limit 1
         ) as following
-        -- Sessions, workers of the server itself, prepared transactions.
+        -- Sessions, the server's own workers, prepared transactions.
         where written.number < current_setting('max_connections')::integer
             + current_setting('max_worker_processes')::integer
             + current_setting('max_wal_senders')::integer
@@ -262,6 +265,7 @@ as $$
     select coalesce(array_agg(written.xid), '{}') from written
 $$;
 comment on function realtime.overlapping(pg_snapshot) is
-    'Transactions at or above the xmax of a snapshot that have written messages, as many as may have been running when it was taken.';
+    'Transactions at or above the xmax of a snapshot that have written messages, as many as may have been running when it was taken. '
+    'Example: select realtime.overlapping(pg_current_snapshot());';
 revoke all on function realtime.overlapping(pg_snapshot) from public;
 grant execute on function realtime.overlapping(pg_snapshot) to anon, authenticated, service_role;

@@ -1,6 +1,6 @@
--- Reading kept messages: pages after a cursor, the replay of clients that know no cursors, and a consistent first state.
+-- Reading kept messages: pages after a cursor, the replay of clients without cursors, and a consistent initial state.
 
--- A cursor with "until" is finished before the present is looked at, so that all pages but the last are cut by sequence number alone.
+-- A cursor with "until" is read to its end before newer messages are, so that all pages but the last are bounded by sequence number alone.
 -- No SET clause, because the caller's policies run inside: every name and every operator is qualified.
 create or replace function realtime.messages_after(
     topic text,
@@ -31,7 +31,7 @@ declare
     v_found integer;
     v_is_present boolean;
     v_overlapping pg_catalog.xid8[];
-    -- A cursor without its last part; taken together once, because a page has many.
+    -- The cursor without its last part; built once, because a page has many rows.
     v_within pg_catalog.text;
     v_behind pg_catalog.text;
     v_is_trusted pg_catalog.bool := pg_catalog.has_function_privilege('realtime.read_cursor(realtime.cursor, pg_catalog.text)', 'execute');
@@ -110,7 +110,7 @@ begin
         v_since := v_until;
         v_until := null;
     end loop;
-    -- What was dropped since the cursor was looked at may not have been read: the read waits while a partition is dropped.
+    -- Messages dropped since the cursor was checked may not have been read: the read waits while a partition is dropped.
     if v_is_trusted then
         perform realtime.read_cursor(after, messages_after.topic);
     else
@@ -119,7 +119,8 @@ begin
 end
 $$;
 comment on function realtime.messages_after(text, realtime.cursor, integer, boolean) is
-    'Messages of a topic behind a cursor that the caller may see, in order, at most 10,000, each with the cursor to go on from. private: null for both rooms of the name. Raises RT001 where messages are missing.';
+    'Messages of a topic after a cursor that the caller may see, in order, at most 10,000, each with the cursor to continue from. private: null for both rooms of the name. Raises RT001 where messages are missing. '
+    'Example: select event, payload, cursor from realtime.messages_after(''room:1'', realtime.oldest_cursor(), 100);';
 
 create or replace function realtime_internal.messages_between(topic text, since timestamptz, max_rows integer)
 returns table (id uuid, event text, payload jsonb, binary_payload bytea, xid xid8)
@@ -141,10 +142,10 @@ begin atomic
     order by newest.seq;
 end;
 comment on function realtime_internal.messages_between(text, timestamptz, integer) is
-    'The newest messages of a private topic since a time, oldest first: the replay of clients that know no cursors.';
+    'The newest messages of a private topic since a time, oldest first: the replay of clients without cursors.';
 revoke all on function realtime_internal.messages_between(text, timestamptz, integer) from public;
 
--- One statement, so one database snapshot for both halves; the caller's rights hold for the rows.
+-- One statement, so both parts have the same database snapshot; the rows are those that the caller may see.
 create or replace function realtime.snapshot(query text, out rows jsonb, out cursor realtime.cursor)
 language plpgsql
 volatile
@@ -156,4 +157,5 @@ begin
 end
 $$;
 comment on function realtime.snapshot(text) is
-    'The rows of a query, as the caller sees them, and the cursor of the same moment: load the list, then follow from the cursor, and nothing is missed or doubled.';
+    'The rows of a query, as the caller sees them, and the cursor of the same moment: load the list, then read messages from the cursor, and none is lost or repeated. '
+    'Example: select rows, cursor from realtime.snapshot(''select * from todos'');';

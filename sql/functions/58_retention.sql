@@ -1,6 +1,6 @@
 -- Partitions: created ahead, and dropped when their messages are older than the retention.
 
--- Maintenance runs with the server's rights, and no code of users runs inside: who may create functions in public must not be found.
+-- Maintenance runs with the server's rights, and runs no code of users: functions that users create in public must not be found.
 create or replace function realtime_internal.create_partitions(days_ahead integer default 3)
 returns setof text
 language plpgsql
@@ -21,7 +21,7 @@ begin
     loop
         v_name := to_char(v_day, '"messages_"YYYY_MM_DD');
         continue when to_regclass('realtime.' || v_name) is not null;
-        -- Rows that came before their partition stay in the default one; such a day gets no partition.
+        -- Rows that arrived before their partition stay in the default one; such a day gets no partition.
         continue when exists (
             select from realtime.messages_default where inserted_at >= v_day and inserted_at < v_day + 1
         );
@@ -36,11 +36,11 @@ begin
 end
 $$;
 comment on function realtime_internal.create_partitions(integer) is
-    'Makes the partitions from yesterday to days_ahead days from now (UTC) that are missing; returns their names.';
+    'Creates the missing partitions from yesterday to days_ahead days from now (UTC); returns their names.';
 revoke all on function realtime_internal.create_partitions(integer) from public;
 
--- Messages of a restored dump carry transaction ids of another cluster. Ids that this one has not reached would hide them now and have them
--- delivered as new one day, so they get the lowest one there is: written before everything else. Rows of this very transaction are its own.
+-- Messages of a restored dump carry transaction ids of another cluster. Ids that this one has not reached would hide them now and deliver
+-- them as new later, so they get the lowest id: older than everything else. Rows of the current transaction are its own.
 create or replace function realtime_internal.adopt_messages()
 returns bigint
 language sql
@@ -57,10 +57,10 @@ as $$
     select count(*) from adopted
 $$;
 comment on function realtime_internal.adopt_messages() is
-    'Gives messages whose transaction id this database has not reached, as in a restored dump, the lowest one; how many there were.';
+    'Gives the lowest transaction id to messages whose id this database has not reached, as in a restored dump; returns their number.';
 revoke all on function realtime_internal.adopt_messages() from public;
 
--- Transaction ids of another cluster are left out of what was dropped: no cursor can be behind them.
+-- The retention horizon ignores transaction ids of another cluster: no cursor can be after them.
 create or replace function realtime_internal.delete_messages(partition regclass, before timestamp, max_rows bigint)
 returns bigint
 language plpgsql
@@ -71,7 +71,7 @@ declare
     v_deleted bigint;
     v_dropped xid8;
 begin
-    -- Before anything is noted: what was noted of another life of the database goes.
+    -- First, because recording removes what was recorded in another incarnation of the database.
     perform realtime_internal.note_dropped('0', true);
     execute format(
         'with deleted as (
@@ -101,12 +101,12 @@ begin
 end
 $$;
 comment on function realtime_internal.delete_messages(regclass, timestamp, bigint) is
-    'Deletes messages written before this time (UTC) from a partition, at most so many; how many it were. Waits for no reader.';
+    'Deletes messages written before this time (UTC) from a partition, at most so many; returns their number. Waits for no reader.';
 revoke all on function realtime_internal.delete_messages(regclass, timestamp, bigint) from public;
 
--- To drop a partition takes a lock that waits for every transaction that has read a message, and that every writer and reader then waits
--- for. So it is waited for only for a moment and tried again later. Any client role can keep such a transaction open for ever: an hour after
--- its time the messages are deleted all the same, which waits for nobody, and the empty partition is dropped some other time.
+-- Dropping a partition takes a lock that waits for every transaction that has read a message, and every later writer and reader waits for
+-- the lock. So the wait is short, and repeated later. Any client role can keep such a transaction open for ever: an hour after their time
+-- the messages are deleted instead, which waits for nobody, and the empty partition is dropped later.
 create or replace function realtime_internal.drop_old_messages(retention interval)
 returns table (partition text, action text)
 language plpgsql
@@ -130,7 +130,7 @@ begin
     loop
         continue when v_day + 1 > v_before;
         begin
-            -- Whoever still writes to it is waited for, and nobody begins to: what is dropped is what was noted. Both commit together.
+            -- The lock waits for current writers and keeps out new ones, so exactly what is recorded is dropped. Both commit together.
             execute format('lock table realtime.%I in share mode', partition);
             perform realtime_internal.note_dropped_topics(format('realtime.%I', partition)::regclass);
             execute format('drop table realtime.%I', partition);
@@ -152,10 +152,10 @@ begin
 end
 $$;
 comment on function realtime_internal.drop_old_messages(interval) is
-    'Drops the partitions that lie wholly before now() - retention and old rows of the default one; what was done to which: dropped, waiting (for a transaction that has read messages, or because there is more to delete), emptied (that transaction has gone on for an hour: the messages were deleted). Cursors before them get a gap.';
+    'Drops partitions that are entirely before now() - retention, and old rows of the default one; returns what was done: dropped, waiting (for a transaction that has read messages, or because there is more to delete), emptied (that transaction has lasted an hour: the messages were deleted). Cursors before them get a gap.';
 revoke all on function realtime_internal.drop_old_messages(interval) from public;
 
--- Called by every server; one at a time does the work, by a lock on a row that nobody else can reach.
+-- Every server calls it; a lock on a row that nobody else can reach lets one at a time do the work.
 create or replace function realtime.maintain(retention interval default '72 hours')
 returns table (partition text, action text)
 language plpgsql
@@ -175,7 +175,7 @@ begin
     begin
         return query select created, 'created' from realtime_internal.create_partitions() as created;
     exception when lock_not_available then
-        -- Meanwhile the rows go to the default partition.
+        -- Until then the rows go to the default partition.
         partition := 'messages_default';
         action := 'waiting';
         v_is_complete := false;
@@ -191,7 +191,8 @@ begin
 end
 $$;
 comment on function realtime.maintain(interval) is
-    'Makes partitions ahead and drops what is older than the retention; what was done: created, dropped, emptied or waiting, as realtime_internal.drop_old_messages tells it. No row: nothing was to do, or another session is at it. Safe to call at any time.';
+    'Creates partitions ahead and drops those older than the retention; returns what was done: created, dropped, emptied or waiting, as realtime_internal.drop_old_messages does. No row: nothing was due, or another session is doing it. Safe to call at any time. '
+    'Example: select * from realtime.maintain(''72 hours'');';
 revoke all on function realtime.maintain(interval) from public;
 
 create or replace function realtime_internal.last_maintenance()
@@ -202,7 +203,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select m.succeeded_at from realtime_internal.maintenance as m where m.task = 'messages'
 $$;
-comment on function realtime_internal.last_maintenance() is 'When realtime.maintain last did all that was to do.';
+comment on function realtime_internal.last_maintenance() is 'When realtime.maintain last completed all that was due.';
 revoke all on function realtime_internal.last_maintenance() from public;
 
 create or replace view realtime.partitions as
@@ -215,9 +216,9 @@ from pg_catalog.pg_inherits
 join pg_catalog.pg_class as child on child.oid = inhrelid
 where inhparent = 'realtime.messages'::regclass
 order by child.relname;
-comment on view realtime.partitions is 'What is kept: the partitions of realtime.messages, their bounds and sizes.';
+comment on view realtime.partitions is 'The partitions of realtime.messages, with their bounds and sizes.';
 comment on column realtime.partitions.partition is 'Name of the table, in schema realtime.';
-comment on column realtime.partitions.bounds is 'UTC days it holds.';
+comment on column realtime.partitions.bounds is 'UTC days that it contains.';
 comment on column realtime.partitions.estimated_rows is 'Rows at the last analyze; 0 before the first.';
 comment on column realtime.partitions.bytes is 'Size on disk, indexes included.';
 

@@ -1,16 +1,16 @@
--- Presence for people who ask in SQL.
+-- Presence, readable in SQL.
 
 create or replace view realtime.presence as
 select entry.topic, entry.private, entry.key, entry.payload, entry.since, entry.ref, entry.node
 from realtime_internal.presence_entries as entry
 join realtime_internal.nodes as node on node.id = entry.node
 where node.last_seen_at > now() - interval '30 seconds';
-comment on view realtime.presence is 'Who is present where now, with what they track.';
-comment on column realtime.presence.topic is 'Without "realtime:" in front.';
-comment on column realtime.presence.private is 'Which of the two rooms of this name.';
+comment on view realtime.presence is 'Presence entries: the clients present in each topic now, with what they track.';
+comment on column realtime.presence.topic is 'Topic without "realtime:" in front.';
+comment on column realtime.presence.private is 'Which of the two rooms of this name: private or public.';
 comment on column realtime.presence.key is 'Presence key of the client.';
 comment on column realtime.presence.payload is 'What the client tracks.';
-comment on column realtime.presence.since is 'When it was written here.';
+comment on column realtime.presence.since is 'When the entry was written here.';
 comment on column realtime.presence.ref is 'phx_ref of the entry.';
 comment on column realtime.presence.node is 'Server that the client is connected to.';
 
@@ -36,5 +36,5 @@ begin
 end
 $$;
 comment on function realtime_internal.write_presence(uuid, jsonb, text[]) is
-    'Called by each server every few seconds and when presence changed. True when the server was not known: then it must write everything.';
+    'Writes presence entries; each server calls it every few seconds and when presence has changed. Returns true when the server was unknown: then it must write all entries.';
 revoke all on function realtime_internal.write_presence(uuid, jsonb, text[]) from public;

@@ -1,10 +1,10 @@
--- Row changes: which tables tell theirs, what of them is wanted, and who may see it. Called by the servers only.
+-- Row changes: columns and rows of published tables. Only servers call these functions.
 --
--- An image is a row as a JSON object, column by column: strings of the text that PostgreSQL writes for the values, null for null. So what is
--- read from it is what was written: bounds of arrays, and null in json, which is not null. A column that is not known is absent.
+-- An image is a row as a JSON object, column by column: strings of the text that PostgreSQL writes for the values, null for null. So
+-- reading it gives exactly what was written: bounds of arrays, and null in json, which is not null. An unknown column is absent.
 --
--- Most questions are about a few rows, and to plan a statement on the catalog takes longer than to execute it. So functions that are called
--- for each question are in PL/pgSQL, which keeps plans for the session, and with force_generic_plan, which keeps them for all arguments.
+-- Most queries concern a few rows, and planning a statement on the catalog takes longer than executing it. So functions that are called for
+-- each query are in PL/pgSQL, which keeps plans for the session, with force_generic_plan, which keeps one plan for all arguments.
 
 create or replace function realtime_internal.table_name(relation oid)
 returns text
@@ -17,7 +17,7 @@ as $$
     join pg_namespace as n on n.oid = c.relnamespace
     where c.oid = table_name.relation
 $$;
-comment on function realtime_internal.table_name(oid) is 'A table with its schema, whatever the path: what users'' functions leave in a session must not be found instead.';
+comment on function realtime_internal.table_name(oid) is 'The qualified name of a table, whatever the search path: objects that users'' functions leave in a session must not be found instead.';
 revoke all on function realtime_internal.table_name(oid) from public;
 
 create or replace function realtime_internal.base_type(type oid)
@@ -38,10 +38,10 @@ begin
     );
 end
 $$;
-comment on function realtime_internal.base_type(oid) is 'What a domain is made of, at the bottom; other types themselves.';
+comment on function realtime_internal.base_type(oid) is 'The base type of a domain, through all domains; other types themselves.';
 
--- No others, not even enums: their owner may create casts from and to them, at any moment, and PostgreSQL prefers these to reading and writing
--- texts.
+-- Other types, even enums, are not inert: their owner may create casts from and to them at any moment, and PostgreSQL prefers these to the
+-- input and output functions.
 create or replace function realtime_internal.is_inert(type oid)
 returns boolean
 language sql
@@ -52,7 +52,7 @@ as $$
     select is_inert.type < 16384
 $$;
 comment on function realtime_internal.is_inert(oid) is
-    'Whether values of a type are read, compared and written by PostgreSQL alone: built-in types. For other types functions of users may be called.';
+    'Whether PostgreSQL alone reads, compares and writes values of a type: true for built-in types. For other types functions of users may be called.';
 revoke all on function realtime_internal.is_inert(oid) from public;
 
 create or replace function realtime_internal.declared_type(relation oid, attnum smallint)
@@ -78,10 +78,10 @@ begin
 end
 $$;
 comment on function realtime_internal.declared_type(oid, smallint) is
-    'The type of a column, as in a list of column definitions for an image; text instead of json and jsonb, for which a string would be one of JSON.';
+    'The type of a column for a list of column definitions that reads an image; text instead of json and jsonb, for which a string would be a JSON string.';
 revoke all on function realtime_internal.declared_type(oid, smallint) from public;
 
--- A row of which only some columns are known is none of its table, where a domain among the others does not allow null.
+-- A row of which only some columns are known is not built as a row of its table, because a domain among the others may not allow null.
 create or replace function realtime_internal.populated(relation oid, image text, only_key boolean default false)
 returns text
 language plpgsql
@@ -119,10 +119,10 @@ begin
     );
 end
 $$;
-comment on function realtime_internal.populated(oid, text, boolean) is 'A lateral item for FROM: "row", of a table''s columns or those of its primary key, from an expression that is an image. Columns that are absent become null.';
+comment on function realtime_internal.populated(oid, text, boolean) is 'A lateral item for FROM: "row", with a table''s columns or those of its primary key, from an expression that is an image. Absent columns become null.';
 revoke all on function realtime_internal.populated(oid, text, boolean) from public;
 
--- Only by its text does a whole row become one of its table's type, which policies may ask for, with each value read as it was written.
+-- Only from its text can a whole row be made a row of its table's type, which policies may need, with each value read as it was written.
 create or replace function realtime_internal.row_texts(relation oid, images jsonb)
 returns jsonb
 language plpgsql
@@ -144,7 +144,7 @@ begin
     );
 end
 $$;
-comment on function realtime_internal.row_texts(oid, jsonb) is 'Images as the texts of rows of a table''s type, in order. Columns that are absent become null.';
+comment on function realtime_internal.row_texts(oid, jsonb) is 'Images as the texts of rows of a table''s type, in order. Absent columns become null.';
 revoke all on function realtime_internal.row_texts(oid, jsonb) from public;
 
 create or replace function realtime_internal.written(value anyelement)
@@ -156,11 +156,11 @@ set search_path = pg_catalog, pg_temp
 as $$
     select pg_catalog.format('%s', value)
 $$;
-comment on function realtime_internal.written(anyelement) is 'The text that the type of a value writes for it, which a cast to text is not always.';
+comment on function realtime_internal.written(anyelement) is 'The text that the output function of a type writes for a value; a cast to text may write another one.';
 revoke all on function realtime_internal.written(anyelement) from public;
 
--- Who reads a whole row reads all of it. A policy that takes a function's word reads what the function is given. And no row can be made
--- without a value that its domain insists on.
+-- A reference to the whole row reads all columns. A policy that calls a function reads its arguments. And a row cannot be made without a
+-- value for each column whose domain refuses null.
 create or replace function realtime_internal.policy_columns(relation oid)
 returns text[]
 language plpgsql
@@ -210,7 +210,7 @@ begin
 end
 $$;
 comment on function realtime_internal.policy_columns(oid) is
-    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, a row cannot be judged.';
+    'The columns of a table that its policies for SELECT read, and those that are never null because of their domain: without them, no policy can be evaluated on a row.';
 revoke all on function realtime_internal.policy_columns(oid) from public;
 
 create or replace function realtime_internal.checked_columns(relation oid)

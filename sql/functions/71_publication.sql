@@ -1,4 +1,4 @@
--- The tables of the publication, as the servers need to know them.
+-- The tables of the publication, with what servers need to know of them.
 
 create or replace function realtime_internal.published_tables(roles text[])
 returns table (
@@ -27,7 +27,7 @@ as $$
             c.relowner,
             c.relrowsecurity,
             c.relforcerowsecurity,
-            -- What is written to the log is up to each partition, whatever the root says.
+            -- Each partition decides what is written to the log, whatever the root's settings are.
             case when c.relreplident <> 'f' or not exists (
                 with recursive part as (
                     select i.inhrelid as oid from pg_inherits as i where i.inhparent = c.oid and c.relkind = 'p'
@@ -36,13 +36,13 @@ as $$
                 )
                 select from part join pg_class as p on p.oid = part.oid where p.relkind = 'r' and p.relreplident <> 'f'
             ) then c.relreplident else 'd' end as relreplident,
-            -- Row filters and column lists came with PostgreSQL 15.
+            -- Row filters and column lists exist since PostgreSQL 15.
             to_jsonb(p) ->> 'rowfilter' as rowfilter,
             to_jsonb(p) -> 'attnames' as attnames
         from pg_publication_tables as p
         join pg_namespace as n on n.nspname = p.schemaname
         join pg_class as c on c.relnamespace = n.oid and c.relname = p.tablename
-        -- In a publication for all tables there are ours, too.
+        -- A publication for all tables includes our own.
         where p.pubname = 'supabase_realtime' and n.nspname not in ('realtime', 'realtime_internal')
     ),
     attribute as (
@@ -56,7 +56,7 @@ as $$
             realtime_internal.base_type(a.atttypid) as base,
             -- Without the columns that an index only includes.
             coalesce(a.attnum = any ((primary_key.indkey::int2[])[0:primary_key.indnkeyatts - 1]), false) as is_key,
-            -- A generated column is not in the list that stands for all columns, before PostgreSQL 18 it never is.
+            -- Without a column list, generated columns are not published; before PostgreSQL 18 never.
             published.attnames is null
                 or published.attnames ? a.attname
                 or (a.attgenerated <> '' and not exists (
@@ -94,7 +94,7 @@ as $$
             where t.tgrelid = published.oid
                 and t.tgfoid = to_regprocedure('realtime_internal.capture_change()')
                 and not t.tgisinternal
-                -- What the clone of a root's trigger writes is told of the root.
+                -- The clone of a root's trigger writes changes under the root's name.
                 and t.tgparentid = 0
                 and t.tgenabled <> 'D'
         ),
@@ -109,7 +109,7 @@ as $$
                     jsonb_build_object(
                         'name', a.attname,
                         'type', a.typname,
-                        -- These two for servers of before.
+                        -- These two are for servers of older releases.
                         'type_oid', a.atttypid::bigint,
                         'is_json', a.base in (114, 3802),
                         'is_bytea', a.base = 17,
@@ -160,8 +160,8 @@ comment on function realtime_internal.published_tables(text[]) is
     'The tables of the publication: columns in order, and for each role which of the published ones it may read and whether row-level security binds it.';
 revoke all on function realtime_internal.published_tables(text[]) from public;
 
--- Rights and row-level security are looked at before each piece of changes. To read all of them each time would cost more than the changes:
--- this tells that one of the rows they are kept in was written.
+-- Servers check rights and row-level security before each batch of changes. Reading all of them each time would cost more than the changes:
+-- this function detects that one of the catalog rows was written.
 create or replace function realtime_internal.table_marks(relations oid[])
 returns table (relation oid, mark text)
 language plpgsql
@@ -196,5 +196,5 @@ begin
         where c.oid = any (table_marks.relations);
 end
 $$;
-comment on function realtime_internal.table_marks(oid[]) is 'For each table a text that is another one as soon as its columns, its row-level security and policies, rights on it, who bypasses row-level security or what is in the publication have changed.';
+comment on function realtime_internal.table_marks(oid[]) is 'For each table a fingerprint that changes with its columns, its row-level security and policies, rights on it, roles that bypass row-level security, and the content of the publication.';
 revoke all on function realtime_internal.table_marks(oid[]) from public;

@@ -1,6 +1,6 @@
--- Users' code runs as a role that it cannot leave, and leaves nothing behind.
+-- Runs users' code as a role that it cannot leave, and rolls back all it does.
 
--- The caller's claims, as policies read them. Until the end of the transaction, or of the exception block around it.
+-- The caller's claims, as policies read them, until the end of the transaction or of the enclosing exception block.
 create or replace function realtime_internal.take_identity(role text, claims jsonb)
 returns void
 language plpgsql
@@ -8,7 +8,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- To set_config this means "as the session's own role", which row-level security does not bind.
+    -- To set_config this means "the session's own role", which row-level security does not bind.
     if coalesce(role, 'none') = 'none' then
         raise exception using errcode = 'invalid_parameter_value', message = 'a role must be named';
     end if;
@@ -19,13 +19,13 @@ begin
         pg_catalog.set_config('role', role, true);
 end
 $$;
-comment on function realtime_internal.take_identity(text, jsonb) is 'Go on as a client with this role and these claims, to the end of the transaction.';
+comment on function realtime_internal.take_identity(text, jsonb) is 'Sets the role and the claims of a client, to the end of the transaction.';
 revoke all on function realtime_internal.take_identity(text, jsonb) from public;
 
--- Policies, domains and generated columns call functions of users. A role that was only set could be reset by them, so they run inside a
--- SECURITY DEFINER function that the client's role owns, where PostgreSQL refuses to set a role. Its body is parsed when it is made, by the
--- server's role and under a path on which nobody can plant an operator; functions without a path of their own then run under the usual one.
--- What they change is rolled back together with the function, which therefore never depends on anything.
+-- Policies, domains and generated columns call functions of users, which could reset a role that was only set. So they run inside a
+-- SECURITY DEFINER function that the client's role owns, where PostgreSQL refuses to set a role. Its body is parsed when it is created, by
+-- the server's role and on a path where nobody can plant an operator; functions without a path of their own then run on the usual one.
+-- Their changes are rolled back together with the function, so nothing ever depends on it.
 create or replace function realtime_internal.is_read_by_users(type oid)
 returns boolean
 language sql
@@ -44,12 +44,12 @@ as $$
     select bool_or(part.oid >= 16384 and part.typtype in ('c', 'd')) from part
 $$;
 comment on function realtime_internal.is_read_by_users(oid) is
-    'Whether functions of users may be called when a literal of a type is parsed: domains have them, and composite types may get a domain at any moment.';
+    'Whether parsing a literal of a type may call functions of users: domains have them, and composite types may get a domain at any moment.';
 revoke all on function realtime_internal.is_read_by_users(oid) from public;
 
--- The temporary schema of a session comes with the first object in it, and is gone where that is rolled back. A schema that comes or goes
--- makes PostgreSQL plan all statements of the session anew. So it is made once, and committed. And a transaction that leaves nothing behind
--- need not wait for the disk.
+-- The temporary schema of a session is created with the first object in it, and vanishes where that is rolled back. Each creation or
+-- removal of a schema makes PostgreSQL plan all statements of the session again. So it is created once, and committed. And a transaction
+-- that leaves nothing behind need not wait for the disk.
 create or replace function realtime_internal.prepare_guarded()
 returns void
 language plpgsql
@@ -75,12 +75,12 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    -- Those of USING, IN, CASE, NULLIF, DISTINCT and ORDER BY are not named in the text of an expression.
+    -- Operators of USING, IN, CASE, NULLIF, DISTINCT and ORDER BY are not in the text of an expression.
     c_operators constant text := ':(?:opnos?|eqop|sortop) (\(o [0-9 ]+\)|[0-9]+)';
     v_operators text;
     v_expression text;
 begin
-    -- A literal is read when it is parsed, which is done by the server's role.
+    -- A literal is read when it is parsed, by the server's role.
     if exists (
         select
         from unnest(make_guarded.expressions) as tree
@@ -97,7 +97,7 @@ begin
         ' begin atomic %s; end',
         make_guarded.name, make_guarded.arguments, make_guarded.result, make_guarded.query
     );
-    -- Operators of pg_catalog are found again. Those of users may not be, and have other oids.
+    -- Operators of pg_catalog are found again. Those of users may not be found, and have other oids.
     if exists (
         select
         from unnest(make_guarded.expressions) as e (expression)
@@ -128,7 +128,7 @@ begin
 end
 $$;
 comment on function realtime_internal.make_guarded(text, text, text, text, text, text[]) is
-    'Makes a function in pg_temp that runs a query as a role which the code it calls cannot leave. To be rolled back. expressions: node trees whose text is part of the query; raises if they are not parsed as they were.';
+    'Creates a function in pg_temp that runs a query as a role which the code it calls cannot leave. To be rolled back. expressions: node trees whose text is part of the query; raises if parsing the text gives other trees.';
 revoke all on function realtime_internal.make_guarded(text, text, text, text, text, text[]) from public;
 
 create or replace function realtime_internal.ask_guarded(role text, query text, argument jsonb, expressions text[] default '{}')
@@ -157,5 +157,5 @@ begin
 end
 $$;
 comment on function realtime_internal.ask_guarded(text, text, jsonb, text[]) is
-    'The answer of a query on $1, run as a role that the code it calls cannot leave; nothing else of it remains.';
+    'The answer of a query on $1, run as a role that the code it calls cannot leave; all its other effects are rolled back.';
 revoke all on function realtime_internal.ask_guarded(text, text, jsonb, text[]) from public;

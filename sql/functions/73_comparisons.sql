@@ -1,6 +1,6 @@
--- How a value of a filter is compared with a column.
+-- Comparisons of a filter's value with a column.
 
--- An operator of whoever made the type, or that of its operator class, which only a superuser can make. Others may be anybody's.
+-- Only operators of the type's owner, or of its operator class, which only a superuser can create. Others may be anybody's.
 create or replace function realtime_internal.filter_operator(type oid, symbol text)
 returns text
 language sql
@@ -40,10 +40,10 @@ as $$
         format('operator(pg_catalog.%s)', symbol)
     )
 $$;
-comment on function realtime_internal.filter_operator(oid, text) is 'An operator on two values of a type, written so that no other one is found.';
+comment on function realtime_internal.filter_operator(oid, text) is 'An operator on two values of a type, qualified so that no other one is found.';
 revoke all on function realtime_internal.filter_operator(oid, text) from public;
 
--- The comparison of one operator, between a column and "v", the value of the filter, which is of the column's type already.
+-- The comparison by one operator, between a column and "v", the value of the filter, which has the column's type already.
 create or replace function realtime_internal.comparison(operator text, is_negated boolean, value text)
 returns text
 language plpgsql

@@ -1,7 +1,7 @@
--- Checking filters, and evaluating them on images of rows.
+-- Checks filters, and evaluates them on images of rows.
 
--- Each comparison is made once, of the column's type and collation and not with null, because some can be written down but not made: those of
--- arrays of points, patterns under nondeterministic collations.
+-- Each comparison is executed once, with the column's type and collation and without nulls, because some can be parsed but not executed:
+-- those of arrays of points, patterns under nondeterministic collations.
 create or replace function realtime_internal.check_filters(relation oid, role text, conditions jsonb, columns text[] default '{}')
 returns table (n integer, is_exact boolean, vals text[])
 language plpgsql
@@ -62,7 +62,7 @@ begin
         if v_type is null then
             raise exception 'invalid column for filter %', v_column;
         end if;
-        -- Types of which two values are equal exactly if their texts are, by operators that are leakproof.
+        -- Types whose values are equal exactly if their texts are, by leakproof operators.
         is_exact := not (v_condition ->> 'is_negated')::boolean
             and v_operator in ('eq', 'in')
             and v_is_plain
@@ -92,7 +92,7 @@ begin
                 v_comparison, v_type, v_type, v_collation, v_type
             )
             when v_operator in ('like', 'ilike', 'match', 'imatch') then format(
-                -- Of a domain only the value that was given is known to be one.
+                -- Of a domain, only the given value is known to be valid.
                 $q$
                     select jsonb_build_object('is', %s) from (select ($1 ->> 'value')::%s%s as x, ($1 ->> 'pattern')::%s as v) as pair
                 $q$,
@@ -108,7 +108,7 @@ begin
         end;
         if v_operator in ('like', 'ilike', 'match', 'imatch') then
             if v_operator in ('like', 'ilike') and (length(v_value) - length(rtrim(v_value, '\'))) % 2 = 1 then
-                -- PostgreSQL finds this out when it gets so far, which depends on the row.
+                -- PostgreSQL detects this only during execution, depending on the row.
                 raise exception using
                     errcode = 'invalid_escape_sequence',
                     message = 'LIKE pattern must not end with escape character';
@@ -143,10 +143,10 @@ begin
 end
 $$;
 comment on function realtime_internal.check_filters(oid, text, jsonb, text[]) is
-    'Whether a role may filter by these conditions and select these columns; raises what is wrong. For each condition that compares for equality of text (is_exact) the texts that fit.';
+    'Checks that a role may filter by these conditions and select these columns; raises what is wrong. For each condition that compares texts for equality (is_exact) returns the texts that satisfy it.';
 revoke all on function realtime_internal.check_filters(oid, text, jsonb, text[]) from public;
 
--- All conditions of one column and operator are one statement, however many values there are.
+-- All conditions on one column with one operator are one statement, however many values there are.
 create or replace function realtime_internal.match_changes(relation oid, role text, images jsonb, conditions jsonb)
 returns table (image integer, condition integer)
 language plpgsql
@@ -230,10 +230,10 @@ begin
 end
 $$;
 comment on function realtime_internal.match_changes(oid, text, jsonb, jsonb) is
-    'Which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A condition is evaluated on its own "images" only, if it has any listed. A column that is absent satisfies none.';
+    'Returns which images satisfy which conditions, both counted from 0, by PostgreSQL''s own comparison. A condition is evaluated only on its "images", if it lists any. An absent column satisfies none.';
 revoke all on function realtime_internal.match_changes(oid, text, jsonb, jsonb) from public;
 
--- A row filter has only built-in types and functions in it, so no others are read for it.
+-- A row filter contains only built-in types and functions, so only columns of these are read for it.
 create or replace function realtime_internal.filter_changes(relation oid, images jsonb)
 returns setof integer
 language plpgsql
@@ -270,5 +270,5 @@ begin
     ) using images;
 end
 $$;
-comment on function realtime_internal.filter_changes(oid, jsonb) is 'Which images, counted from 0, pass the row filter of the publication.';
+comment on function realtime_internal.filter_changes(oid, jsonb) is 'The images, counted from 0, that pass the row filter of the publication.';
 revoke all on function realtime_internal.filter_changes(oid, jsonb) from public;

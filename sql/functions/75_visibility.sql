@@ -1,7 +1,7 @@
--- Who may see a row: the policies for SELECT, evaluated on its image.
+-- Visibility: the policies for SELECT, evaluated on the image of a row.
 
--- The condition that PostgreSQL itself puts behind a SELECT of this role: no restrictive policy may say otherwise, and one permissive policy
--- must say yes. In that order, so that what would raise for a row is not asked where PostgreSQL would not ask.
+-- The condition that PostgreSQL itself adds to a SELECT of this role: all restrictive policies must pass, and one permissive policy. In
+-- that order, so that a policy that would raise for a row is evaluated only where PostgreSQL would evaluate it.
 create or replace function realtime_internal.policy_condition(relation oid, role text, out condition text, out trees text[])
 language plpgsql
 stable
@@ -36,12 +36,12 @@ begin
 end
 $$;
 comment on function realtime_internal.policy_condition(oid, text) is
-    'The policies for SELECT of a table, as they apply to a role: as one condition in which all names outside of pg_catalog are qualified, and the node trees that its parts are the texts of.';
+    'The policies for SELECT of a table that apply to a role: as one condition in which all names outside of pg_catalog are qualified, and the node trees that its parts are the texts of.';
 revoke all on function realtime_internal.policy_condition(oid, text) from public;
 
--- A policy knows its tables and functions; written out, it has to find them again. All names are qualified but those of pg_catalog. It is read
--- by the server's role, because the client's may not use a schema that the policy reaches into, as is advised for definer functions. Text and
--- tree come from one statement, or a policy that is altered at this moment could have its text compared with the tree of another one.
+-- A policy refers to tables and functions by oid; its text has to find them again. All names but those of pg_catalog are qualified. The
+-- server's role parses it, because the client's may not use a schema that the policy reads, as is advised for definer functions. Text and
+-- tree come from one statement, or a policy that is altered at this moment could have its text compared with the tree of another version.
 create or replace function realtime_internal.make_visible(name text, relation oid, role text)
 returns void
 language plpgsql
@@ -72,12 +72,12 @@ begin
 end
 $$;
 comment on function realtime_internal.make_visible(text, oid, text) is
-    'Makes a function in pg_temp that tells which of the rows $1, as texts, whose numbers are $2, a role may see by the policies for SELECT. To be rolled back.';
+    'Creates a function in pg_temp that returns which of the rows $1, as texts, whose numbers are $2, a role may see by the policies for SELECT. To be rolled back.';
 revoke all on function realtime_internal.make_visible(text, oid, text) from public;
 
--- An image is judged, not the row as it is by now: what the row has become says nothing of who may see what it was. So the condition of the
--- policies is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set
--- of claims stands alone: a policy that raises for one hides nothing from the others. Nothing that policies do remains.
+-- Policies are evaluated on the image, not on the current row, which does not say who may see the row as it was. So the policies' condition
+-- is evaluated on the image itself, under the name of the table, by the role and with the claims of each client in turn. Each set of claims
+-- is independent: a policy that raises for one hides nothing from the others. All effects of policies are rolled back.
 create or replace function realtime_internal.visible_changes(relation oid, images jsonb, roles text[], claims jsonb[], wanted jsonb)
 returns table (question integer, visible integer[], problem text, unknown integer[])
 language plpgsql
@@ -133,7 +133,7 @@ begin
             from rows from (
                 unnest(roles), unnest(visible_changes.claims), jsonb_array_elements(wanted)
             ) with ordinality as c (role, claims, wanted, number)
-            -- Not all rows: EXECUTE copies its arguments.
+            -- Only the rows that are needed, because EXECUTE copies its arguments.
             cross join lateral (
                 select
                     array_agg(n::integer) filter (where is_known) as numbers,
@@ -168,7 +168,7 @@ begin
                     raise exception using errcode = 'RT000';
                 exception when others then
                     if not v_is_done then
-                        -- Was it the policy, or do the rows not go with a table that was altered meanwhile?
+                        -- Tell a failing policy from rows that do not fit a table that was altered meanwhile.
                         if c_mark is distinct from (select mark from realtime_internal.table_marks(array[visible_changes.relation])) then
                             raise;
                         end if;
@@ -189,5 +189,5 @@ begin
 end
 $$;
 comment on function realtime_internal.visible_changes(oid, jsonb, text[], jsonb[], jsonb) is
-    'Which of the images that it asks for each client may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: when a policy could not be evaluated; then nothing is visible. unknown: images that lack a column that policies read.';
+    'Returns, for each client, which of its wanted images it may see by the policies for SELECT. wanted: for each client a list of images, counted from 0. problem: a policy could not be evaluated, and nothing is visible. unknown: images that lack a column that policies read.';
 revoke all on function realtime_internal.visible_changes(oid, jsonb, text[], jsonb[], jsonb) from public;

@@ -1,4 +1,4 @@
--- What clients get of a row.
+-- Rendering: the values that clients get.
 
 create or replace function realtime_internal.render_changes(relation oid, images jsonb)
 returns setof text
@@ -31,10 +31,10 @@ begin
     return query select jsonb_array_elements_text(v_answer);
 end
 $$;
-comment on function realtime_internal.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, whatever the database sets for everybody. Columns that are absent become null.';
+comment on function realtime_internal.render_changes(oid, jsonb) is 'Images as to_jsonb writes rows, in order, independent of settings of the database. Absent columns become null.';
 revoke all on function realtime_internal.render_changes(oid, jsonb) from public;
 
--- Who plans a query evaluates calls on constants in the indexes, statistics and partition keys of its tables, with its own rights.
+-- The planner evaluates calls on constants in indexes, statistics and partition keys of the tables, with the rights of the calling role.
 create or replace function realtime_internal.is_planned_by_postgres(relation oid)
 returns boolean
 language sql
@@ -64,10 +64,10 @@ as $$
     )
 $$;
 comment on function realtime_internal.is_planned_by_postgres(oid) is
-    'Whether a query on a table is planned without calls of functions that users may have made.';
+    'Whether a query on a table is planned without calls of functions that users may have created.';
 revoke all on function realtime_internal.is_planned_by_postgres(oid) from public;
 
--- By the operators of its index, which belong to the types. Null where code of users would be called to read the table or a value of its key.
+-- By the operators of its index, which belong to the types. Null where reading the table or a value of its key would call users' code.
 create or replace function realtime_internal.key_condition(relation oid)
 returns text
 language sql
@@ -90,12 +90,12 @@ as $$
     join pg_namespace as n on n.oid = o.oprnamespace
     where i.indrelid = key_condition.relation and i.indisprimary and k.number <= i.indnkeyatts
 $$;
-comment on function realtime_internal.key_condition(oid) is 'That a row "stored" of a table has the primary key of "row".';
+comment on function realtime_internal.key_condition(oid) is 'The condition that a row "stored" of a table has the primary key of "row".';
 revoke all on function realtime_internal.key_condition(oid) from public;
 
--- The log has no generated columns before PostgreSQL 18, no columns that are not published, and no large values that an UPDATE left as they
--- were. Those the table may still have: the row as it is now tells them if it is, in what is known, what it was at the change. Then clients
--- are told nothing that they could not select. Policies of the table are not asked: where they bind the server, it knows nothing.
+-- The log has no generated columns before PostgreSQL 18, no unpublished columns, and no large values that an UPDATE left unchanged. The
+-- current row may still have them: its values are used if all known values still match. Then clients get nothing that they could not
+-- select. Policies of the table are not evaluated: where they bind the server, the values stay unknown.
 create or replace function realtime_internal.complete_changes(relation oid, images jsonb)
 returns jsonb
 language plpgsql
@@ -182,5 +182,5 @@ begin
 end
 $$;
 comment on function realtime_internal.complete_changes(oid, jsonb) is
-    'Images with their generated columns computed, and with columns that are not known from the row as it is stored now, if it is still the same otherwise.';
+    'Images with computed generated columns, and with unknown columns taken from the current row, if all known values still match.';
 revoke all on function realtime_internal.complete_changes(oid, jsonb) from public;

@@ -1,6 +1,6 @@
--- The outbox of captured row changes: written by triggers, read by the servers.
+-- The outbox of captured row changes: triggers write it, servers read it.
 
--- Whose row it is depends on nothing of the writer's: definer rights, and settings that make equal values equal texts.
+-- What is written must not depend on the writer: hence definer rights, and settings that give equal values equal texts.
 create or replace function realtime_internal.capture_change()
 returns trigger
 language plpgsql
@@ -21,7 +21,7 @@ begin
     begin
         v_record := case when tg_op <> 'DELETE' then to_jsonb(format('%s', new)) end;
         v_old_record := case when tg_op <> 'INSERT' then to_jsonb(format('%s', old)) end;
-        -- The table may be altered before it is read.
+        -- The table may be altered before the row is read.
         if current_setting('transaction_isolation') = 'read committed' then
             v_columns := array(
                 select a.attname::text
@@ -30,12 +30,12 @@ begin
                 order by a.attnum
             );
         else
-            -- It may have been altered since the snapshot that tables are read by, those of the catalog too; types are known as they are.
+            -- The table may have been altered since the snapshot of catalog reads; types are read as they are now.
             execute format('select array(select json_object_keys(row_to_json(row))) from (select (null::%s).*) as row', tg_relid::regclass)
             into v_columns;
         end if;
     exception when others then
-        -- The writer is not to suffer for it: values may take up 256 MB.
+        -- The writer must not fail because of it: values may take up to 256 MB.
         v_record := null;
         v_old_record := null;
     end;
@@ -45,10 +45,10 @@ begin
 end
 $$;
 comment on function realtime_internal.capture_change() is
-    'Writes the row change to realtime_internal.changes; without its rows, where these are too large. On tables of the publication; the argument is the oid of the table as the publication names it.';
+    'Writes the row change to realtime_internal.changes, without its rows where these are too large. On tables of the publication; the argument is the oid of the table as the publication names it.';
 revoke all on function realtime_internal.capture_change() from public;
 
--- Exactly the rows that were not visible in "position" and are visible now, as realtime_internal.messages_since reads messages.
+-- Returns exactly the rows that were not visible in "position" and are visible now, as realtime_internal.messages_since does for messages.
 create or replace function realtime_internal.captured_since("position" pg_snapshot)
 returns table (
     seq bigint,
@@ -87,7 +87,7 @@ as $$
         c.action,
         extract(epoch from c.changed_at)::double precision,
         c.columns,
-        -- Without columns it was written in another form, by a trigger of before.
+        -- A row without columns was written in another format, by an older trigger.
         case when c.columns is not null then c.record #>> '{}' end,
         case when c.columns is not null then c.old_record #>> '{}' end,
         c.xid::text::bigint,
@@ -96,7 +96,7 @@ as $$
     order by 1 asc nulls first
 $$;
 comment on function realtime_internal.captured_since(pg_snapshot) is
-    'Captured changes committed since a snapshot, in the order written, their rows as texts; the first row carries the snapshot to go on from.';
+    'Captured changes committed since a snapshot, in the order written, their rows as texts; the first row carries the snapshot to continue from.';
 revoke all on function realtime_internal.captured_since(pg_snapshot) from public;
 
 create or replace function realtime_internal.dropped_change_xid()
@@ -109,7 +109,7 @@ as $$
     select case when stream.dropped_change_in_life = realtime.life() then stream.dropped_change_xid else '0' end
     from realtime_internal.stream
 $$;
-comment on function realtime_internal.dropped_change_xid() is 'Highest transaction id among captured changes that were dropped in this life of the database.';
+comment on function realtime_internal.dropped_change_xid() is 'Highest transaction id among captured changes that were dropped in this incarnation of the database.';
 revoke all on function realtime_internal.dropped_change_xid() from public;
 
 create or replace function realtime_internal.note_dropped_change(xid xid8)
@@ -124,10 +124,10 @@ as $$
         dropped_change_in_life = realtime.life()
     where note_dropped_change.xid > realtime_internal.dropped_change_xid()
 $$;
-comment on function realtime_internal.note_dropped_change(xid8) is 'Remembers that captured changes of transactions up to this one were dropped.';
+comment on function realtime_internal.note_dropped_change(xid8) is 'Records that captured changes of transactions up to this one were dropped.';
 revoke all on function realtime_internal.note_dropped_change(xid8) from public;
 
--- Block by block: an index on the time would cost every writer, and without one a table that has grown large is too much for one statement.
+-- In ranges of blocks: an index on the time would cost every writer, and without one a large table is too much for one statement.
 create or replace function realtime_internal.drop_old_changes(retention interval default '1 hour', from_block bigint default 0, blocks bigint default 4294967295)
 returns table (dropped bigint, next_block bigint)
 language plpgsql
@@ -139,7 +139,7 @@ declare
     v_end bigint := least(drop_old_changes.from_block + drop_old_changes.blocks, 4294967295);
     v_xid xid8;
 begin
-    -- A lock on a row that only the owner can reach; an advisory lock is for any role to take.
+    -- A lock on a row that only the owner can reach, because any role can take an advisory lock.
     perform from realtime_internal.maintenance as m where m.task = 'changes' for update skip locked;
     if not found then
         return;
@@ -153,7 +153,7 @@ begin
     )
     select
         count(*),
-        -- Not those of another cluster, as in a restored dump: nobody reads by them.
+        -- Without ids of another cluster, as in a restored dump: no reader's position is after them.
         max(gone.xid::text::numeric) filter (where gone.xid < pg_snapshot_xmax(pg_current_snapshot()))
     into dropped, v_xid
     from gone;
@@ -167,7 +167,7 @@ begin
 end
 $$;
 comment on function realtime_internal.drop_old_changes(interval, bigint, bigint) is
-    'Deletes captured changes older than the retention from so many blocks of the table; how many, and the block to go on from, null at the end. No row: another server is at it. A server that has not read them by then reports a gap.';
+    'Deletes captured changes older than the retention from so many blocks of the table; returns their number, and the block to continue from, null at the end. No row: another server is doing it. A server that has not read them by then reports a gap.';
 revoke all on function realtime_internal.drop_old_changes(interval, bigint, bigint) from public;
 
 create or replace function realtime_internal.has_change_reader()
@@ -199,7 +199,7 @@ begin
     then
         return false;
     end if;
-    -- Whoever begins to write or to read meanwhile is seen behind the lock.
+    -- After the lock, checked again for anybody who has begun to write or to read meanwhile.
     lock table realtime_internal.changes in access exclusive mode;
     perform pg_stat_clear_snapshot();
     if realtime_internal.has_change_reader() or exists (select from realtime_internal.capture_triggers()) then
@@ -218,5 +218,5 @@ exception when lock_not_available then
 end
 $$;
 comment on function realtime_internal.empty_changes() is
-    'Drops all captured changes and gives their space back, if no table is captured and no server reads; whether that was so.';
+    'Truncates the captured changes, if no table is captured and no server reads them; returns whether it did.';
 revoke all on function realtime_internal.empty_changes() from public;

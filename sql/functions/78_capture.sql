@@ -1,7 +1,7 @@
--- The triggers that capture row changes, created and dropped as the publication says.
+-- Capture triggers, created and dropped to match the publication.
 
--- The oid in it keeps it apart from what users name, and from the clone that a partition gets of the trigger of its root. Triggers fire in
--- the order of their names: what others write because of a change is to come behind it.
+-- The oid in the name distinguishes it from users' triggers, and from the clone of its root's trigger on a partition. Triggers fire in the
+-- order of their names: what other triggers write because of a change must come after it.
 create or replace function realtime_internal.capture_trigger(relation oid)
 returns text
 language sql
@@ -40,7 +40,7 @@ as $$
     where t.tgfoid = 'realtime_internal.capture_change()'::pg_catalog.regprocedure and not t.tgisinternal and t.tgparentid = 0
 $$;
 comment on function realtime_internal.capture_triggers() is
-    'The capture triggers, without the clones on partitions. Not sound: disabled, be it on one partition, or made for another table, as in a restored dump.';
+    'The capture triggers, without the clones on partitions. Not sound: disabled, even on one partition only, or created for another table, as in a restored dump.';
 revoke all on function realtime_internal.capture_triggers() from public;
 
 create or replace function realtime_internal.capture_marks()
@@ -54,7 +54,7 @@ as $$
     where t.tgfoid = to_regprocedure('realtime_internal.capture_change()') and not t.tgisinternal and t.tgparentid = 0 and t.tgenabled <> 'D'
 $$;
 comment on function realtime_internal.capture_marks() is
-    'For each table that is captured a text that is another one if it was not for a moment: its trigger was dropped or disabled, and is there again.';
+    'For each captured table a fingerprint that changes if it was not captured for a moment: its trigger was dropped or disabled, and is there again.';
 revoke all on function realtime_internal.capture_marks() from public;
 
 create or replace function realtime_internal.capture_plan(is_wanted boolean default true)
@@ -95,10 +95,10 @@ as $$
     order by wanted.oid is not null, 1
 $$;
 comment on function realtime_internal.capture_plan(boolean) is
-    'Tables whose capture trigger is to be taken away (no events), made or made anew, in this order. capture_plan(false): all are to be taken away.';
+    'Tables whose capture trigger is to be dropped (no events), created or replaced, in this order. capture_plan(false): all are to be dropped.';
 revoke all on function realtime_internal.capture_plan(boolean) from public;
 
--- While a lock is waited for, whoever comes later waits behind. So it is not waited for long, and with other tables' locks best not at all.
+-- While a lock request waits, all later ones wait behind it. So the wait is short, and best no other table is locked at the time.
 create or replace function realtime_internal.capture_table(relation oid, events text[], patience interval default '0.1 s')
 returns table (action text, problem text)
 language plpgsql
@@ -113,11 +113,12 @@ declare
     v_present text;
 begin
     if v_table is null then
-        -- It was dropped.
+        -- The table was dropped.
         return;
     end if;
     begin
-        -- Servers that look at the same time do it once. A row that only the owner can lock; an advisory lock is for any role to take.
+        -- Of servers that do this at the same time, one does it. A row that only the owner can lock, because any role can take an advisory
+        -- lock.
         perform from realtime_internal.maintenance as m where m.task = 'capture' for update;
         perform set_config('lock_timeout', greatest(1, extract(epoch from patience) * 1000)::integer::text, true);
         for v_present in
@@ -143,7 +144,7 @@ begin
                 v_table,
                 capture_table.relation
             );
-            -- As the log would: also what arrives by replication. Only its owner may say so.
+            -- ENABLE ALWAYS, so that it captures what the log has, also what arrives by replication. Only the table's owner may set it.
             if pg_has_role((select c.relowner from pg_class as c where c.oid = capture_table.relation), 'usage') then
                 execute format('alter table %s enable always trigger %I', v_table, v_trigger);
             end if;
@@ -153,7 +154,7 @@ begin
         when lock_not_available then
             action := 'waiting';
             problem := 'the table is in use';
-        -- Whatever it is (rights, an event trigger, a table that is gone by now), it is this table's alone.
+        -- Whatever fails (rights, an event trigger, a table that was dropped), it concerns this table alone.
         when others then
             action := 'refused';
             problem := sqlerrm;
@@ -164,7 +165,7 @@ begin
 end
 $$;
 comment on function realtime_internal.capture_table(oid, text[], interval) is
-    'Gives a table the capture trigger for these events, or takes it away if there are none; what was done (captured, released), or why nothing was (waiting, refused). No row: nothing was to do. Locks are waited for up to patience each.';
+    'Creates the capture trigger of a table for these events, or drops it if there are none; returns what was done (captured, released), or why nothing was (waiting, refused). No row: nothing was to do. Waits for each lock up to patience.';
 revoke all on function realtime_internal.capture_table(oid, text[], interval) from public;
 
 create or replace function realtime_internal.sync_capture(is_wanted boolean default true)
@@ -178,7 +179,7 @@ as $$
     cross join lateral realtime_internal.capture_table(plan.relation, plan.events, '0.01 s') as done
 $$;
 comment on function realtime_internal.sync_capture(boolean) is
-    'Puts capture triggers on the tables of the publication and takes them from all others; what was done, and why something was not. sync_capture(false) takes them all away. By hand: servers take one table at a time, so that no lock is kept while another one is waited for.';
+    'Creates capture triggers on the tables of the publication and drops all others; returns what was done, and what failed. sync_capture(false) drops all. For use by hand: servers process one table at a time, so that no lock is kept while waiting for another one.';
 revoke all on function realtime_internal.sync_capture(boolean) from public;
 
 create or replace function realtime_internal.release_capture()
@@ -193,5 +194,5 @@ begin
     end if;
 end
 $$;
-comment on function realtime_internal.release_capture() is 'Takes the capture triggers away, unless a server reads what they write.';
+comment on function realtime_internal.release_capture() is 'Drops the capture triggers, unless a server reads what they write.';
 revoke all on function realtime_internal.release_capture() from public;

@@ -1,4 +1,4 @@
--- Row changes from PostgreSQL's log: the server's replication slot, and what a DBA asks about it.
+-- Row changes from PostgreSQL's log: the server's replication slot, and its status for administrators.
 
 create or replace function realtime_internal.slot_name()
 returns text
@@ -9,7 +9,7 @@ as $$
     select 'realtime_changes_' || oid from pg_database where datname = current_database()
 $$;
 comment on function realtime_internal.slot_name() is
-    'Name of the replication slot that the server reads row changes of this database from. Slots are of the whole cluster, so it names the database.';
+    'Name of the replication slot that the server reads row changes of this database from. Slots belong to the whole cluster, so it names the database.';
 revoke all on function realtime_internal.slot_name() from public;
 
 create or replace function realtime_internal.commits_wait_for_readers()
@@ -21,10 +21,10 @@ as $$
     select current_setting('synchronous_standby_names') ~ '(^|[\s,(])\*([\s,)]|$)'
 $$;
 comment on function realtime_internal.commits_wait_for_readers() is
-    'Whether synchronous_standby_names has a *: then a commit waits for whoever reads the log, who in turn waits for the commit.';
+    'Whether synchronous_standby_names has a *: then a commit waits for the reader of the log, who in turn waits for the commit.';
 revoke all on function realtime_internal.commits_wait_for_readers() from public;
 
--- Called before each connection of the reader; what only shows in the attempt (pg_hba.conf, max_wal_senders) is left to it.
+-- Called before each connection of the reader; it does not find what only an attempt shows (pg_hba.conf, max_wal_senders).
 create or replace function realtime_internal.wal_obstacle(publication text, slot text)
 returns text
 language sql
@@ -34,7 +34,7 @@ as $$
     select
         case
             when pg_is_in_recovery() then 'PostgreSQL is a standby here, and its changes are read from the primary'
-            -- Since 19 the first logical slot raises the level.
+            -- Since PostgreSQL 19 the first logical slot raises the level.
             when current_setting('wal_level') <> 'logical'
                 and not (
                     current_setting('wal_level') = 'replica'
@@ -49,7 +49,7 @@ as $$
                 select
                 from pg_roles as allowed
                 where pg_has_role(current_user, allowed.oid, 'usage')
-                    -- REPLICATION is of the role itself; rds_replication is handed on.
+                    -- REPLICATION is not inherited; rds_replication is.
                     and (
                         allowed.rolname = current_user and (allowed.rolreplication or allowed.rolsuper)
                         or allowed.rolname = 'rds_replication'
@@ -73,10 +73,10 @@ as $$
     left join pg_replication_slots as taken on taken.slot_name = wal_obstacle.slot
 $$;
 comment on function realtime_internal.wal_obstacle(text, text) is
-    'Why row changes cannot be read from the log of this database through this publication and slot; null when nothing is known to stand in the way.';
+    'Why row changes cannot be read from the log of this database through this publication and slot; null when no obstacle is known.';
 revoke all on function realtime_internal.wal_obstacle(text, text) from public;
 
--- The log, and all that streams it, has 32 bits of a transaction id.
+-- The log, and its stream, have only 32 bits of a transaction id.
 create or replace function realtime_internal.full_xid(xid bigint, near bigint)
 returns bigint
 language sql
@@ -89,8 +89,8 @@ comment on function realtime_internal.full_xid(bigint, bigint) is
     'The transaction id of 64 bits with these lower 32 bits, at most 2^31 away from near.';
 revoke all on function realtime_internal.full_xid(bigint, bigint) from public;
 
--- A commit is in the log before other sessions see it, and much before where a synchronous standby is slow. Each statement here has a
--- snapshot of its own. All ids are asked about: transactions do not become visible in the order of their commits.
+-- A commit is in the log before other sessions see it, and long before where a synchronous standby is slow. Each statement here has a
+-- snapshot of its own. All ids are checked: transactions do not become visible in the order of their commits.
 create or replace function realtime_internal.wait_until_visible(xids bigint[], timeout interval)
 returns boolean
 language plpgsql
@@ -120,7 +120,7 @@ begin
 end
 $$;
 comment on function realtime_internal.wait_until_visible(bigint[], interval) is
-    'Waits until transactions that are known to have committed are visible to other sessions, too; false when that took longer than the timeout. The ids may be of 32 bits.';
+    'Waits until transactions that are known to have committed are visible to other sessions, too; false after the timeout. The ids may have 32 bits.';
 revoke all on function realtime_internal.wait_until_visible(bigint[], interval) from public;
 
 create or replace function realtime_internal.backend_started(backend integer)
@@ -132,10 +132,10 @@ as $$
     select extract(epoch from backend_start) from pg_stat_activity where pid = backend_started.backend
 $$;
 comment on function realtime_internal.backend_started(integer) is
-    'When the process with this id began, in seconds since 1970; null when there is none. It tells it from another one of the same id.';
+    'When the process with this id started, in seconds since 1970; null when there is none. It distinguishes processes that reuse an id.';
 revoke all on function realtime_internal.backend_started(integer) from public;
 
--- Told to end, a process first says so to its client, and where that one does not read, it stays at it until it is told again.
+-- A process that is terminated first notifies its client, and where the client does not read, it blocks until it is terminated again.
 create or replace function realtime_internal.end_walsender(backend integer, started numeric)
 returns boolean
 language plpgsql
@@ -145,7 +145,7 @@ set client_min_messages = 'error'
 as $$
 begin
     for attempt in 1 .. 10 loop
-        -- What is seen of other processes stays the same in a transaction, otherwise.
+        -- Otherwise statistics of other processes stay the same within a transaction.
         perform pg_stat_clear_snapshot();
         if realtime_internal.backend_started(backend) is distinct from started or pg_terminate_backend(backend, 300) then
             return true;
@@ -155,7 +155,7 @@ begin
 end
 $$;
 comment on function realtime_internal.end_walsender(integer, numeric) is
-    'Ends a connection that its client has lost, and that still holds the slot; whether it is gone.';
+    'Terminates a connection that its client has lost, and that still holds the slot; returns whether it is gone.';
 revoke all on function realtime_internal.end_walsender(integer, numeric) from public;
 
 create or replace function realtime_internal.slot_waits()
@@ -171,7 +171,7 @@ as $$
     where s.slot_name = realtime_internal.slot_name() and s.confirmed_flush_lsn is null
 $$;
 comment on function realtime_internal.slot_waits() is
-    'Whose transaction the creation of the slot waits for now: that of one session after the other, pid 0 for a prepared one.';
+    'The transactions that the creation of the slot waits for now, one session after the other; pid 0 for a prepared one.';
 revoke all on function realtime_internal.slot_waits() from public;
 
 create or replace function realtime.slot_status()
@@ -213,7 +213,8 @@ as $$
     where s.slot_name = realtime_internal.slot_name()
 $$;
 comment on function realtime.slot_status() is
-    'The slot that the server reads row changes from, no row when there is none: whether somebody reads, bytes of log that are kept for it and that are not confirmed yet, wal_status and safe_wal_size as in pg_replication_slots, and what is wrong.';
+    'The slot that the server reads row changes from, no row when there is none: whether a server reads it, bytes of log that are kept for it and that are not confirmed yet, wal_status and safe_wal_size as in pg_replication_slots, and what is wrong. '
+    'Example: select * from realtime.slot_status();';
 revoke all on function realtime.slot_status() from public;
 
 create or replace function realtime.drop_slot()
@@ -227,5 +228,6 @@ as $$
     where slot_name = realtime_internal.slot_name()
 $$;
 comment on function realtime.drop_slot() is
-    'Gives up the slot that the server reads row changes from, so that PostgreSQL keeps no log for it; whether there was one. Fails while a server reads.';
+    'Drops the slot that the server reads row changes from, so that PostgreSQL keeps no log for it; returns whether there was one. Fails while a server reads. '
+    'Example: select realtime.drop_slot();';
 revoke all on function realtime.drop_slot() from public;

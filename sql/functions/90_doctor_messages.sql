@@ -1,7 +1,7 @@
--- What is in the way of messages and row changes, or may be one day, and what to do about it. Called by people in psql and by the command
--- "realtime-server doctor", which adds what only a client of the database sees. Each function looks at one theme; none changes anything.
+-- Finds misconfigurations and risks of messages and row changes, each with its fix. Called in psql and by the command "realtime-server
+-- doctor", which adds what only a client of the database sees. Each function checks one subject; none changes anything.
 --
--- level: ok; note, which is worth knowing and may be meant so; problem, of which somebody gets less than expected.
+-- level: ok; note: worth knowing, and may be intended; problem: something does not work as expected.
 
 create or replace function realtime_internal.doctor_servers()
 returns table ("check" text, level text, finding text, advice text)
@@ -20,7 +20,7 @@ as $$
     from realtime_internal.nodes
     where last_seen_at > now() - interval '30 seconds'
 $$;
-comment on function realtime_internal.doctor_servers() is 'For realtime.doctor: how many servers there are.';
+comment on function realtime_internal.doctor_servers() is 'For realtime.doctor: the number of servers.';
 revoke all on function realtime_internal.doctor_servers() from public;
 
 create or replace function realtime_internal.doctor_roles(roles text[])
@@ -82,10 +82,10 @@ as $$
     where name = 'service_role' and is_there
 $$;
 comment on function realtime_internal.doctor_roles(text[]) is
-    'For realtime.doctor: whether the roles that tokens name are there, may be taken on and are bound by row-level security.';
+    'For realtime.doctor: whether the roles that tokens name exist, may be set and are bound by row-level security.';
 revoke all on function realtime_internal.doctor_roles(text[]) from public;
 
--- Functions in pg_temp evaluate what is of users. They are made by the server's role and belong to the client's.
+-- Functions in pg_temp evaluate users' code. The server's role creates them, and the client's role owns them.
 create or replace function realtime_internal.doctor_temporary(roles text[])
 returns table ("check" text, level text, finding text, advice text)
 language sql
@@ -113,7 +113,7 @@ comment on function realtime_internal.doctor_temporary(text[]) is
     'For realtime.doctor: whether policies of tables can be evaluated in pg_temp.';
 revoke all on function realtime_internal.doctor_temporary(text[]) from public;
 
--- Policies that are asked for clients: those of private topics, of published tables, and of the tables that such policies read.
+-- Policies that are evaluated for clients: those of private topics, of published tables, and of the tables that such policies read.
 create or replace function realtime_internal.doctor_policies(roles text[])
 returns table ("check" text, level text, finding text, advice text)
 language sql
@@ -158,7 +158,7 @@ as $$
     )
     select
         'policies',
-        -- The role of the public key is often meant to stay outside.
+        -- The role of the public key often has no access on purpose.
         case when c.rolname = 'anon' and others.may_receive then 'ok' else 'note' end,
         format('no policy on realtime.messages lets role %I receive: its joins of private topics are all refused', c.rolname),
         case
@@ -209,7 +209,7 @@ as $$
     end
 $$;
 comment on function realtime_internal.doctor_policies(text[]) is
-    'For realtime.doctor: whether clients may join private topics at all, and may read what the policies read that are asked for them.';
+    'For realtime.doctor: whether clients may join private topics at all, and may read what the policies that are evaluated for them read.';
 revoke all on function realtime_internal.doctor_policies(text[]) from public;
 
 create or replace function realtime_internal.doctor_partitions()
@@ -273,5 +273,5 @@ as $$
     -- A server does it every hour.
     where realtime_internal.last_maintenance() < now() - interval '3 hours'
 $$;
-comment on function realtime_internal.doctor_maintenance() is 'For realtime.doctor: whether partitions are made and old messages dropped.';
+comment on function realtime_internal.doctor_maintenance() is 'For realtime.doctor: whether partitions are created and old messages dropped.';
 revoke all on function realtime_internal.doctor_maintenance() from public;

@@ -1,6 +1,6 @@
 -- Checks of the source of row changes.
 
--- As the server chooses. To another server a slot that is read is an obstacle; here it is a sign of health.
+-- Follows the server's choice. To another server a slot in use is an obstacle; here it is a sign of health.
 create or replace function realtime_internal.doctor_obstacle(obstacle text)
 returns text
 language sql
@@ -16,7 +16,7 @@ as $$
     )
 $$;
 comment on function realtime_internal.doctor_obstacle(text) is
-    'For realtime.doctor: why no server can read the log of this database; the argument is what else stands in the way.';
+    'For realtime.doctor: why no server can read the log of this database; the argument is a further obstacle.';
 revoke all on function realtime_internal.doctor_obstacle(text) from public;
 
 create or replace function realtime_internal.doctor_changes(changes text, obstacle text)
@@ -51,7 +51,7 @@ as $$
     from (
         select
             current_setting('wal_level') as wal_level,
-            -- Since 19 the first logical slot raises the level.
+            -- Since PostgreSQL 19 the first logical slot raises the level.
             current_setting('wal_level') = 'logical'
                 or current_setting('wal_level') = 'replica' and current_setting('server_version_num')::integer >= 190000 as is_enough
     ) as log
@@ -141,7 +141,7 @@ as $$
         and s.restart_lsn is not null
         and (not s.active or pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn) > 1073741824)
 $$;
-comment on function realtime_internal.doctor_slots() is 'For realtime.doctor: who keeps how much of the log.';
+comment on function realtime_internal.doctor_slots() is 'For realtime.doctor: which slots keep how much of the log.';
 revoke all on function realtime_internal.doctor_slots() from public;
 
 create or replace function realtime_internal.doctor_publication()
@@ -214,7 +214,7 @@ as $$
     join pg_class as c on c.oid = member.prrelid and c.relkind = 'p'
     where not publication.pubviaroot
 $$;
-comment on function realtime_internal.doctor_publication() is 'For realtime.doctor: which tables tell their changes.';
+comment on function realtime_internal.doctor_publication() is 'For realtime.doctor: which tables publish their changes.';
 revoke all on function realtime_internal.doctor_publication() from public;
 
 create or replace function realtime_internal.doctor_capture(source text)
@@ -302,5 +302,5 @@ as $$
     where source is distinct from 'trigger' or present.oid not in (select t.relation from tables as t)
 $$;
 comment on function realtime_internal.doctor_capture(text) is
-    'For realtime.doctor: capture triggers that are missing, and those that nobody needs. source: wal or trigger.';
+    'For realtime.doctor: capture triggers that are missing, and those that are not needed. source: wal or trigger.';
 revoke all on function realtime_internal.doctor_capture(text) from public;

@@ -1,6 +1,6 @@
 -- Checks of published tables.
 
--- PostgreSQL refuses UPDATE and DELETE of a published table where it could not write to the log what was there before, whatever wal_level is.
+-- PostgreSQL refuses UPDATE and DELETE of a published table that has no replica identity to write to the log, whatever wal_level is.
 create or replace function realtime_internal.doctor_writes()
 returns table ("check" text, level text, finding text, advice text)
 language sql
@@ -24,7 +24,7 @@ as $$
     members as materialized (
         select
             t.*,
-            -- Row filters and column lists came with PostgreSQL 15.
+            -- Row filters and column lists exist since PostgreSQL 15.
             to_jsonb(member) ->> 'prattrs' is not null as has_list,
             to_jsonb(member) ->> 'prqual' is not null as has_filter,
             array(
@@ -48,7 +48,7 @@ as $$
             where i.indrelid = t.relation
                 and case t.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
         ) as identity
-        -- Of partitions PostgreSQL goes by their own columns and identities.
+        -- For partitions PostgreSQL checks their own columns and identities.
         where t.relkind = 'r'
     )
     select
@@ -90,7 +90,7 @@ as $$
         format('UPDATE and DELETE of %s fail for the application: the row filter of the publication reads columns outside the replica identity', title),
         format('alter table %s replica identity full', title)
     from members
-    -- With a list it is not known which columns the filter reads.
+    -- With a column list it is unknown which columns the filter reads.
     where has_filter and not has_list and not has_whole_old and not columns_used <@ identity
 $$;
 comment on function realtime_internal.doctor_writes() is 'For realtime.doctor: published tables that applications cannot update.';
@@ -130,7 +130,7 @@ as $$
         from tables as t
         cross join jsonb_each(t.access) as a (role, rights)
     )
-    -- what clients are not told
+    -- what clients do not get
     select
         'primary_key',
         'problem',
@@ -206,7 +206,7 @@ as $$
     join pg_publication as p on p.pubname = 'supabase_realtime'
     join pg_publication_rel as member on member.prpubid = p.oid and member.prrelid = t.relation
     where to_jsonb(member) ->> 'prattrs' is not null
-    -- what clients are told, perhaps more than was meant
+    -- what clients get, perhaps more than intended
     union all
     select
         'row_security',
@@ -239,7 +239,7 @@ as $$
         and not t.has_whole_old
         and 'DELETE' = any (t.events)
         and cardinality(t.key) > 0
-    -- what the server may not do
+    -- what the server has no right to
     union all
     select
         'rights',
@@ -258,5 +258,5 @@ as $$
     where source = 'wal' and t.may_use and not t.may_read
 $$;
 comment on function realtime_internal.doctor_tables(text, text[], boolean) is
-    'For realtime.doctor: what clients are told of the tables of the publication. source: wal or trigger; roles: of clients; strict_deletes: as REALTIME_STRICT_DELETES.';
+    'For realtime.doctor: what clients get of the tables of the publication. source: wal or trigger; roles: of clients; strict_deletes: as REALTIME_STRICT_DELETES.';
 revoke all on function realtime_internal.doctor_tables(text, text[], boolean) from public;

@@ -29,7 +29,7 @@ begin
         return;
     end if;
     if v_login is null then
-        -- An administrator who asks means the server.
+        -- A superuser who calls it means the server's role.
         select case when me.rolsuper then owner.rolname else me.rolname end into v_login
         from pg_roles as me
         cross join pg_namespace as n
@@ -62,5 +62,6 @@ begin
 end
 $$;
 comment on function realtime.doctor(name, text, text, text[], boolean) is
-    'What is in the way of messages and row changes, or may be one day: level (ok, note, problem), what was found and what to do. login: role of the server, by default who asks, for a superuser the owner of schema realtime; changes, roles, strict_deletes: as REALTIME_CHANGES and so on; obstacle: what else keeps the server from reading the log. Changes nothing.';
+    'Misconfigurations and risks of messages and row changes, each with its fix: level (ok, note, problem), finding and advice. login: role of the server, by default the caller, for a superuser the owner of schema realtime; changes, roles, strict_deletes: as REALTIME_CHANGES and so on; obstacle: what else keeps the server from reading the log. Changes nothing. '
+    'Example: select * from realtime.doctor() where level <> ''ok'';';
 revoke all on function realtime.doctor(name, text, text, text[], boolean) from public;

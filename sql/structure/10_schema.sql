@@ -1,9 +1,9 @@
--- Schemas and roles. Runs once, as the role that will own everything here: an ordinary role that owns the database.
+-- Schemas and roles. Runs once, as the role that will own all objects: an ordinary role that owns the database.
 
 create schema if not exists realtime;
 comment on schema realtime is 'Realtime messages: what applications and people call.';
 create schema if not exists realtime_internal;
-comment on schema realtime_internal is 'What the servers keep and call; clients'' roles have no right to use it.';
+comment on schema realtime_internal is 'Tables and functions of the servers; clients'' roles have no right to use it.';
 
 create table realtime_internal.applied_functions (
     branch text primary key,
@@ -11,12 +11,12 @@ create table realtime_internal.applied_functions (
     applied_at timestamptz not null default now()
 );
 comment on table realtime_internal.applied_functions is
-    'Which functions, triggers, policies and views this database has: a migration applies the files of a branch again when they have changed.';
+    'Version of the functions, triggers, policies and views in this database: a migration applies the files of a branch again when they have changed.';
 comment on column realtime_internal.applied_functions.branch is 'core, or a sample.';
 comment on column realtime_internal.applied_functions.digest is 'SHA-256 of the files, in hexadecimal.';
 comment on column realtime_internal.applied_functions.applied_at is 'When they were applied.';
 
--- Tokens act as one of these roles; the owner must be allowed to take each of them on.
+-- Tokens act as one of these roles; the owner must be allowed to set each of them.
 do $$
 declare
     v_role text;
@@ -30,7 +30,7 @@ begin
                     case when v_role = 'service_role' then ' bypassrls' end
                 );
             exception when insufficient_privilege then
-                -- Only a superuser, or a role that has BYPASSRLS, hands it on; policies below do for our own tables.
+                -- Only a superuser, or a role that has BYPASSRLS, may grant it; for our own tables the policies below replace it.
                 execute format('create role %I nologin noinherit', v_role);
             end;
         end if;

@@ -1,4 +1,4 @@
--- The outbox: every message for clients is a row here, written in the transaction of the data it tells of.
+-- The outbox: every message for clients is a row here, written in the transaction of the data that it is about.
 
 create sequence realtime.messages_seq as bigint;
 comment on sequence realtime.messages_seq is 'Order of writing over all topics. Cache must stay 1, or order between sessions is lost.';
@@ -22,16 +22,16 @@ create table realtime.messages (
 
 alter sequence realtime.messages_seq owned by realtime.messages.seq;
 
-comment on table realtime.messages is 'Messages for clients, a partition a UTC day. Row-level security decides who may join a private topic and send to it.';
-comment on column realtime.messages.topic is 'What clients join, without "realtime:" in front.';
+comment on table realtime.messages is 'Messages for clients, one partition for each UTC day. Row-level security decides who may join a private topic and send to it.';
+comment on column realtime.messages.topic is 'Topic that clients join, without "realtime:" in front.';
 comment on column realtime.messages.extension is
-    '"broadcast" or "presence": policies tell the two rights apart by it; "revalidate": for the servers.';
+    '"broadcast" or "presence", by which policies distinguish the two rights; "revalidate": for the servers.';
 comment on column realtime.messages.payload is 'JSON object for the clients; null when binary_payload is set.';
 comment on column realtime.messages.event is 'Name that clients filter by.';
 comment on column realtime.messages.private is 'Which of the two rooms of this name: private (authorized by policies) or public.';
 comment on column realtime.messages.updated_at is 'UTC; equal to inserted_at. Kept for tools that expect it.';
-comment on column realtime.messages.inserted_at is 'UTC, start of the writing transaction; chooses the partition.';
-comment on column realtime.messages.id is 'Clients see it as meta.id and may drop what they have seen.';
+comment on column realtime.messages.inserted_at is 'UTC, start of the writing transaction; determines the partition.';
+comment on column realtime.messages.id is 'Clients get it as meta.id and may deduplicate by it.';
 comment on column realtime.messages.binary_payload is 'Bytes for the clients; null when payload is set.';
 comment on column realtime.messages.xid is 'Transaction that wrote the row: the relay reads by it. Set by the trigger stamp_message.';
 comment on column realtime.messages.seq is 'Order of writing. Set by the trigger stamp_message.';
@@ -39,7 +39,7 @@ comment on column realtime.messages.seq is 'Order of writing. Set by the trigger
 create index messages_xid_idx on realtime.messages (xid);
 create index messages_topic_idx on realtime.messages (topic, seq) where extension = 'broadcast';
 
--- An insert never fails for want of a partition.
+-- The default partition, so that an insert never fails for want of one.
 create table realtime.messages_default partition of realtime.messages default;
 comment on table realtime.messages_default is 'Rows of days for which no partition was made in time.';
 
@@ -48,13 +48,13 @@ create unlogged table realtime.messages_probe
     partition of realtime.messages for values from (minvalue) to ('1970-01-02');
 comment on table realtime.messages_probe is 'Probe rows of authorization checks, always rolled back.';
 
--- The partitions too: where default privileges grant new tables to everybody, only this guards what is asked of them directly.
+-- The partitions need it too: where default privileges grant new tables to everybody, only this protects them from direct queries.
 alter table realtime.messages enable row level security;
 alter table realtime.messages_default enable row level security;
 alter table realtime.messages_probe enable row level security;
 
--- Writers choose neither identity nor time nor order of a message, so these columns are not granted. What default privileges have granted
--- on top of it is taken back.
+-- Writers choose neither id nor time nor order of a message, so these columns are not granted. What default privileges have granted in
+-- addition is revoked.
 revoke all on realtime.messages from anon, authenticated, service_role;
 grant select on realtime.messages to anon, authenticated, service_role;
 grant insert (topic, extension, payload, event, private, updated_at, binary_payload)

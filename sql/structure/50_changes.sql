@@ -1,6 +1,6 @@
--- Row changes: which tables tell theirs, and the outbox of the triggers that capture them.
+-- Row changes: the publication, and the outbox of the triggers that capture changes.
 
--- A table emits changes if and only if it is in this publication; where it exists already, it belongs to whoever made it.
+-- A table publishes changes if and only if it is in this publication; an existing publication stays with its owner.
 do $$
 begin
     if not exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
@@ -30,8 +30,8 @@ comment on column realtime_internal.changes.seq is 'Order of writing.';
 comment on column realtime_internal.changes.xid is 'Transaction that wrote the row: the servers read by it.';
 comment on column realtime_internal.changes.relation is 'Table, as the publication names it: of a partition maybe the root.';
 comment on column realtime_internal.changes.action is 'INSERT, UPDATE or DELETE.';
-comment on column realtime_internal.changes.changed_at is 'When the row was changed; the time of the commit is not known to a trigger.';
-comment on column realtime_internal.changes.record is 'The new row as a string, the text of its values in brackets; null for DELETE. Both are null where they are too large.';
+comment on column realtime_internal.changes.changed_at is 'When the row was changed; a trigger does not know the time of the commit.';
+comment on column realtime_internal.changes.record is 'The new row in its text form, in parentheses; null for DELETE. Both rows are null where they are too large.';
 comment on column realtime_internal.changes.old_record is 'The old row; null for INSERT.';
 comment on column realtime_internal.changes.columns is 'Names of the columns, in the order of the values in the rows.';
 

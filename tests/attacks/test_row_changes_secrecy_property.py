@@ -80,11 +80,13 @@ class Recording(Judge):
         self.compared.append(images)
         return await super().match(table, role, images, questions)
 
-    async def see(self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]) -> Any:
+    async def visible_rows(
+        self, table: Table, images: bytes, wanted: Sequence[tuple[Identity, Collection[int]]]
+    ) -> Any:
         # Judging is to be given what policies read, and nothing else.
         if "mark" not in table.policy_columns:
             self.compared.append(images)
-        return await super().see(table, images, wanted)
+        return await super().visible_rows(table, images, wanted)
 
     async def render(self, table: Table, images: bytes) -> list[Image]:
         self.compared.append(images)
@@ -241,16 +243,16 @@ async def play(
         for xid, (action, old, new) in enumerate(steps, start=1)
     ]
     observed: dict[int, list[Any]] = {client: [] for client, *_ in wishes}
-    for verdict in await round.decide(changes):
-        for view, told in verdict.told:
-            new, old = (None if picture is None else picture.told for picture in (verdict.new, verdict.old))
+    for verdict in await round.evaluate(changes):
+        for view, told in verdict.recipients:
+            new, old = (None if version is None else version.published for version in (verdict.new, verdict.old))
             data = encode(table, verdict.change, new, old, view)
             for entry in told:
                 client, number = entries[entry]
                 observed[client].append(("told", verdict.change.xid, number, data))
     for entry, problem in round.unmatched.items():
         observed[entries[entry][0]].append(("unmatched", entries[entry][1], problem))
-    for entry in round.missed:
+    for entry in round.failed:
         observed[entries[entry][0]].append(("missed", entries[entry][1]))
     return {client: sorted(map(str, told)) for client, told in observed.items()}
 

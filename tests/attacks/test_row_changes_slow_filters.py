@@ -54,7 +54,7 @@ def test_who_connects_again_has_the_claims_of_before(clock: list[float]) -> None
 
 
 def test_accounts_are_bounded(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MOST_KEPT", 10)
+    monkeypatch.setattr(budget, "MAX_KEPT", 10)
     spent, socket = Budget(1.0), Socket()
     for number in range(100):
         spent.spend(socket, Identity("anon", str(number)), 1.0)

@@ -210,13 +210,13 @@ def test_trigger_that_is_disabled_on_one_partition_is_made_anew(any_database: Te
 async def test_free_table_is_captured_at_once_beside_tables_in_use(
     database: TestDatabase, triggers: CaptureTriggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trigger, "PATIENCE_S", 60)
+    monkeypatch.setattr(trigger, "LOCK_TIMEOUT_S", 60)
     monkeypatch.setattr(trigger, "LIMIT_S", 60)
     busy = [f"busy_{number}" for number in range(6)]
     publish(database, *busy, "free")
     ((free,),) = database.execute("select 'free'::regclass::oid")
     with held(database, *busy):
-        put = asyncio.create_task(triggers.put())
+        put = asyncio.create_task(triggers.sync())
         # Behind one of the others it would not be its turn before these are free.
         async with asyncio.timeout(LIMIT_S):
             while not await asyncio.to_thread(captured, database):
@@ -228,12 +228,12 @@ async def test_free_table_is_captured_at_once_beside_tables_in_use(
 async def test_table_in_use_is_left_alone_for_a_while(
     database: TestDatabase, triggers: CaptureTriggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trigger, "SHORTEST_BACKOFF_S", 3)
+    monkeypatch.setattr(trigger, "MIN_BACKOFF_S", 3)
     publish(database, "busy")
     with held(database, "busy"):
-        assert await triggers.put() == []
+        assert await triggers.sync() == []
     since = time.monotonic()
-    while not await triggers.put():
+    while not await triggers.sync():
         assert time.monotonic() - since < LIMIT_S
         await asyncio.sleep(0.05)
     assert time.monotonic() - since > 2
@@ -260,7 +260,7 @@ async def test_writers_never_wait_long_for_a_table_that_is_to_be_captured(
         writing = asyncio.create_task(asyncio.to_thread(write))
         ends_at = time.monotonic() + 4
         while time.monotonic() < ends_at:
-            await triggers.put()
+            await triggers.sync()
             await asyncio.sleep(0.05)
         over.set()
         assert await writing > 0
@@ -274,24 +274,24 @@ async def test_what_is_to_be_done_has_changed_so_it_is_tried_at_once(
     ((things,),) = database.execute("select 'things'::regclass::oid")
     with held(database, "things"):
         for _ in range(3):
-            assert await triggers.put() == []
+            assert await triggers.sync() == []
             await asyncio.sleep(1.1)
     # It would be left alone for two seconds more.
     run(database, "alter publication supabase_realtime set (publish = 'insert')")
-    assert await triggers.put() == [things]
+    assert await triggers.sync() == [things]
 
 
 async def test_triggers_are_taken_away_from_free_tables_and_later_from_those_in_use(
     database: TestDatabase, triggers: CaptureTriggers
 ) -> None:
     publish(database, "busy", "free")
-    assert len(await triggers.put()) == 2
+    assert len(await triggers.sync()) == 2
     with held(database, "busy"):
-        await triggers.take_away()
+        await triggers.release_all()
         assert captured(database) == {"busy"}
     since = time.monotonic()
     while captured(database):
-        await triggers.take_away()
+        await triggers.release_all()
         assert time.monotonic() - since < LIMIT_S
         await asyncio.sleep(0.05)
 
@@ -299,7 +299,7 @@ async def test_triggers_are_taken_away_from_free_tables_and_later_from_those_in_
 async def test_two_servers_put_one_trigger(database: TestDatabase, triggers: CaptureTriggers) -> None:
     tables = [f"t{number}" for number in range(20)]
     publish(database, *tables)
-    done = await asyncio.gather(triggers.put(), CaptureTriggers(triggers._pool).put())
+    done = await asyncio.gather(triggers.sync(), CaptureTriggers(triggers._pool).sync())
     assert sorted(oid for oids in done for oid in oids) == sorted(
         oid for (oid,) in database.execute("select relation from realtime_internal.capture_triggers()")
     )
@@ -575,11 +575,11 @@ async def test_server_that_reads_the_log_takes_triggers_away_that_nobody_reads(
 ) -> None:
     publish(database, "things")
     actions(database)
-    await Upkeep(pool, lambda: "trigger").look()
+    await Upkeep(pool, lambda: "trigger").check()
     with reader(database):
-        await Upkeep(pool, lambda: "wal").look()
+        await Upkeep(pool, lambda: "wal").check()
     assert captured(database) == {"things"}
-    await Upkeep(pool, lambda: "wal").look()
+    await Upkeep(pool, lambda: "wal").check()
     assert captured(database) == set()
 
 
@@ -597,13 +597,13 @@ async def test_slot_that_nobody_reads_is_told_of(database: TestDatabase, pool: P
     care = Upkeep(pool, lambda: "trigger")
     with structlog.testing.capture_logs() as logs:
         for _ in range(2):
-            await care.look()
+            await care.check()
     (line,) = logs
     assert (line["log_level"], line["slot"]) == ("error", slot)
     assert "realtime.drop_slot()" in line["advice"]
     with structlog.testing.capture_logs() as logs:
         # It is about to be read.
-        await Upkeep(pool, lambda: "wal").look()
+        await Upkeep(pool, lambda: "wal").check()
     assert logs == []
 
 
@@ -614,5 +614,5 @@ async def test_database_that_is_away_is_complained_of_once() -> None:
 
     triggers = CaptureTriggers(cast(Pool, Away()))
     with structlog.testing.capture_logs() as logs:
-        assert [await triggers.put() for _ in range(3)] == [[], [], []]
+        assert [await triggers.sync() for _ in range(3)] == [[], [], []]
     assert [line["error"] for line in logs] == ["nobody listens"]

@@ -443,7 +443,7 @@ async def test_condition_that_postgresql_cannot_answer_hides_no_other(things: Th
 async def test_conditions_are_not_to_blame_for_being_many(things: Things, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "LIMIT_FILTERS_S", 0.4)
     monkeypatch.setattr(judge, "LIMIT_ALL_ALONE_S", 1.0)
-    monkeypatch.setattr(judge, "BYTES_MATCHED_AT_ONCE", 0)
+    monkeypatch.setattr(judge, "MAX_MATCHED_BYTES", 0)
     conditions = [Condition("words", Operator.ILIKE, False, f"%many {number}") for number in range(1000)]
     images = [{"words": "lorem ipsum " * 40}] * 499 + [{"words": "Many 999"}]
     matches = await things.judge.match(things.table, ROLE, msgspec.json.encode(images), list(map(Question, conditions)))

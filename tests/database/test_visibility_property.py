@@ -778,7 +778,7 @@ def test_table_that_is_altered_meanwhile_is_no_fault_of_its_policies(database: T
 
 
 async def test_clients_are_not_to_blame_for_being_many(database: TestDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "ROWS_SEEN_AT_ONCE", 50)
+    monkeypatch.setattr(judge, "MAX_ROWS_PER_QUERY", 50)
     monkeypatch.setattr(judge, "LIMIT_ALL_ALONE_S", 0.5)
     database.execute("create table notes (id integer primary key)")
     database.execute("alter table notes enable row level security")
@@ -793,7 +793,7 @@ async def test_clients_are_not_to_blame_for_being_many(database: TestDatabase, m
         images = json.dumps([{"id": str(id)} for id in range(10)]).encode()
         clients = [judge.Identity("authenticated", json.dumps({"sub": str(number)})) for number in range(100)]
         wanted = [(client, range(number % 2, 10)) for number, client in enumerate(clients)]
-        sights = await judge.Judge(pool).see(table, images, wanted)
+        sights = await judge.Judge(pool).visible_rows(table, images, wanted)
     finally:
         await pool.close()
     assert [sight.problem for sight in sights] == [None] * 100

@@ -1190,7 +1190,7 @@ async def test_place_is_confirmed_only_when_changes_are_taken(newest_database: W
 async def test_second_server_is_told_that_the_slot_is_in_use(
     newest_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(wal, "OBSTACLE_GRACE_S", 0.2)
     Oracle(newest_database)
     async with reading(newest_database) as received:
         problem = f"replication slot {newest_database.slot} is in use by another server"
@@ -1204,7 +1204,7 @@ async def test_second_server_is_told_that_the_slot_is_in_use(
 async def test_server_waits_a_moment_for_the_slot_of_one_that_stops(
     newest_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wal, "PATIENCE_S", LIMIT_S)
+    monkeypatch.setattr(wal, "OBSTACLE_GRACE_S", LIMIT_S)
     oracle = Oracle(newest_database)
     received = Received(newest_database)
     second = source_of(newest_database)
@@ -1265,7 +1265,7 @@ async def test_walsenders_and_slots_that_are_all_taken_are_obstacles(
 async def test_source_is_lost_with_the_right_to_replicate(
     own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(wal, "OBSTACLE_GRACE_S", 0.2)
     Oracle(own_database)
     received = Received(own_database)
     task = asyncio.create_task(source_of(own_database).run(received))
@@ -1297,7 +1297,7 @@ async def test_source_waits_for_a_standby_to_be_promoted_and_goes_on(
     own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The places of the new history mean something else: what was taken before may come again, and nothing is missing."""
-    monkeypatch.setattr(wal, "PATIENCE_S", LIMIT_S)
+    monkeypatch.setattr(wal, "OBSTACLE_GRACE_S", LIMIT_S)
     Oracle(own_database)
     received, source = Received(own_database), source_of(own_database)
     async with running(source, received):
@@ -1326,7 +1326,7 @@ async def test_changes_of_a_database_that_was_set_back_are_taken(
     own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of the files, put back: the places that were confirmed are used once more, for other changes."""
-    monkeypatch.setattr(wal, "PATIENCE_S", LIMIT_S)
+    monkeypatch.setattr(wal, "OBSTACLE_GRACE_S", LIMIT_S)
     Oracle(own_database)
     received, source = Received(own_database), source_of(own_database)
     files, copy = own.postgres.location, own.postgres.location.with_name("copy")
@@ -1395,7 +1395,7 @@ async def test_commits_never_wait_for_us_while_we_wait_for_them(
     own: OwnCluster, own_database: WalDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A * in synchronous_standby_names is for whoever reads the log. Not to read is what resolves it."""
-    monkeypatch.setattr(wal, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(wal, "OBSTACLE_GRACE_S", 0.2)
     Oracle(own_database)
     received, source = Received(own_database), source_of(own_database)
     async with running(source, received):

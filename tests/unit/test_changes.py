@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from realtime_server.changes.catalog import Access, Column, Table
 from realtime_server.changes.change import Action, Change, Image, Row, text_of
-from realtime_server.changes.payload import LARGEST_CHANGE_BYTES, View, encode
+from realtime_server.changes.payload import MAX_CHANGE_BYTES, View, encode
 from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions
 from realtime_server.changes.wal import full_xid
 from realtime_server.claims import Claims
@@ -183,14 +183,14 @@ def test_columns_that_are_not_told_are_nowhere() -> None:
 
 def test_change_that_is_too_large_keeps_what_is_short() -> None:
     new = image(id=1, title="x" * 63, raw=None)
-    data = told(View(Action.INSERT, ALL), new, size=LARGEST_CHANGE_BYTES + 1)
+    data = told(View(Action.INSERT, ALL), new, size=MAX_CHANGE_BYTES + 1)
     assert (data["record"], data["errors"]) == ({"id": 1}, ["Error 413: Payload Too Large"])
     new = image(id=1, title="x" * 62, raw=None)
-    assert told(View(Action.INSERT, ALL), new, size=LARGEST_CHANGE_BYTES + 1)["record"] == {"id": 1, "title": "x" * 62}
-    assert told(View(Action.INSERT, ALL), new, size=LARGEST_CHANGE_BYTES)["errors"] is None
+    assert told(View(Action.INSERT, ALL), new, size=MAX_CHANGE_BYTES + 1)["record"] == {"id": 1, "title": "x" * 62}
+    assert told(View(Action.INSERT, ALL), new, size=MAX_CHANGE_BYTES)["errors"] is None
 
 
-@pytest.mark.parametrize(("length", "is_too_large"), [(LARGEST_CHANGE_BYTES, False), (LARGEST_CHANGE_BYTES + 1, True)])
+@pytest.mark.parametrize(("length", "is_too_large"), [(MAX_CHANGE_BYTES, False), (MAX_CHANGE_BYTES + 1, True)])
 def test_change_is_as_large_as_the_log_would_have_it(length: int, is_too_large: bool) -> None:
     """Triggers know more: the whole old row, and columns that are not published."""
     new: Row = {"id": "1", "title": '"' * (length - 2), "secret": "é"}

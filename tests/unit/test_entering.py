@@ -16,7 +16,7 @@ from realtime_server.changes.judge import Judge
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subscriptions
-from realtime_server.changes.watch import Watch
+from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.metrics import Metrics
@@ -79,7 +79,7 @@ class Stage:
             Quarantine(),
             Budget(1.0),
             cast(Sources, self),
-            cast(Watch, self),
+            cast(PublicationMonitor, self),
         )
         self.entrance = SubscriptionActivator(cast(Pool, self), catalog, *parts)
         self.courier = ChangeDispatcher(catalog, *parts, strict_deletes=False, metrics=Metrics("test"))
@@ -103,7 +103,7 @@ async def test_who_is_entered_while_the_source_is_lost_stands_when_there_is_anot
     await stage.is_asked.wait()
     # Who is not told of a gap must not have been there before it.
     stage.is_active = False
-    stage.subscriptions.miss_all("gap")
+    stage.subscriptions.report_gap_to_all("gap")
     stage.gate.set()
     await asyncio.sleep(0.01)
     assert not listener.heard

@@ -214,7 +214,7 @@ def changes_of(*messages: Message, relation: Relation = ROW) -> list[Change]:
     assembly = Assembly(NO_PROGRESS)
     for message in (Begin(100, 12.5, 7), relation, *messages, Commit(100, 110, 12.5)):
         assembly.add(message)
-    return assembly.cut(everything=False).changes
+    return assembly.take_batch(everything=False).changes
 
 
 def known(change: Change) -> tuple[Action, dict[str, bytes] | None, dict[str, bytes] | None, bool]:
@@ -329,23 +329,23 @@ def test_row_outside_a_transaction_is_malformed() -> None:
 
 def test_place_is_confirmed_where_nothing_waits() -> None:
     assembly = Assembly(NO_PROGRESS)
-    assembly.has_all_before(90)
-    assert assembly.cut(everything=False).taken.confirmed_lsn == 90
+    assembly.note_sent_before(90)
+    assert assembly.take_batch(everything=False).progress.confirmed_lsn == 90
     assembly.add(Begin(100, 0.0, 7))
-    assembly.has_all_before(95)
-    assert assembly.cut(everything=True).taken.confirmed_lsn == 90
+    assembly.note_sent_before(95)
+    assert assembly.take_batch(everything=True).progress.confirmed_lsn == 90
     assembly.add(ROW)
     assembly.add(Insert(1, [b"1", None, None]))
-    assert assembly.cut(everything=True).taken.confirmed_lsn == 90
+    assert assembly.take_batch(everything=True).progress.confirmed_lsn == 90
     assembly.add(Commit(100, 110, 0.0))
-    assert assembly.cut(everything=False).taken.confirmed_lsn == 110
+    assert assembly.take_batch(everything=False).progress.confirmed_lsn == 110
     for message in (Begin(120, 0.0, 8), Insert(1, [b"1", None, None]), Commit(120, 130, 0.0)):
         assembly.add(message)
-    assembly.has_all_before(140)
-    assert assembly.cut(everything=False).taken.confirmed_lsn == 130
-    assembly.has_all_before(140)
-    assembly.has_all_before(135)
-    assert assembly.cut(everything=False).taken.confirmed_lsn == 140
+    assembly.note_sent_before(140)
+    assert assembly.take_batch(everything=False).progress.confirmed_lsn == 130
+    assembly.note_sent_before(140)
+    assembly.note_sent_before(135)
+    assert assembly.take_batch(everything=False).progress.confirmed_lsn == 140
 
 
 class Transaction(NamedTuple):
@@ -413,17 +413,17 @@ def session(
     for message in messages if is_last else messages[: data.draw(st.integers(0, len(messages)))]:
         assembly.add(message)
         if data.draw(st.integers(0, 3)) == 0:
-            piece = assembly.cut(everything=data.draw(st.booleans()))
+            piece = assembly.take_batch(everything=data.draw(st.booleans()))
             assert {xid_of[number] for number in numbers_of(piece.changes)} == set(piece.xids)
             if not is_last and data.draw(st.integers(0, 9)) == 0:
                 return taken
             received += numbers_of(piece.changes)
-            taken = piece.taken
+            taken = piece.progress
             # To confirm a transaction means never to see it again.
             confirmed = [t for t in transactions if t.end_lsn <= taken.confirmed_lsn]
             assert set(received) >= {number for transaction in confirmed for number in transaction.numbers}
     if is_last:
-        piece = assembly.cut(everything=False)
+        piece = assembly.take_batch(everything=False)
         received += numbers_of(piece.changes)
-        taken = piece.taken
+        taken = piece.progress
     return taken

@@ -18,8 +18,8 @@ from tests.fix_wire import LIMIT_S, Wire, WireFactory
 
 IMPATIENT = """
 from realtime_server.changes import sources, upkeep
-sources.SLOT_GRACE_S, sources.SHORTEST_PAUSE_S, sources.LONGEST_PAUSE_S, sources.COMES_BACK_S = 0.2, 0.2, 0.2, 0.2
-upkeep.LOOK_S = 0.5
+sources.SLOT_GRACE_S, sources.MIN_PAUSE_S, sources.MAX_PAUSE_S, sources.RECONNECT_GRACE_S = 0.2, 0.2, 0.2, 0.2
+upkeep.CHECK_INTERVAL_S = 0.5
 """
 Start = Callable[[str], Awaitable[Server]]
 

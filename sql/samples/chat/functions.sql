@@ -1,4 +1,4 @@
--- Chat between two users: who sees what, and how a row becomes a message.
+-- Chat between two users: policies, and the trigger that broadcasts new rows.
 
 drop policy if exists chat_threads_of_members on public.chat_threads;
 create policy chat_threads_of_members on public.chat_threads
@@ -51,7 +51,7 @@ create policy chat_messages_of_service on public.chat_messages
     using (true)
     with check (true);
 
--- Topic chat:<thread_id>. The topic column is compared, not realtime.topic(): a session may set that one as it likes.
+-- Topic chat:<thread_id>. The column topic is compared, not realtime.topic(), because a session may set the latter to any value.
 -- Threads are themselves under row-level security, so "exists" means "is a member of".
 drop policy if exists chat_members_receive on realtime.messages;
 create policy chat_members_receive on realtime.messages
@@ -62,8 +62,8 @@ create policy chat_members_receive on realtime.messages
         and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 6))
     );
 
--- What the trigger tells must be the trigger's: no client sends to the topic of a thread, where an event INSERT of its own would look like a
--- message of the table, from anybody. Members may be present there, and have typing:<thread_id> for what they tell each other.
+-- Clients may not send to the topic of a thread, because an event INSERT of their own would look like a message of the table, from anybody.
+-- Members may be present there, and may send to typing:<thread_id>.
 drop policy if exists chat_members_send on realtime.messages;
 drop policy if exists chat_members_are_present on realtime.messages;
 create policy chat_members_are_present on realtime.messages
@@ -88,7 +88,7 @@ create policy chat_members_type on realtime.messages
         and exists (select from public.chat_threads as t where t.thread_id = substr(messages.topic, 8))
     );
 
--- Definer: what the table tells its members does not depend on the writer's right to send.
+-- Definer, because the broadcast must not depend on the writer's right to send.
 create or replace function public.broadcast_chat_message()
 returns trigger
 language plpgsql
@@ -103,14 +103,14 @@ begin
     return null;
 end
 $$;
-comment on function public.broadcast_chat_message() is 'Tells the thread''s topic of a new message.';
+comment on function public.broadcast_chat_message() is 'Broadcasts a new message to the topic of its thread.';
 revoke all on function public.broadcast_chat_message() from public;
 
 create or replace trigger broadcast_chat_message
     after insert on public.chat_messages
     for each row
     execute function public.broadcast_chat_message();
-comment on trigger broadcast_chat_message on public.chat_messages is 'Tells the thread''s topic of a new message.';
+comment on trigger broadcast_chat_message on public.chat_messages is 'Broadcasts a new message to the topic of its thread.';
 
 -- Definer: only the owner and service_role may call realtime.revalidate.
 create or replace function public.revalidate_chat_thread()
@@ -126,7 +126,7 @@ begin
     return null;
 end
 $$;
-comment on function public.revalidate_chat_thread() is 'Asks again who may be in the thread''s topics.';
+comment on function public.revalidate_chat_thread() is 'Reauthorizes the channels of the thread.';
 revoke all on function public.revalidate_chat_thread() from public;
 
 create or replace trigger revalidate_chat_thread
@@ -134,9 +134,9 @@ create or replace trigger revalidate_chat_thread
     for each row
     execute function public.revalidate_chat_thread();
 comment on trigger revalidate_chat_thread on public.chat_threads is
-    'Who is no longer a member of the thread loses its topic.';
+    'Former members of the thread lose its topic.';
 
--- Definer, so that callers need no right to the tables; it checks itself that the caller is who the row says.
+-- Definer, so that callers need no right to the tables; it checks itself that the caller is the sender.
 create or replace function public.insert_chat_message(
     _thread_id text,
     _sender_mongo_id text,
@@ -189,6 +189,6 @@ begin
 end
 $$;
 comment on function public.insert_chat_message(text, text, text, text) is
-    'Writes a chat message as the caller, who must be the named sender of the thread. Returns the row.';
+    'Writes a chat message as the caller, who must be the named sender in the thread. Returns the row.';
 revoke all on function public.insert_chat_message(text, text, text, text) from public;
 grant execute on function public.insert_chat_message(text, text, text, text) to authenticated;
