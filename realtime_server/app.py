@@ -49,7 +49,7 @@ from realtime_server.presence import Presence
 from realtime_server.presence_writer import PresenceWriter
 from realtime_server.relay import MESSAGES, Relay
 from realtime_server.services import Authorize, Limits, Rates, Services, Verify
-from realtime_server.tasks import end
+from realtime_server.tasks import cancel_and_wait
 from realtime_server.tokens import Tokens
 
 PAGES: Final = Path(__file__).parent / "pages"
@@ -152,7 +152,7 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
         try:
             yield
         finally:
-            await end(parts)
+            await cancel_and_wait(parts)
             await asyncio.gather(*(one.close() for one in pools))
 
     def parts_ready() -> dict[str, bool]:
@@ -164,7 +164,9 @@ def make_app(settings: Settings, *, target: Endpoint, secret: str | None, anon_k
         "Bytes that clients have not received yet; shared frames count once.",
         lambda: sockets.outlet.total,
     )
-    metrics.watch("realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.users))
+    metrics.watch(
+        "realtime_clients_in_channels", "Clients that are in some channel.", lambda: len(services.active_clients)
+    )
     metrics.watch("realtime_rooms", "Rooms that have members.", lambda: len(services.broadcasts))
     metrics.watch("realtime_watched_rooms", "Rooms whose presence is watched.", lambda: len(services.watchers))
     metrics.watch("realtime_presence_entries", "Presence entries that clients track.", lambda: len(services.presence))
@@ -265,7 +267,7 @@ def _services(
             presence=Rate(settings.max_presence_events_per_second),
             max_users=settings.max_users,
         ),
-        users=set(),
+        active_clients=set(),
         metrics=metrics,
         history=history,
         presence_writer=presence_writer,

@@ -33,7 +33,7 @@ class ByteBudget:
 
 
 class CatchUpBuffer:
-    """Buffers the messages of all rooms of one client, in their order, until `release`, or `drop` when the client is gone.
+    """Buffers the messages of all rooms of one client, in their order, until `flush`, or `discard` when the client is gone.
 
     It is used while older messages are sent, and until a reauthorization is done. `begin` is the cursor from which nothing is missed: the
     relay's position when buffering began, or the position after what has been read since. Create it before subscribing, or when live.
@@ -57,7 +57,7 @@ class CatchUpBuffer:
         self.begin = None if self._position is None else self._position.cursor
         self.overflowed = False
 
-    def restart(self) -> None:
+    def reset(self) -> None:
         """Begin again after a gap in the relay: buffered messages and earlier positions may be of another incarnation."""
         self._drop_stored()
         self._set_begin()
@@ -86,11 +86,11 @@ class CatchUpBuffer:
         """Discard the messages that are in the database."""
         if self._stored:
             kept = [entry for entry in self._entries if entry[1].cursor is None]
-            self.drop()
+            self.discard()
             self._entries = kept
             self._byte_budget.used_bytes += sum(len(frame.data) for _, _, frame in kept)
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Discard all buffered messages."""
         self._byte_budget.used_bytes -= sum(len(frame.data) for _, _, frame in self._entries)
         self._entries.clear()
@@ -127,10 +127,10 @@ class CatchUpBuffer:
                 for subscription in self._subscriptions:
                     subscription.prune_replayed(position)
 
-    def release(self) -> str | None:
+    def flush(self) -> str | None:
         """Send the buffered messages and deliver live from now on. Returns the text of a gap where broadcasts were lost, else None."""
         entries = [entry for entry in self._entries if not entry[0].was_replayed(entry[1])]
-        self.drop()
+        self.discard()
         for subscription in self._subscriptions:
             subscription.buffer = None
         for subscription, message, frame in entries:

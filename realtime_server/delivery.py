@@ -41,7 +41,7 @@ class MessageDispatcher:
 
     def gap(self, oldest: str) -> None:
         problem = "gap: the database was restored or promoted, or away for longer than messages are kept"
-        for member in list(self._services.users):
+        for member in list(self._services.active_clients):
             member.tell_gap(problem, oldest)
             # A `revalidate` row may be missing too.
             member.revalidate(None, None)
@@ -66,5 +66,5 @@ class MessageDispatcher:
         request = messages.loads_object((row.payload or "").encode()) or {}
         topic, subject = request.get("topic"), request.get("sub")
         log.info("reauthorizing channels", topic=topic, subject_given=subject is not None)
-        for member in list(self._services.users):
+        for member in list(self._services.active_clients):
             member.revalidate(topic, subject)

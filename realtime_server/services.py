@@ -24,7 +24,7 @@ Verify = Callable[[str], Awaitable[Claims]]
 Authorize = Callable[[str, Claims, PolicyHeaders], Awaitable[Policy]]
 
 
-class Member(Protocol):
+class ClientConnection(Protocol):
     """Receives reauthorizations and gaps for one client that has joined a room."""
 
     def revalidate(self, topic: str | None, subject: str | None) -> None: ...
@@ -64,7 +64,7 @@ class Rates:
 class Services:
     """Holds the services that endpoints and sessions use.
 
-    `users` are the clients that have joined a room. `position` returns the relay's position, None before its first connection.
+    `active_clients` are the clients that have joined a room. `position` returns the relay's position, None before its first connection.
     `first_position` waits for that connection, as long as one may take (raises: DatabaseUnavailable).
     """
 
@@ -75,7 +75,7 @@ class Services:
     authorize: Authorize
     limits: Limits
     rates: Rates
-    users: set[Member]
+    active_clients: set[ClientConnection]
     metrics: Metrics
     history: History
     presence_writer: PresenceWriter

@@ -23,7 +23,7 @@ import structlog
 from realtime_server import presence
 from realtime_server.authorization import EVERYTHING, Policy, PolicyHeaders
 from realtime_server.broadcast_subscription import BroadcastSubscription, ByteBudget, CatchUpBuffer
-from realtime_server.changes.reader import RowChangeSubscriber
+from realtime_server.changes.subscriber import RowChangeSubscriber
 from realtime_server.changes.subscriptions import Registration
 from realtime_server.claims import Claims
 from realtime_server.connection import Connection
@@ -186,8 +186,8 @@ class PresenceSubscriber:
 class RowReader(RowChangeSubscriber):
     """Sends row changes to one channel."""
 
-    def __init__(self, session: Session, channel: Channel, *, is_held: bool) -> None:
-        super().__init__(channel.room.topic, channel.encoding, is_held=is_held, client=session)
+    def __init__(self, session: Session, channel: Channel, *, is_buffered: bool) -> None:
+        super().__init__(channel.room.topic, channel.encoding, is_buffered=is_buffered, client=session)
         self._session = session
         self._channel = channel
 
@@ -199,10 +199,10 @@ class RowReader(RowChangeSubscriber):
         else:
             self._session.connection.send(frame)
 
-    def say(self, text: str, *, ok: bool) -> None:
+    def send_status(self, text: str, *, ok: bool) -> None:
         self._session.tell(self._channel, text, ok=ok, extension=messages.POSTGRES_CHANGES)
 
-    def say_missing(self, problem: str) -> None:
+    def send_gap(self, problem: str) -> None:
         extension = messages.POSTGRES_CHANGES
         self._session.connection.push(messages.gap(self.topic, self._channel.join_ref, problem, None, extension))
 
@@ -296,7 +296,7 @@ class Session:
         for channel in self._channels.values():
             if channel.policy.can_read_broadcast:
                 if channel.buffer is not None:
-                    channel.buffer.restart()
+                    channel.buffer.reset()
                 self._tell_gap(channel, problem, oldest)
 
     def close(self) -> None:
@@ -305,7 +305,7 @@ class Session:
             self._expiry.cancel()
         for channel in list(self._channels.values()):
             self._forget(channel)
-        self.services.users.discard(self)
+        self.services.active_clients.discard(self)
 
     def shut_down(self, channel: Channel, reason: str) -> None:
         """Close a channel and send the reason, unless it is closed already. Clients do not rejoin by themselves."""
@@ -359,7 +359,7 @@ class Session:
         finally:
             del self._queues[topic]
             if not self.has_channels:
-                self.services.users.discard(self)
+                self.services.active_clients.discard(self)
 
     def _spawn(self, task: Work, work: Work) -> None:
         """Start a task that awaits `work`. Closes `work` also where the socket ends before the task has begun."""
@@ -436,7 +436,7 @@ class Session:
                 self.connection.push(messages.closed(message.topic, old.literal_join_ref))
             self._admit()
             # Added before authorization, so that `revalidate` reaches the join.
-            self.services.users.add(self)
+            self.services.active_clients.add(self)
             config = join.parse(join.loads(message.payload), self.connection.format)
             for problem in config.problems:
                 log.info("join field ignored", code="InvalidJoinPayload", topic=message.topic, problem=problem)
@@ -462,7 +462,11 @@ class Session:
     def _admit(self) -> None:
         """Raises: TooManyUsers, TooManyJoins."""
         rates, now = self.services.rates, time.monotonic()
-        if rates.max_users and self not in self.services.users and len(self.services.users) >= rates.max_users:
+        if (
+            rates.max_users
+            and self not in self.services.active_clients
+            and len(self.services.active_clients) >= rates.max_users
+        ):
             raise TooManyUsers
         if rates.joins.is_over(now):
             raise TooManyJoins
@@ -539,7 +543,7 @@ class Session:
             # Flushing the buffer has closed it.
             return
         if channel.rows is not None:
-            channel.rows.release()
+            channel.rows.flush()
         elif echoes:
             self._try_to_subscribe(channel)
         channel.config = config.settled()
@@ -560,12 +564,12 @@ class Session:
 
     def _try_to_subscribe(self, channel: Channel) -> None:
         """Subscribe to row changes. If that fails, the channel stays open."""
-        rows = RowReader(self, channel, is_held=False)
+        rows = RowReader(self, channel, is_buffered=False)
         try:
             self._subscribe_to_changes(channel, rows)
         except InvalidBinding as error:
             self.services.metrics.count_error(error.code)
-            rows.tell_changes(str(error), ok=False)
+            rows.notify_status(str(error), ok=False)
 
     def _subscribe_to_changes(self, channel: Channel, rows: RowReader) -> None:
         """Raises: InvalidBinding."""
@@ -579,7 +583,7 @@ class Session:
 
         Source: Supabase Realtime, `postgres_changes_options`. Raises: InvalidBinding, ChangesTimeout.
         """
-        topic, rows = channel.room.topic, RowReader(self, channel, is_held=True)
+        topic, rows = channel.room.topic, RowReader(self, channel, is_buffered=True)
         try:
             self._subscribe_to_changes(channel, rows)
             self._awaiting_changes[topic] = rows
@@ -641,7 +645,7 @@ class Session:
             self._flush(channel, buffer)
 
     def _flush(self, channel: Channel, buffer: CatchUpBuffer) -> None:
-        problem = buffer.release()
+        problem = buffer.flush()
         if problem is not None and self._is_open(channel):
             extension = messages.CLIENT_BROADCAST
             self.connection.push(messages.gap(channel.room.topic, channel.join_ref, problem, None, extension))
@@ -673,11 +677,11 @@ class Session:
             self.services.changes.leave(channel.registration)
         self.services.announce(channel.room, self.services.presence.untrack(channel.room, channel))
         if channel.buffer is not None:
-            channel.buffer.drop()
+            channel.buffer.discard()
         if self._channels.get(channel.room.topic) is channel:
             del self._channels[channel.room.topic]
         if not self.has_channels:
-            self.services.users.discard(self)
+            self.services.active_clients.discard(self)
 
     # -- tokens
 

@@ -16,12 +16,12 @@ async def run_until_first_failure(*works: Coroutine[Any, Any, None]) -> None:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
-        await end(tasks)
+        await cancel_and_wait(tasks)
     for task in done:
         task.result()
 
 
-async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks repeatedly until all have ended. Once is not enough: a task that waits for an unresponsive database first sends a
     cancel request, and waits for that too."""
     running = {task for task in tasks if not task.done()}

@@ -90,7 +90,7 @@ class Talk:
             authorize=self._authorize,
             limits=LIMITS,
             rates=Rates(Rate(0), Rate(0), Rate(0), max_users=0),
-            users=set(),
+            active_clients=set(),
             metrics=Metrics("test"),
             history=cast(History, self.past),
             presence_writer=cast(PresenceWriter, self.past),

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from realtime_server.changes.activation import SubscriptionActivator
 from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog
-from realtime_server.changes.delivering import ChangeDispatcher
-from realtime_server.changes.entering import SubscriptionActivator
+from realtime_server.changes.dispatch import ChangeDispatcher
 from realtime_server.changes.judge import Judge
+from realtime_server.changes.publication_monitor import PublicationMonitor
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import Mode, Sources
 from realtime_server.changes.subscriptions import Registration, Subscriptions
-from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.claims import Claims
 from realtime_server.database import Endpoint, Pool
 from realtime_server.metrics import Metrics
@@ -77,11 +77,11 @@ class Feed:
         self._subscriptions.registrations.pop(registration, None)
         self._subscriptions.put(registration, ())
 
-    async def enter(self, registration: Registration) -> None:
+    async def activate(self, registration: Registration) -> None:
         """Activate the bindings, and notify the subscriber of the result."""
-        await self._activator.enter(registration)
+        await self._activator.activate(registration)
 
     async def change_claims(self, registration: Registration, claims: Claims) -> None:
         """Use these claims from now on; the subscriber is notified when they are in effect."""
         await self._dispatcher.change_claims(registration, claims)
-        await self._activator.enter(registration)
+        await self._activator.activate(registration)

@@ -37,10 +37,10 @@ class Subscriber(Protocol):
     def changed(self, frame: Frame) -> None:
         """Accept a change."""
 
-    def tell_changes(self, text: str, *, ok: bool) -> None:
+    def notify_status(self, text: str, *, ok: bool) -> None:
         """Accept the status of the subscription."""
 
-    def tell_missing_changes(self, problem: str) -> None:
+    def notify_gap(self, problem: str) -> None:
         """Accept a notification that changes are missing here."""
 
 
@@ -64,16 +64,16 @@ class Registration:
         """Whether the transaction had committed before the subscription."""
         return self.since is not None and self.since.sees(xid)
 
-    def say(self, text: str, *, ok: bool) -> None:
+    def send_status(self, text: str, *, ok: bool) -> None:
         """Notify the subscriber of its status, unless it is the last one that it got."""
         if self.is_open and self.last_status != text:
             self.last_status = text
-            self.subscriber.tell_changes(text, ok=ok)
+            self.subscriber.notify_status(text, ok=ok)
 
     def report_pending(self, text: str) -> None:
         """Notify the subscriber why it is not active yet. An active one stays active and loses nothing."""
         if not self.entries:
-            self.say(text, ok=False)
+            self.send_status(text, ok=False)
 
 
 class Entry:
@@ -156,14 +156,14 @@ class Subscriptions:
     def report_gap(self, relation: int, problem: str) -> None:
         """Notify subscribers of the table that changes are missing here."""
         for registration in {entry.registration for entry in self.of_table(relation)}:
-            registration.subscriber.tell_missing_changes(problem)
+            registration.subscriber.notify_gap(problem)
 
     def report_gap_to_all(self, problem: str) -> None:
         """Notify subscribers of all tables that changes are missing here."""
         self.forget_snapshots()
         for registration in list(self.registrations):
             if registration.entries:
-                registration.subscriber.tell_missing_changes(problem)
+                registration.subscriber.notify_gap(problem)
 
     def add(self, entry: Entry) -> None:
         self._tables.setdefault(entry.relation, {}).setdefault(entry.role, {})[entry] = None

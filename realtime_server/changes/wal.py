@@ -39,7 +39,7 @@ from realtime_server.changes.pgoutput import Keepalive, MalformedReplication, Wa
 from realtime_server.cursor import Snapshot
 from realtime_server.database import Database, Endpoint, Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
-from realtime_server.tasks import end
+from realtime_server.tasks import cancel_and_wait
 
 # Bounds of a batch: 4 MB of rows take some hundredths of a second to decode, which blocks the event loop.
 BATCH_CHANGES: Final = 500
@@ -251,7 +251,7 @@ class WalSource:
             with database.errors():
                 await db.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (self._slot,))
         finally:
-            await end([waits_report])
+            await cancel_and_wait([waits_report])
         self._slot_owner = None
 
     async def _report_slot_waits(self) -> None:

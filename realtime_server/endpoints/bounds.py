@@ -6,7 +6,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from realtime_server.endpoints.caller import refusal
+from realtime_server.endpoints.caller import error_response
 from realtime_server.errors import RealtimeError, TooManyHeaders, TooManyParameters
 
 MAX_HEADERS: Final = 100
@@ -24,7 +24,7 @@ class RequestBounds:
             try:
                 self._check(scope)
             except RealtimeError as error:
-                await refusal(error)(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -33,7 +33,7 @@ from starlette.responses import JSONResponse, Response
 from realtime_server.authorization import Policy, PolicyHeaders
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
-from realtime_server.endpoints.caller import policy_headers, refusal, token_of
+from realtime_server.endpoints.caller import error_response, policy_headers, token_of
 from realtime_server.endpoints.openapi import BYTES, JSON, Operation, Parameter, documented
 from realtime_server.endpoints.sockets import Pace
 from realtime_server.errors import AuthError, DatabaseUnavailable, QueryCanceled, TooManyHeaders
@@ -455,7 +455,7 @@ async def _answer(work: Awaitable[None]) -> Response:
     except HttpError as refused:
         return refused.response
     except TooManyHeaders as error:
-        return refusal(error)
+        return error_response(error)
     return Response(status_code=202)
 
 

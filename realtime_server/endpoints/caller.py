@@ -116,6 +116,6 @@ async def check_may_receive(services: Services, room: Room, claims: Claims, head
         raise Unauthorized(topic)
 
 
-def refusal(error: RealtimeError, **more: str) -> JSONResponse:
+def error_response(error: RealtimeError, **more: str) -> JSONResponse:
     log.info("request refused", code=error.code, reason=str(error))
     return JSONResponse({"code": error.code, "message": str(error), **more}, error.status)

@@ -16,8 +16,8 @@ from realtime_server.endpoints.caller import (
     CodedRefusal,
     Topic,
     check_may_receive,
+    error_response,
     policy_headers,
-    refusal,
     room_of,
     token_of,
 )
@@ -60,9 +60,9 @@ def messages_endpoint(services: Services) -> Callable[[Request], Awaitable[Respo
         try:
             return await _page(services, request)
         except Gap as error:
-            return refusal(error, cursor=error.oldest)
+            return error_response(error, cursor=error.oldest)
         except RealtimeError as error:
-            return refusal(error)
+            return error_response(error)
 
     return endpoint
 

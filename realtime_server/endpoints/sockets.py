@@ -87,7 +87,7 @@ class Pace:
 def check_limits(services: Services, sockets: Sockets) -> None:
     """Check that the server accepts another client. Raises: TooManyUsers, TooManyJoins."""
     rates = services.rates
-    if sockets.is_full or (rates.max_users and len(services.users) >= rates.max_users):
+    if sockets.is_full or (rates.max_users and len(services.active_clients) >= rates.max_users):
         raise TooManyUsers
     if rates.joins.is_over(time.monotonic()):
         raise TooManyJoins

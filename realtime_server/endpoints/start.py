@@ -9,7 +9,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from realtime_server.endpoints.caller import refusal
+from realtime_server.endpoints.caller import error_response
 from realtime_server.errors import CrossOrigin
 
 PATH: Final = "/start.json"
@@ -21,7 +21,7 @@ def start_endpoint(anon_key: str | None, host: str) -> Callable[[Request], Await
 
     async def endpoint(request: Request) -> Response:
         if not _is_same_origin(request, is_local=is_local):
-            return refusal(CrossOrigin())
+            return error_response(CrossOrigin())
         return JSONResponse({"anon_key": anon_key}, headers={"Cache-Control": "no-store"})
 
     return endpoint

@@ -31,8 +31,8 @@ from starlette.types import Receive, Scope, Send
 
 from realtime_server.authorization import PolicyHeaders
 from realtime_server.broadcast_subscription import BroadcastSubscription, ByteBudget, CatchUpBuffer, Message
-from realtime_server.changes.entering import PATIENCE_S
-from realtime_server.changes.reader import RowChangeSubscriber
+from realtime_server.changes.activation import PENDING_AFTER_S
+from realtime_server.changes.subscriber import RowChangeSubscriber
 from realtime_server.changes.subscriptions import RETRYABLE
 from realtime_server.claims import Claims
 from realtime_server.config import Settings
@@ -43,8 +43,8 @@ from realtime_server.endpoints.caller import (
     CodedRefusal,
     Topic,
     check_may_receive,
+    error_response,
     policy_headers,
-    refusal,
     room_of,
     token_of,
 )
@@ -138,7 +138,7 @@ def stream_endpoint(
             headers = policy_headers(request)
             stream_request = _parse_request(request, settings.max_channels_per_socket)
         except RealtimeError as error:
-            return refusal(error)
+            return error_response(error)
         abort = request.scope.get("extensions", {}).get(ABORT)
         stream = EventStream(services, sockets, stream_request, claims, headers, settings.max_buffered_bytes, abort)
         return _StreamResponse(stream, is_event_source=request.headers.get("accept") == EVENT_STREAM)
@@ -197,7 +197,7 @@ class EventStream:
         self._services.rates.joins.count(time.monotonic())
         # Added before authorization, so that `revalidate` reaches the stream.
         self._sockets.add(self)
-        self._services.users.add(self)
+        self._services.active_clients.add(self)
         await self._authorize()
         if self._rows is not None:
             await self._subscribe_to_changes(self._rows)
@@ -218,7 +218,7 @@ class EventStream:
         if self._rows is not None:
             if self._request.after is not None:
                 self.send(event_frame(dumps({"message": NOT_KEPT, "cursor": None}), event="gap"))
-            self._rows.release()
+            self._rows.flush()
         if self._buffer is not None:
             self._spawn(self._go_live(self._buffer, self._request.after))
         self._watch_expiry()
@@ -244,7 +244,7 @@ class EventStream:
         self._is_over = True
         self._wake.set()
         self._sockets.discard(self)
-        self._services.users.discard(self)
+        self._services.active_clients.discard(self)
         for subscription in self._subscriptions:
             self._services.broadcasts.unsubscribe(subscription.room, subscription)
         if self._rows is not None and self._rows.registration is not None:
@@ -342,7 +342,7 @@ class EventStream:
         # A stream that has not begun misses nothing, or gets the gap when history is read from its cursor. Row changes are not affected.
         if self._is_following and self._subscriptions:
             if self._buffer is not None:
-                self._buffer.restart()
+                self._buffer.reset()
             self._tell_gap(problem, oldest)
 
     def _tell_gap(self, problem: str, oldest: str | None) -> None:
@@ -356,7 +356,7 @@ class EventStream:
         """Raises: InvalidBinding, DatabaseUnavailable."""
         self._spawn(rows.subscribe(self._services.changes, self._claims, enumerate(self._request.bindings, start=1)))
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(PENDING_AFTER_S):
                 await rows.established
         except TimeoutError:
             raise DatabaseUnavailable from None
@@ -387,7 +387,7 @@ class EventStream:
             self.end()
         else:
             self._buffer = None
-            if (problem := buffer.release()) is not None:
+            if (problem := buffer.flush()) is not None:
                 self.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
     async def _catch_up(self, buffer: CatchUpBuffer, after: str) -> None:
@@ -465,17 +465,17 @@ class RowReader(RowChangeSubscriber):
     """Sends row changes to a stream. Changes before `release` are buffered until the `ready` event is sent."""
 
     def __init__(self, stream: EventStream) -> None:
-        super().__init__("", Encoding(Format.SSE), is_held=True)
+        super().__init__("", Encoding(Format.SSE), is_buffered=True)
         self._stream = stream
 
     def send(self, frame: Frame) -> None:
         self._stream.send(frame)
 
-    def say(self, text: str, *, ok: bool) -> None:
+    def send_status(self, text: str, *, ok: bool) -> None:
         if not ok:
             self._stream.fail(DatabaseUnavailable() if text in RETRYABLE else InvalidBinding(text))
 
-    def say_missing(self, problem: str) -> None:
+    def send_gap(self, problem: str) -> None:
         self._stream.send(event_frame(dumps({"message": problem, "cursor": None}), event="gap"))
 
 
@@ -493,7 +493,7 @@ class _StreamResponse(StreamingResponse):
             try:
                 await self._stream.begin()
             except RealtimeError as error:
-                answer: Response = refusal(error)
+                answer: Response = error_response(error)
                 if self._is_event_source and isinstance(error, TRANSIENT):
                     body = b"retry: %d\n\n%b" % (RETRY_MS, _error_frame(error).data)
                     answer = Response(body, media_type=EVENT_STREAM)

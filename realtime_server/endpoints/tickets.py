@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from realtime_server.claims import Claims
-from realtime_server.endpoints.caller import CodedRefusal, refusal, token_of
+from realtime_server.endpoints.caller import CodedRefusal, error_response, token_of
 from realtime_server.endpoints.openapi import Operation, documented
 from realtime_server.errors import InvalidTicket, RealtimeError
 from realtime_server.services import Verify
@@ -92,7 +92,7 @@ def ticket_endpoint(verify: Verify, tickets: Tickets) -> Callable[[Request], Awa
             token = token_of(request)
             claims = await verify(token)
         except RealtimeError as error:
-            return refusal(error)
+            return error_response(error)
         ticket, expires_in = tickets.issue(token, claims, request.query_params)
         return JSONResponse({"ticket": ticket, "expires_in": expires_in}, headers={"Cache-Control": "no-store"})
 

@@ -262,7 +262,7 @@ async def test_stored_messages_make_room_for_broadcasts_of_clients() -> None:
     stage.live(*stored, *clients)
     assert stage.buffer.overflowed
     await stage.catch_up(*stored)
-    assert stage.buffer.release() is None
+    assert stage.buffer.flush() is None
     assert stage.sent == [*stored, *clients]
 
 
@@ -272,7 +272,7 @@ async def test_broadcasts_of_clients_that_do_not_fit_are_counted_and_told() -> N
     stage.live(*range(-1, -MAX_BUFFERED_MESSAGES - 6, -1))
     # Nothing stored is missing, so nothing is read for their sake.
     assert not stage.buffer.overflowed
-    problem = stage.buffer.release()
+    problem = stage.buffer.flush()
     assert problem is not None
     assert problem.startswith("gap: 5 broadcasts of clients are missing")
     assert len(stage.sent) == MAX_BUFFERED_MESSAGES
@@ -282,9 +282,9 @@ async def test_broadcasts_of_clients_that_do_not_fit_are_counted_and_told() -> N
 async def test_gap_of_database_messages_drops_no_broadcasts_of_clients() -> None:
     stage = Stage(ByteBudget(1_000_000))
     stage.live(1, -1, 2, -2)
-    stage.buffer.restart()
+    stage.buffer.reset()
     stage.live(3)
-    assert stage.buffer.release() is None
+    assert stage.buffer.flush() is None
     assert stage.sent == [-1, -2, 3]
 
 

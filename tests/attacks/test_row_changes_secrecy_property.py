@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from realtime_server.changes.activation import _entry
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.change import Action, Change, Image
-from realtime_server.changes.entering import _entry
+from realtime_server.changes.evaluation import Round
 from realtime_server.changes.judge import Identity, Judge, Matches, Question, Rejected
 from realtime_server.changes.payload import encode
-from realtime_server.changes.rounds import Round
 from realtime_server.changes.subscriptions import Entry, Registration, Subscriptions
 from realtime_server.claims import Claims
 from realtime_server.database import Endpoint, Pool

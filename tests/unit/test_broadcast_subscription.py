@@ -72,7 +72,7 @@ async def test_what_was_read_and_is_held_is_sent_once_though_the_relay_is_far_ah
         return page("a", 4, 6, 7)
 
     await stage.buffer.catch_up("", read, always)
-    stage.buffer.release()
+    stage.buffer.flush()
     stage.live("a", 101)
     assert stage.sent == ["a4", "a6", "a7", "a5", "a8", "a101"]
 
@@ -87,7 +87,7 @@ async def test_what_comes_for_a_room_before_it_is_read_is_sent_once() -> None:
         return page("b", 5)
 
     assert await stage.buffer.catch_up("", read, always) == "behind ()"
-    stage.buffer.release()
+    stage.buffer.flush()
     assert stage.sent == ["b5"]
 
 
@@ -104,7 +104,7 @@ async def test_more_than_can_be_held_is_read_again_in_every_room() -> None:
         return page(room.topic, *(range(10, 11 + MAX_BUFFERED_MESSAGES) if len(reads) == 3 else ()))
 
     await stage.buffer.catch_up("x", read, always)
-    stage.buffer.release()
+    stage.buffer.flush()
     assert stage.sent == [f"a{number}" for number in range(10, 11 + MAX_BUFFERED_MESSAGES)]
     assert reads == [("a", "x"), ("b", "x"), ("a", "behind ()"), ("b", "behind ()")]
 
@@ -128,7 +128,7 @@ async def test_what_overflows_behind_the_read_is_read_on_from_there() -> None:
         assert stage.buffer.begin is not None
         await stage.buffer.catch_up(stage.buffer.begin, read, always)
         assert stage.sent == [f"a{number}" for number in written]
-    stage.buffer.release()
+    stage.buffer.flush()
     assert stage.sent == [f"a{number}" for number in written]
 
 
@@ -143,7 +143,7 @@ async def test_bytes_of_all_holds_of_a_client_are_bounded_together() -> None:
     assert not other.buffer.overflowed
     other.live("b", 2)
     assert other.buffer.overflowed
-    one.buffer.release()
+    one.buffer.flush()
     assert one.sent == ["a1", "a2"]
 
     async def read(room: Room, cursor: str) -> Page:
@@ -157,7 +157,7 @@ async def test_bytes_of_all_holds_of_a_client_are_bounded_together() -> None:
     for number in (4, 5, 6):
         other.live("b", number)
     assert not other.buffer.overflowed
-    other.buffer.release()
+    other.buffer.flush()
     assert other.sent == ["b1", "b2", "b3", "b4", "b5", "b6"]
     assert byte_budget.used_bytes == 0
 

@@ -226,7 +226,7 @@ async def test_joins_that_had_no_time_to_begin_leave_nothing_behind() -> None:
             talk.session.close()
             raise Gone
     gc.collect()
-    assert not talk.services.users
+    assert not talk.services.active_clients
     assert len(talk.services.broadcasts) == 0
 
 
@@ -277,7 +277,7 @@ class _Feed:
     def register(self, registration: Registration) -> None:
         self.registration = registration
 
-    async def enter(self, registration: Registration) -> None: ...
+    async def activate(self, registration: Registration) -> None: ...
 
     def leave(self, registration: Registration) -> None:
         registration.is_open = False
@@ -309,12 +309,12 @@ async def wait_for_changes(talk: Talk) -> tuple[_Feed, Registration]:
 async def test_changes_that_come_before_the_reply_follow_it(talk: Talk) -> None:
     _, registration = await wait_for_changes(talk)
     subscriber = registration.subscriber
-    subscriber.tell_changes(TIMEOUTS, ok=False)
+    subscriber.notify_status(TIMEOUTS, ok=False)
     await asyncio.sleep(0.01)
     assert talk.said == []
-    subscriber.tell_changes(SUBSCRIBED, ok=True)
+    subscriber.notify_status(SUBSCRIBED, ok=True)
     subscriber.changed(Frame(b'["first"]'))
-    subscriber.tell_missing_changes("gap: some")
+    subscriber.notify_gap("gap: some")
     subscriber.changed(Frame(b'["second"]'))
     assert talk.said == []
     reply, confirmation, first, gap, second, presence = [await talk.hear() for _ in range(6)]
@@ -325,7 +325,7 @@ async def test_changes_that_come_before_the_reply_follow_it(talk: Talk) -> None:
     assert presence[3] == "presence_state"
     # And from now on at once.
     subscriber.changed(Frame(b'["third"]'))
-    subscriber.tell_changes(TIMEOUTS, ok=False)
+    subscriber.notify_status(TIMEOUTS, ok=False)
     assert [talk.said[0], talk.said[1][4]["message"]] == [["third"], TIMEOUTS]
 
 
@@ -333,7 +333,7 @@ async def test_messages_of_a_room_do_not_come_before_the_reply(talk: Talk) -> No
     _, registration = await wait_for_changes(talk)
     room = Room("realtime:room", False)
     talk.services.publish(room, ForwardedBroadcast.parse("realtime:room", b'{"event":"early"}'))
-    registration.subscriber.tell_changes(SUBSCRIBED, ok=True)
+    registration.subscriber.notify_status(SUBSCRIBED, ok=True)
     assert (await talk.hear())[3] == "phx_reply"
     talk.services.publish(room, ForwardedBroadcast.parse("realtime:room", b'{"event":"late"}'))
     assert [(await talk.hear())[3] for _ in range(2)] == ["system", "presence_state"]
@@ -345,7 +345,7 @@ async def test_token_that_ends_while_the_reply_waits_refuses_the_join(talk: Talk
     talk.expires_at = time.time() + 0.02
     feed, registration = await wait_for_changes(talk)
     await asyncio.sleep(0.05)
-    registration.subscriber.tell_changes(SUBSCRIBED, ok=True)
+    registration.subscriber.notify_status(SUBSCRIBED, ok=True)
     registration.subscriber.changed(Frame(b'["secret"]'))
     reply = await talk.hear()
     assert reply[4]["status"] == "error"
@@ -421,10 +421,10 @@ async def test_token_that_ends_during_the_join_refuses_it(talk: Talk, what: str)
     assert talk.session.byte_budget.used_bytes == 0
 
 
-@pytest.mark.parametrize("is_held", [True, False])
-async def test_who_leaves_before_the_reply_does_not_have_to_wait(talk: Talk, is_held: bool) -> None:
+@pytest.mark.parametrize("is_buffered", [True, False])
+async def test_who_leaves_before_the_reply_does_not_have_to_wait(talk: Talk, is_buffered: bool) -> None:
     # Or it has not even begun to wait.
-    feed = (await wait_for_changes(talk))[0] if is_held else ask_for_changes(talk)
+    feed = (await wait_for_changes(talk))[0] if is_buffered else ask_for_changes(talk)
     talk.say("room", "phx_leave", {})
     answers = [(await talk.hear())[3] for _ in range(4)]
     assert answers == ["phx_reply", "presence_state", "phx_reply", "phx_close"]
@@ -443,5 +443,5 @@ async def test_session_that_ends_while_the_reply_waits_leaves_nothing_behind() -
             talk.session.close()
             raise Gone
     assert feed.registration is None
-    assert not talk.services.users
+    assert not talk.services.active_clients
     assert talk.said == []

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from realtime_server.tasks import end, run_until_first_failure
+from realtime_server.tasks import cancel_and_wait, run_until_first_failure
 
 
 async def test_one_that_fails_ends_the_others_and_is_told() -> None:
@@ -59,7 +59,7 @@ async def test_end_goes_on_though_it_is_cancelled_itself(monkeypatch: pytest.Mon
 
     victim = asyncio.create_task(stubborn())
     await asyncio.sleep(0)
-    ending = asyncio.create_task(end([victim]))
+    ending = asyncio.create_task(cancel_and_wait([victim]))
     await asyncio.sleep(0)
     ending.cancel()
     await asyncio.wait([ending])

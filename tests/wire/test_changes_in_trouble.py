@@ -20,8 +20,8 @@ from tests.fix_wire import LIMIT_S, Wire, WireFactory
 
 ANN, BOB = str(uuid4()), str(uuid4())
 IMPATIENT = """
-from realtime_server.changes import entering, judge
-judge.LIMIT_FILTERS_S, entering.CHECK_RETRY_S, entering.RETRY_S = 0.3, 0.1, 0.1
+from realtime_server.changes import activation, judge
+judge.LIMIT_FILTERS_S, activation.CHECK_RETRY_S, activation.RETRY_S = 0.3, 0.1, 0.1
 """
 # Since when somebody waits at a gate.
 WAITING = (

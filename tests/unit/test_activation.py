@@ -7,16 +7,16 @@ from typing import Any, cast
 
 import msgspec
 
+from realtime_server.changes.activation import SubscriptionActivator
 from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Access, Catalog, Column, Table
 from realtime_server.changes.change import Action, Change
-from realtime_server.changes.delivering import ChangeDispatcher
-from realtime_server.changes.entering import SubscriptionActivator
+from realtime_server.changes.dispatch import ChangeDispatcher
 from realtime_server.changes.judge import Judge
+from realtime_server.changes.publication_monitor import PublicationMonitor
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subscriptions
-from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.metrics import Metrics
@@ -52,10 +52,10 @@ class Listener:
 
     def changed(self, frame: Frame) -> None: ...
 
-    def tell_changes(self, text: str, *, ok: bool) -> None:
+    def notify_status(self, text: str, *, ok: bool) -> None:
         self.heard.append(text)
 
-    def tell_missing_changes(self, problem: str) -> None:
+    def notify_gap(self, problem: str) -> None:
         self.heard.append(problem)
 
 
@@ -99,7 +99,7 @@ async def test_who_is_entered_while_the_source_is_lost_stands_when_there_is_anot
     stage, listener = Stage(), Listener()
     registration = Registration(listener, CLAIMS, [(1, BINDING)])
     stage.subscriptions.registrations[registration] = None
-    entering = asyncio.create_task(stage.entrance.enter(registration))
+    entering = asyncio.create_task(stage.entrance.activate(registration))
     await stage.is_asked.wait()
     # Who is not told of a gap must not have been there before it.
     stage.is_active = False
@@ -120,9 +120,9 @@ async def test_changes_that_come_while_their_table_is_not_published_are_told_to_
     registration = Registration(listener, CLAIMS, [(1, BINDING)])
     stage.subscriptions.registrations[registration] = None
     stage.gate.set()
-    await stage.entrance.enter(registration)
+    await stage.entrance.activate(registration)
     stage.tables = {}
     await stage.courier.take([Change(1, Action.INSERT, 0.0, {"id": msgspec.Raw(b'"1"')}, None, False, 1, 2000)])
     stage.tables = {1: TABLE}
-    await stage.entrance.enter(registration)
+    await stage.entrance.activate(registration)
     assert listener.heard == [SUBSCRIBED, "gap: changes of a table came when it was not published"]

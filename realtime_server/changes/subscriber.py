@@ -18,13 +18,13 @@ from realtime_server.protocol.frames import Encoding, Frame
 
 
 class RowChangeSubscriber(ABC):
-    """A subscriber. With `is_held` its notifications and changes are buffered until `release`, which is called once it is subscribed.
+    """A subscriber. With `is_buffered` its notifications and changes are buffered until `flush`, which is called once it is subscribed.
 
-    `client` is the owner, where it has several subscribers. With `is_held`, `established` completes on activation, or raises InvalidBinding
-    if that can never succeed. Temporary failures do not complete it.
+    `client` is the owner, where it has several subscribers. With `is_buffered`, `established` completes on activation, or raises
+    InvalidBinding if that can never succeed. Temporary failures do not complete it.
     """
 
-    def __init__(self, topic: str, encoding: Encoding, *, is_held: bool, client: Hashable | None = None) -> None:
+    def __init__(self, topic: str, encoding: Encoding, *, is_buffered: bool, client: Hashable | None = None) -> None:
         self.client: Hashable = self if client is None else client
         self.topic = topic
         self.encoding = encoding
@@ -32,7 +32,7 @@ class RowChangeSubscriber(ABC):
         self.established: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Marks the exception as retrieved, for when the client is gone before it awaits the future.
         self.established.add_done_callback(lambda future: future.cancelled() or future.exception())
-        self._buffered: list[Callable[[], None]] | None = [] if is_held else None
+        self._buffered: list[Callable[[], None]] | None = [] if is_buffered else None
 
     def subscribe(
         self, feed: Feed, claims: Claims, bindings: Iterable[tuple[int, Binding]]
@@ -40,11 +40,11 @@ class RowChangeSubscriber(ABC):
         """Register; the returned coroutine, which the caller must run, activates the subscription."""
         self.registration = Registration(self, claims, bindings)
         feed.register(self.registration)
-        return self._enter(feed, self.registration)
+        return self._activate(feed, self.registration)
 
-    async def _enter(self, feed: Feed, registration: Registration) -> None:
+    async def _activate(self, feed: Feed, registration: Registration) -> None:
         try:
-            await feed.enter(registration)
+            await feed.activate(registration)
         except Exception as error:
             if not self._is_waiting:
                 raise
@@ -59,7 +59,7 @@ class RowChangeSubscriber(ABC):
         if self._is_waiting:
             self.established.set_result(None)
 
-    def release(self) -> None:
+    def flush(self) -> None:
         buffered, self._buffered = self._buffered or [], None
         for step in buffered:
             # An earlier one may have closed the subscription.
@@ -69,7 +69,7 @@ class RowChangeSubscriber(ABC):
     def changed(self, frame: Frame) -> None:
         self._send_or_buffer(partial(self.send, frame))
 
-    def tell_changes(self, text: str, *, ok: bool) -> None:
+    def notify_status(self, text: str, *, ok: bool) -> None:
         if self._is_waiting:
             if ok:
                 self.established.set_result(None)
@@ -77,10 +77,10 @@ class RowChangeSubscriber(ABC):
                 return
             else:
                 self.established.set_exception(InvalidBinding(text))
-        self._send_or_buffer(partial(self.say, text, ok=ok))
+        self._send_or_buffer(partial(self.send_status, text, ok=ok))
 
-    def tell_missing_changes(self, problem: str) -> None:
-        self._send_or_buffer(partial(self.say_missing, problem))
+    def notify_gap(self, problem: str) -> None:
+        self._send_or_buffer(partial(self.send_gap, problem))
 
     def _send_or_buffer(self, step: Callable[[], None]) -> None:
         if self._buffered is None:
@@ -93,9 +93,9 @@ class RowChangeSubscriber(ABC):
         """Send a change."""
 
     @abstractmethod
-    def say(self, text: str, *, ok: bool) -> None:
+    def send_status(self, text: str, *, ok: bool) -> None:
         """Send the result of the subscription."""
 
     @abstractmethod
-    def say_missing(self, problem: str) -> None:
+    def send_gap(self, problem: str) -> None:
         """Send that changes are missing here."""

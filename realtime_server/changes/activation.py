@@ -10,10 +10,10 @@ from typing import Final
 from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.judge import Identity, Judge, Rejected, TookTooLong
+from realtime_server.changes.publication_monitor import PublicationMonitor
 from realtime_server.changes.quarantine import Quarantine
 from realtime_server.changes.sources import POLL_S, RETRY_S, Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, TIMEOUTS, UNAVAILABLE, Entry, Registration, Subscriptions
-from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.cursor import Snapshot
 from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable, InvalidBinding, QueryCanceled
@@ -23,7 +23,7 @@ from realtime_server.protocol.filters import PATTERNS, Condition
 from realtime_server.tasks import run_until_first_failure
 
 # A subscriber that waits longer for its first result is notified that it is pending.
-PATIENCE_S: Final = 10.0
+PENDING_AFTER_S: Final = 10.0
 # A check that times out is repeated, so often in all and after so long: the database may be overloaded.
 MAX_CHECKS: Final = 3
 CHECK_RETRY_S: Final = 2.0
@@ -62,9 +62,9 @@ class SubscriptionActivator:
 
     async def _reactivate(self) -> None:
         while True:
-            await self.enter(await self._subscriptions.next_pending())
+            await self.activate(await self._subscriptions.next_pending())
 
-    async def enter(self, registration: Registration) -> None:
+    async def activate(self, registration: Registration) -> None:
         """Activate the bindings, all of them or none, and notify the subscriber of the result, unless it is the last one it got."""
         registration.generation += 1
         generation = registration.generation
@@ -82,7 +82,7 @@ class SubscriptionActivator:
                 else:
                     # The server or its database may be starting.
                     await asyncio.sleep(POLL_S)
-                    if time.monotonic() - waiting_since > PATIENCE_S:
+                    if time.monotonic() - waiting_since > PENDING_AFTER_S:
                         registration.report_pending(UNAVAILABLE)
                     continue
             except InvalidBinding as error:
@@ -106,7 +106,7 @@ class SubscriptionActivator:
                 registration.since = registration.since or since
                 self._subscriptions.put(registration, entries)
                 withheld = self._withheld(registration)
-                registration.say(withheld or text, ok=text is SUBSCRIBED and not withheld)
+                registration.send_status(withheld or text, ok=text is SUBSCRIBED and not withheld)
             return
 
     def _withheld(self, registration: Registration) -> str | None:

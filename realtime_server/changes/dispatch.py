@@ -22,19 +22,19 @@ from realtime_server import database
 from realtime_server.changes.budget import Budget
 from realtime_server.changes.catalog import Catalog, Table
 from realtime_server.changes.change import Change
+from realtime_server.changes.evaluation import Outdated, Round, Verdict
 from realtime_server.changes.judge import LIMIT_ALONE_S, Identity, Judge
 from realtime_server.changes.payload import View, encode
+from realtime_server.changes.publication_monitor import PublicationMonitor
 from realtime_server.changes.quarantine import Quarantine
-from realtime_server.changes.rounds import Outdated, Round, Verdict
 from realtime_server.changes.sources import Sources
 from realtime_server.changes.subscriptions import SUBSCRIBED, Registration, Subscriptions
-from realtime_server.changes.watch import PublicationMonitor
 from realtime_server.claims import Claims
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.metrics import Metrics
 from realtime_server.protocol import bindings
 from realtime_server.protocol.frames import Encoding, Frame, RowChange
-from realtime_server.tasks import end
+from realtime_server.tasks import cancel_and_wait
 
 MIN_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 5.0
@@ -119,7 +119,7 @@ class ChangeDispatcher:
             for evaluated in await asyncio.gather(*tasks):
                 verdicts |= {id(verdict.change): (table, verdict) for table, verdict in evaluated}
         finally:
-            await end(tasks)
+            await cancel_and_wait(tasks)
         self._metrics.changes.inc(len(changes))
         since = time.monotonic()
         for change in changes:
@@ -208,9 +208,9 @@ class ChangeDispatcher:
                 continue
             for registration in {entry.registration for entry in self._subscriptions.of_table(table.relation)}:
                 if Identity.of(registration.claims) == identity:
-                    registration.say(text, ok=problem is None)
+                    registration.send_status(text, ok=problem is None)
         for registration in {entry.registration for entry in round.failed}:
-            registration.subscriber.tell_missing_changes(f"gap: changes of {table} could not be judged")
+            registration.subscriber.notify_gap(f"gap: changes of {table} could not be judged")
         for (entry, _), seconds in round.slow.items():
             self._budget.spend(entry.registration.subscriber.client, Identity.of(entry.claims), seconds)
         for entry, problem in round.unmatched.items():
@@ -226,7 +226,7 @@ class ChangeDispatcher:
             self._subscriptions.put(registration, [one for one in registration.entries if one is not entry])
             log.info("filter could not be evaluated", table=str(table), problem=problem)
             # The error text is withheld, because it may repeat values of rows that the client may not see.
-            registration.say(bindings.rejected(entry.binding, f"ERROR {problem[:5]}"), ok=False)
+            registration.send_status(bindings.rejected(entry.binding, f"ERROR {problem[:5]}"), ok=False)
 
     def _send(self, table: Table, verdict: Verdict) -> None:
         """Send one change to its recipients: each channel gets it once for each view, with the ids of all bindings that it matches."""
