@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     message_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="a socket that does not complete a fragmented message within this time is closed (1008)",
+        description="a socket that begins a message and does not complete it within this time is closed (1008)",
     )
     max_partial_bytes: int = Field(
         64_000_000,
