@@ -43,10 +43,10 @@ app = typer.Typer(
     help="A realtime server on plain PostgreSQL. Settings come from the environment, prefix REALTIME_.",
 )
 
-Public = Annotated[bool, typer.Option("--public", help="The public room of this name; without: the private one.")]
-Url = Annotated[str | None, typer.Option(help="The server's URL; without: the one of these settings.")]
-Key = Annotated[str | None, typer.Option(help="API key; without: the service key of these settings.")]
-Token = Annotated[str | None, typer.Option(help="Token of a user; without: the key decides who it is.")]
+Public = Annotated[bool, typer.Option("--public", help="Use the public room of this name, not the private one.")]
+Url = Annotated[str | None, typer.Option(help="The server's URL; by default that of these settings.")]
+Key = Annotated[str | None, typer.Option(help="API key; by default the service key of these settings.")]
+Token = Annotated[str | None, typer.Option(help="Token of a user; by default the API key is the identity.")]
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def migrate(
         bool,
         typer.Option(
             "--sql",
-            help="Print the script instead of running it: what is pending in the database, without a database everything.",
+            help="Print the script instead of running it: what is pending in the database, or without one, everything.",
         ),
     ] = False,
 ) -> None:
@@ -144,7 +144,7 @@ def migrate(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report misconfigurations and risks for messages and row changes, each with its fix. Exit code 1: there is a problem."""
     from realtime_server.doctor import examine
@@ -185,7 +185,7 @@ def psql(
 
 @app.command()
 def keys(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print URL, API keys, secret and database of this server."""
     settings, record = _running_server()

@@ -223,7 +223,7 @@ class Listener(AsyncIterator[Message | Gap]):
             try:
                 item = self._take(socket, await socket.recv())
             except ConnectionLost as problem:
-                self._lose(socket, str(problem))
+                self._abort_socket(socket, str(problem))
             else:
                 if item is not None:
                     return item
@@ -243,15 +243,15 @@ class Listener(AsyncIterator[Message | Gap]):
             try:
                 self._socket = await self._join()
             except ConnectionLost as problem:
-                self._lose(None, str(problem))
+                self._abort_socket(None, str(problem))
             else:
                 if self._closed.is_set():
-                    self._socket.drop()
+                    self._socket.abort()
 
-    def _lose(self, socket: _Socket | None, problem: str) -> None:
+    def _abort_socket(self, socket: _Socket | None, problem: str) -> None:
         """Abort a socket and count the failure. The pause comes before the next join."""
         if socket is not None:
-            socket.drop()
+            socket.abort()
             if socket.has_served or socket.is_old:
                 self._failures = 0
         self._failures += 1
@@ -387,7 +387,7 @@ class Listener(AsyncIterator[Message | Gap]):
             raise ConnectionLost(f"the server names no cursor behind a gap: {problem}")
         # The server would continue with live messages; a new join also replays those that are still stored.
         self._cursor = oldest
-        self._lose(socket, problem)
+        self._abort_socket(socket, problem)
         return Gap(self.topic, problem, oldest)
 
     def _is_new(self, id: str) -> bool:
@@ -433,7 +433,7 @@ class _Socket:
         except ConnectionClosed as error:
             raise ConnectionLost(_how_closed(error)) from error
 
-    def drop(self) -> None:
+    def abort(self) -> None:
         """Abort the connection at once, without a closing handshake, because the peer may be gone."""
         self.is_over = True
         self._heartbeat.cancel()
@@ -496,7 +496,7 @@ async def _fetch_token(client: Client) -> str | None:
     except PermanentError:
         raise
     except Exception as error:
-        log.exception("no token")
+        log.exception("token function failed")
         raise ConnectionLost(f"no token: {error}") from error
 
 

@@ -33,10 +33,12 @@ class Snapshot:
         """Whether this transaction is visible, provided that it committed."""
         return xid < self.xmax and xid not in self.in_progress
 
-    def may_miss(self, dropped: int, now: Snapshot) -> bool:
-        """Whether rows that transactions up to `dropped` wrote, and that are dropped by now, may not be visible in this snapshot."""
+    def may_miss(self, retention_horizon: int, now: Snapshot) -> bool:
+        """Whether rows that are no longer kept may not be visible in this snapshot."""
         # No rows of transactions that are still running were dropped.
-        return self.xmax <= dropped or any(xid <= dropped and now.sees(xid) for xid in self.in_progress)
+        return self.xmax <= retention_horizon or any(
+            xid <= retention_horizon and now.sees(xid) for xid in self.in_progress
+        )
 
     def __lt__(self, other: Snapshot) -> bool:
         """Whether this snapshot is earlier: of two of the same database, the later one sees all that the earlier one sees."""

@@ -305,14 +305,14 @@ class Relay(Generic[R]):
                 await reader.execute("set enable_seqscan = off")
                 await reader.execute("set plan_cache_mode = force_generic_plan")
                 await reader.execute(f"prepare read (pg_snapshot) as select * from {self._outbox.read}($1)")  # noqa: S608 -- of ours
-        incarnation, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
+        incarnation, snapshot, seq, oldest, retention_horizon = await self._row(reader, self._outbox.begin)
         self._pending_checkpoint = None
         now = Snapshot.parse(snapshot)
         # An older copy of the database's files has the same incarnation, but is behind the checkpoint.
         is_same = (
             incarnation == self._incarnation and self._checkpoint is not None and self._checkpoint.xmax <= now.xmax
         )
-        if is_same and self._snapshot is not None and not self._snapshot.may_miss(dropped_xid, now):
+        if is_same and self._snapshot is not None and not self._snapshot.may_miss(retention_horizon, now):
             self._snapshot = self._checkpoint
             if not await self._has_kept_all(reader):
                 self._delivered_seqs, self._last_seq, self._highest = IntervalSet(), 0, None
