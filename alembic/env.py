@@ -1,5 +1,5 @@
-"""How revisions run: one transaction each, one migrator at a time, the version table in schema realtime. At the end of an upgrade, the
-functions of every branch that is at its head are applied where they have changed, in one transaction.
+"""Runs revisions: one transaction each, one migrator at a time, the version table in schema realtime. At the end of an upgrade, the changed
+functions of every branch that is at its head are applied in one transaction.
 
 `head` means the head of the core: with a branch for each sample system it would be ambiguous.
 """
@@ -19,14 +19,14 @@ from realtime_server import config
 from realtime_server.errors import SettingsError
 from realtime_server.schema import CORE, VERSION_TABLE, pending_functions, read_digests
 
-MIGRATION_LOCK = 7885631  # any fixed number: two migrators meet here
+MIGRATION_LOCK = 7885631  # key of the advisory lock of migrators; any fixed number
 LOCK_TIMEOUT_S = 60
 
 _revisions = context.script.revision_map
 _current_head = _revisions.get_current_head
 _revisions.get_current_head = lambda branch_label=None: _current_head(branch_label or CORE)  # type: ignore[method-assign]
 
-# What was run of the history.
+# The revisions that were applied.
 steps: list[MigrationInfo] = []
 
 OPTIONS: dict[str, Any] = {
@@ -52,7 +52,7 @@ def database_url() -> str:
 
 
 def is_upgrade() -> bool:
-    """Whether revisions are applied, and nothing else: not downgraded, stamped, shown or compared."""
+    """Whether this command upgrades, and does not downgrade, stamp, show or compare."""
     try:
         context.get_revision_argument()
     except KeyError:
@@ -62,7 +62,7 @@ def is_upgrade() -> bool:
 
 def run_offline() -> None:
     context.configure(url="postgresql+psycopg://", literal_binds=True, **OPTIONS)
-    context.execute("set search_path = ''")  # as online: names mean the same whoever runs the script
+    context.execute("set search_path = ''")  # as online, so that names resolve the same for every user
     context.execute("create schema if not exists realtime")
     with context.begin_transaction():
         context.run_migrations()
@@ -83,7 +83,7 @@ def run_online() -> None:
     engine = create_engine("postgresql+psycopg://", poolclass=pool.NullPool, creator=lambda: psycopg.connect(url))
     with engine.connect() as connection:
         lock(connection)
-        # Only where absent: a role that may use the schema but not create one can then still ask for the revision.
+        # Only if absent, so that a role that may use the schema but not create one can still read the revision.
         if not connection.scalar(text("select to_regnamespace('realtime')")):
             connection.execute(text("create schema realtime"))
         connection.commit()
@@ -95,11 +95,11 @@ def run_online() -> None:
 
 
 def apply_functions(connection: Connection) -> None:
-    # As it is: through SQLAlchemy, `:name` and `%` in the text would be read as parameters.
+    # The text is executed by psycopg, because SQLAlchemy would read `:name` and `%` in it as parameters.
     db = connection.connection.dbapi_connection
     assert isinstance(db, psycopg.Connection), "revisions run through psycopg"
     heads = context.get_context().get_current_heads()
-    # The heads were read in a transaction that SQLAlchemy began.
+    # SQLAlchemy began a transaction to read the heads.
     connection.commit()
     with db.transaction():
         for script in pending_functions(heads, read_digests(db)).values():
@@ -107,7 +107,7 @@ def apply_functions(connection: Connection) -> None:
 
 
 def lock(connection: Connection) -> None:
-    """Wait for the other migrator without holding a snapshot: CREATE INDEX CONCURRENTLY would wait for that one."""
+    """Wait for another migrator without holding a snapshot, which its CREATE INDEX CONCURRENTLY would wait for."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while not connection.scalar(text("select pg_try_advisory_lock(:key)"), {"key": MIGRATION_LOCK}):
         connection.commit()

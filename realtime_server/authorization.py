@@ -1,12 +1,12 @@
-"""What a client may do on a private topic: asked of PostgreSQL, many questions in one round trip.
+"""Authorizes clients on private topics: PostgreSQL evaluates the policies, many requests in one round trip.
 
-The answer is row-level security's own (`realtime.authorize`); nothing here repeats a rule. Questions that arrive while others are being
-answered leave together as the next batch, one of each caller in turn: who asks a thousand does not keep others waiting. Answers are not
-kept: they live as long as the channel that asked.
+Row-level security decides (`realtime.authorize`); no rule is repeated here. Requests that arrive while a batch is being evaluated form the
+next batch, one of each caller in turn, so that a caller with a thousand requests does not delay the others. Results are not cached here:
+each channel keeps its own.
 
-**A slow policy delays only its own question.** A batch runs for at most `BATCH_LIMIT_S`. The answers that were complete by then count, the
-question that was being evaluated is moved to a second queue, and the others are asked again first. A question of the second queue is asked
-alone, within the whole time limit for a policy, on connections that the batches do not need; when its caller goes away, it is cancelled.
+**A slow policy delays only its own request.** A batch runs for at most `BATCH_LIMIT_S`. Results that were complete by then count, the
+request that was being evaluated moves to a second queue, and the others are evaluated again first. A request of the second queue is
+evaluated alone, within the whole policy timeout, on connections reserved for it; when its caller goes away, it is cancelled.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from realtime_server.database import Pool
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled
 from realtime_server.tasks import run_until_first_failure
 
-QUESTIONS_AT_ONCE: Final = 50
-# How long one slow question may delay the others of its batch.
+BATCH_REQUESTS: Final = 50
+# How long one slow request may delay the others of its batch.
 BATCH_LIMIT_S: Final = 0.25
-# Connections for questions that are asked alone; a pool must have more than these.
+# Connections for requests that are evaluated alone; a pool must have more than these.
 ALONE_AT_ONCE: Final = 2
-# Of each question: for broadcast and for presence.
-ROWS_PER_QUESTION: Final = 2
+# Each request has a row for broadcast and one for presence.
+ROWS_PER_REQUEST: Final = 2
 INSUFFICIENT_PRIVILEGE: Final = "42501"
 
 log = structlog.get_logger()
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The computed rights of one client on one topic."""
+    """The rights that the policies give one client on one topic."""
 
     can_read_broadcast: bool = False
     can_write_broadcast: bool = False
@@ -53,14 +53,14 @@ EVERYTHING: Final = Policy(True, True, True, True)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyHeaders:
-    """The headers that policies may read, encoded once for all questions of a request or a socket."""
+    """The headers that policies may read, encoded once for all authorizations of an HTTP request or a socket."""
 
     json: str = "{}"
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """`topic` without `realtime:`; `headers` are those of the request or of the socket's handshake."""
+class AuthorizationRequest:
+    """A client and a topic to authorize. `topic` is without `realtime:`; `headers` are those of the HTTP request or of the handshake."""
 
     topic: str
     claims: Claims
@@ -68,58 +68,58 @@ class Question:
 
     @property
     def caller(self) -> Hashable:
-        """The user, or else the socket, which has headers of its own."""
+        """The user, or else the socket, known by its headers."""
         return self.claims.subject or id(self.headers)
 
 
-Asked = tuple[Question, asyncio.Future[Policy]]
+Pending = tuple[AuthorizationRequest, asyncio.Future[Policy]]
 
 
 class _Queue:
-    """Questions that wait, one of each caller in turn."""
+    """A fair queue of pending requests: it returns one of each caller in turn."""
 
     def __init__(self) -> None:
-        self._by_caller: OrderedDict[Hashable, deque[Asked]] = OrderedDict()
+        self._by_caller: OrderedDict[Hashable, deque[Pending]] = OrderedDict()
         self._is_filled = asyncio.Event()
 
-    def put(self, asked: Asked) -> None:
-        self._by_caller.setdefault(asked[0].caller, deque()).append(asked)
+    def put(self, pending: Pending) -> None:
+        self._by_caller.setdefault(pending[0].caller, deque()).append(pending)
         self._is_filled.set()
 
-    def put_back(self, batch: Sequence[Asked]) -> None:
-        """Before all others, in their order."""
-        for asked in reversed(batch):
-            caller = asked[0].caller
-            self._by_caller.setdefault(caller, deque()).appendleft(asked)
+    def put_back(self, batch: Sequence[Pending]) -> None:
+        """Put requests before all others, in their order."""
+        for pending in reversed(batch):
+            caller = pending[0].caller
+            self._by_caller.setdefault(caller, deque()).appendleft(pending)
             self._by_caller.move_to_end(caller, last=False)
             self._is_filled.set()
 
-    async def take(self, most: int) -> list[Asked]:
-        """Up to `most` questions, at least one, whose callers still wait."""
+    async def take(self, limit: int) -> list[Pending]:
+        """Wait for requests whose callers still wait, and take at least one, at most `limit`."""
         while True:
             await self._is_filled.wait()
-            batch = self._take(most)
+            batch = self._take(limit)
             if not self._by_caller:
                 self._is_filled.clear()
             if batch:
                 return batch
 
-    def _take(self, most: int) -> list[Asked]:
-        batch: list[Asked] = []
-        while self._by_caller and len(batch) < most:
-            caller, questions = self._by_caller.popitem(last=False)
-            question, answer = questions.popleft()
-            if questions:
-                self._by_caller[caller] = questions
-            # Who asked may be gone.
-            if not answer.done():
-                batch.append((question, answer))
+    def _take(self, limit: int) -> list[Pending]:
+        batch: list[Pending] = []
+        while self._by_caller and len(batch) < limit:
+            caller, queued = self._by_caller.popitem(last=False)
+            request, result = queued.popleft()
+            if queued:
+                self._by_caller[caller] = queued
+            # The caller may be gone.
+            if not result.done():
+                batch.append((request, result))
         return batch
 
 
 class Authorization:
-    """`pool` ends a statement after `BATCH_LIMIT_S` and has more than `ALONE_AT_ONCE` connections; one question may take
-    `policy_timeout_s`."""
+    """Queues requests and evaluates them in batches. `pool` ends a statement after `BATCH_LIMIT_S` and has more than `ALONE_AT_ONCE`
+    connections; a request that is evaluated alone may take `policy_timeout_s`."""
 
     def __init__(self, pool: Pool, policy_timeout_s: float) -> None:
         self._pool = pool
@@ -128,107 +128,109 @@ class Authorization:
         self._alone = _Queue()
 
     async def authorize(self, topic: str, claims: Claims, headers: PolicyHeaders) -> Policy:
-        """Ask, and wait for the answer. A policy that raises allows nothing. Raises: DatabaseUnavailable, QueryCanceled."""
-        answer: asyncio.Future[Policy] = asyncio.get_running_loop().create_future()
-        self._waiting.put((Question(topic, claims, headers), answer))
-        return await answer
+        """Evaluate the policies for a client. A policy that raises allows nothing. Raises: DatabaseUnavailable, QueryCanceled."""
+        result: asyncio.Future[Policy] = asyncio.get_running_loop().create_future()
+        self._waiting.put((AuthorizationRequest(topic, claims, headers), result))
+        return await result
 
     async def run(self) -> None:
-        """Answer questions until cancelled, on as many connections as the pool has."""
+        """Evaluate requests until cancelled, on as many connections as the pool has."""
         await run_until_first_failure(
-            *(self._answer_batches() for _ in range(self._pool.size - ALONE_AT_ONCE)),
-            *(self._answer_alone() for _ in range(ALONE_AT_ONCE)),
+            *(self._run_batches() for _ in range(self._pool.size - ALONE_AT_ONCE)),
+            *(self._run_alone() for _ in range(ALONE_AT_ONCE)),
         )
 
-    async def _answer_batches(self) -> None:
+    async def _run_batches(self) -> None:
         while True:
-            await self._answer_batch(await self._waiting.take(QUESTIONS_AT_ONCE))
+            await self._evaluate_batch(await self._waiting.take(BATCH_REQUESTS))
 
-    async def _answer_batch(self, batch: list[Asked]) -> None:
-        unanswered = deque(batch)
+    async def _evaluate_batch(self, batch: list[Pending]) -> None:
+        unfinished = deque(batch)
         try:
-            async with aclosing(self._ask([question for question, _ in batch])) as policies:
+            async with aclosing(self._query([request for request, _ in batch])) as policies:
                 async for policy in policies:
-                    _, answer = unanswered.popleft()
-                    if not answer.done():
-                        answer.set_result(policy)
+                    _, result = unfinished.popleft()
+                    if not result.done():
+                        result.set_result(policy)
         except DatabaseUnavailable as error:
-            for _, answer in unanswered:
-                if not answer.done():
-                    answer.set_exception(error)
+            for _, result in unfinished:
+                if not result.done():
+                    result.set_exception(error)
         except QueryCanceled:
-            if unanswered:
-                self._alone.put(unanswered.popleft())
-                self._waiting.put_back(unanswered)
+            if unfinished:
+                self._alone.put(unfinished.popleft())
+                self._waiting.put_back(unfinished)
         except Exception:
-            # One topic that is no text to PostgreSQL: each is asked again by itself.
-            self._ask_each_alone(unanswered)
+            # PostgreSQL cannot take one of the topics as text: each request is evaluated again alone.
+            self._queue_each_alone(unfinished)
         else:
-            # A function that answers too little. Alone, its question raises; others are not left waiting.
-            self._ask_each_alone(unanswered)
+            # The function returned too few rows. Alone, the request that lacks them raises, and the others get their results.
+            self._queue_each_alone(unfinished)
 
-    def _ask_each_alone(self, questions: Iterable[Asked]) -> None:
-        for asked in questions:
-            self._alone.put(asked)
+    def _queue_each_alone(self, requests: Iterable[Pending]) -> None:
+        for pending in requests:
+            self._alone.put(pending)
 
-    async def _answer_alone(self) -> None:
+    async def _run_alone(self) -> None:
         while True:
-            ((question, answer),) = await self._alone.take(1)
-            asking = asyncio.create_task(self._ask_alone(question))
-            answer.add_done_callback(lambda _, asking=asking: asking.cancel())  # type: ignore[misc]
+            ((request, result),) = await self._alone.take(1)
+            task = asyncio.create_task(self._evaluate_alone(request))
+            result.add_done_callback(lambda _, task=task: task.cancel())  # type: ignore[misc]
             try:
-                await asyncio.wait([asking])
+                await asyncio.wait([task])
             finally:
-                asking.cancel()
-                await asyncio.wait([asking])
-            if asking.cancelled():
+                task.cancel()
+                await asyncio.wait([task])
+            if task.cancelled():
                 continue
-            error = asking.exception()
-            if answer.done():
+            error = task.exception()
+            if result.done():
                 continue
             if error is not None:
-                answer.set_exception(error)
+                result.set_exception(error)
             else:
-                answer.set_result(asking.result())
+                result.set_result(task.result())
 
-    async def _ask_alone(self, question: Question) -> Policy:
+    async def _evaluate_alone(self, request: AuthorizationRequest) -> Policy:
         try:
-            async with aclosing(self._ask([question], self._policy_timeout_s)) as policies:
+            async with aclosing(self._query([request], self._policy_timeout_s)) as policies:
                 (policy,) = [policy async for policy in policies]
                 return policy
         except database.InvalidText:
-            log.info("topic or claims are no text to PostgreSQL", topic=question.topic)
+            log.info("PostgreSQL cannot take topic or claims as text", topic=request.topic)
             return Policy()
 
-    async def _ask(self, questions: list[Question], limit_s: float | None = None) -> AsyncGenerator[Policy]:
-        """The answers in the order of the questions; those that were complete before an error come before it."""
+    async def _query(
+        self, requests: list[AuthorizationRequest], limit_s: float | None = None
+    ) -> AsyncGenerator[Policy]:
+        """Yield the policies in the order of the requests; those that were complete before an error come before it."""
         rows = self._pool.stream(
             # A set in the select list is returned row by row, while one in FROM is complete before its first row is returned.
             "select (answered.row).* from"
             " (select realtime_internal.authorize_batch(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[]) as row)"
             " as answered",
             (
-                [question.topic for question in questions],
-                [question.claims.role for question in questions],
-                [question.claims.json for question in questions],
-                [question.headers.json for question in questions],
+                [request.topic for request in requests],
+                [request.claims.role for request in requests],
+                [request.claims.json for request in requests],
+                [request.headers.json for request in requests],
             ),
             limit_s=limit_s,
-            rows_at_once=ROWS_PER_QUESTION,
+            rows_at_once=ROWS_PER_REQUEST,
         )
         async with aclosing(rows):
             rights: dict[str, bool] = {}
             async for number, extension, can_read, can_write, problem in rows:
                 rights |= {f"can_read_{extension}": can_read, f"can_write_{extension}": can_write}
                 if problem is not None:
-                    _log_problem(questions[number - 1], extension, problem)
+                    _log_problem(requests[number - 1], extension, problem)
                 if len(rights) == len(fields(Policy)):
                     yield Policy(**rights)
                     rights = {}
 
 
-def _log_problem(question: Question, extension: str, problem: str) -> None:
-    facts = {"topic": question.topic, "extension": extension, "role": question.claims.role}
+def _log_problem(request: AuthorizationRequest, extension: str, problem: str) -> None:
+    facts = {"topic": request.topic, "extension": extension, "role": request.claims.role}
     if problem.startswith(INSUFFICIENT_PRIVILEGE):
         facts["hint"] = "realtime-server doctor names the policy and the missing GRANT"
-    log.warning("policy could not be evaluated", **facts, sub=question.claims.subject, problem=problem)
+    log.warning("policy could not be evaluated", **facts, sub=request.claims.subject, problem=problem)

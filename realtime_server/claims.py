@@ -1,7 +1,7 @@
-"""Tokens: from the text a client sent to verified claims. Pure: the time and the keys are arguments.
+"""Decodes and verifies tokens and returns their claims. Pure: the time and the keys are arguments.
 
-The key decides the algorithm: keys are looked up by key id *and* algorithm, and each is filed only under algorithms of its own type. So a
-public key is never an HMAC secret, and `none`, PS* and everything else that is not in the tables below finds no key.
+The key decides the algorithm: keys are looked up by key id *and* algorithm, and each is stored only under algorithms of its own type. So a
+public key is never used as an HMAC secret, and `none`, PS* and everything else that is not in the tables below finds no key.
 Source of rules and texts: Supabase Realtime's `RealtimeWeb.JwtVerification`; of the key format: RFC 7517, 7518, 8037, 9864.
 """
 
@@ -32,7 +32,7 @@ from realtime_server.errors import (
 
 # API keys outlive the software that made them: 2100-01-01, the same for the same secret.
 API_KEY_EXPIRES_AT: Final = 4_102_444_800
-# As long as servers let a header be. What is longer costs more to take apart than a stranger may cost: 30 ns a character.
+# The usual limit of servers for a header. Decoding costs 30 ns a character, which bounds what an unauthenticated client can cause.
 MAX_TOKEN_CHARACTERS: Final = 16_384
 # RFC 7518, sections 3.2 and 3.3.
 MIN_SECRET_BYTES: Final = 32
@@ -73,7 +73,7 @@ _JWS: Final = jwt.PyJWS()
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a verified token says. `json` is the whole payload for policies; `expires_at` is seconds since 1970."""
+    """The claims of a verified token. `json` is the whole payload for policies; `expires_at` is seconds since 1970."""
 
     role: str
     subject: str | None
@@ -81,7 +81,7 @@ class Claims:
     json: str
 
     def is_same_identity(self, other: Claims) -> bool:
-        """Whether both say the same, apart from what tells one token from the next (`exp`, `iat`, `nbf`, `jti`)."""
+        """Whether both have the same claims, apart from those that differ from token to token (`exp`, `iat`, `nbf`, `jti`)."""
         return self.role == other.role and (
             self.json == other.json or _lasting_claims(self.json) == _lasting_claims(other.json)
         )
@@ -95,15 +95,15 @@ def _lasting_claims(json: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What signatures are checked with: the shared secret, if any, and keys by key id and algorithm."""
+    """The keys that verify signatures: the shared secret, if any, and keys by key id and algorithm."""
 
     secret: bytes | None = field(repr=False)
     by_id: Mapping[tuple[str, str], Any] = field(repr=False)
 
     @classmethod
     def load(cls, secret: str | None, jwk_set: object = None) -> Keys:
-        """`jwk_set`: a decoded RFC 7517 set. Keys in it that cannot verify a signature here (no key id, for encryption, unknown type,
-        too weak, broken) are skipped. Raises: SettingsError, for a secret that is a public key; ValueError, for what is no JWK set."""
+        """Load keys. `jwk_set`: a decoded RFC 7517 set. Keys in it that cannot verify a signature here (no key id, for encryption, unknown
+        type, too weak, broken) are skipped. Raises: SettingsError when the secret is a public key; ValueError when it is no JWK set."""
         members = jwk_set.get("keys") if isinstance(jwk_set, dict) else None
         if jwk_set is not None and not isinstance(members, list):
             raise ValueError("a JWK set is an object with a list `keys`")
@@ -116,7 +116,7 @@ class Keys:
         return cls(None if secret is None else _prepared(secret), by_id)
 
     def find(self, algorithm: object, kid: str | None) -> tuple[Algorithm, Any]:
-        """Raises: NoSigningKey, with the key id only where another set of keys could hold one that fits."""
+        """Find the key for a signature. Raises: NoSigningKey, with the key id only if another key set could contain the key."""
         if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
             raise NoSigningKey
         key = None if kid is None else self.by_id.get((kid, algorithm))
@@ -129,31 +129,34 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What claims must say: a role out of `roles`, and each of the `required` claims with exactly this value."""
+    """The rules that claims must meet: a role of `roles`, and each of the `required` claims with exactly this value."""
 
     roles: frozenset[str]
     required: Mapping[str, Any]
 
 
 def verify(token: str, keys: Keys, rules: Rules, now: float) -> Claims:
-    """Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, TokenNotYetValid, MissingClaims."""
-    payload, json = _open(token, keys)
+    """Verify a token, and return its claims.
+
+    Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, TokenNotYetValid, MissingClaims.
+    """
+    payload, json = _verified_payload(token, keys)
     _check_time(payload, now)
     return _check(payload, json, rules)
 
 
 def verify_signature(token: str, keys: Keys, now: float) -> None:
-    """For tokens of operators, which stand for no role.
+    """Verify the signature and times of a token of an operator, which has no role.
 
     Raises: MalformedToken, NoSigningKey, InvalidSignature, InvalidClaims, TokenExpired, TokenNotYetValid.
     """
-    payload, _ = _open(token, keys)
+    payload, _ = _verified_payload(token, keys)
     _check_time(payload, now)
 
 
 @dataclass(frozen=True, slots=True)
 class Unverified:
-    """What a token says about itself, before its signature is checked. `json` is the text of the payload."""
+    """A decoded token whose signature is not verified. `json` is the text of the payload."""
 
     algorithm: object
     kid: str | None
@@ -163,10 +166,10 @@ class Unverified:
 
 
 def decode(token: str) -> Unverified:
-    """The parts of a token that nobody has verified. Raises: MalformedToken."""
+    """Decode a token without verifying it. Raises: MalformedToken."""
     try:
-        # PyJWT takes the token apart and no more. Its own check would choose by the token's header which algorithm to run, prepare the
-        # key for each token anew, and warn of secrets that are long enough for HS256 but not for HS512.
+        # PyJWT only decodes the token. Its own verification would choose the algorithm by the token's header, prepare the key for each
+        # token anew, and warn of secrets that are long enough for HS256 but not for HS512.
         parts = _JWS.decode_complete(clean(token), options={"verify_signature": False})
         header, payload = parts["header"], msgspec.json.decode(parts["payload"])
         kid: str | None = header.get("kid")
@@ -179,8 +182,8 @@ def decode(token: str) -> Unverified:
     return Unverified(header.get("alg"), kid, payload, parts["payload"].decode(), parts["signature"])
 
 
-def _open(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
-    """What was signed, and its text."""
+def _verified_payload(token: str, keys: Keys) -> tuple[dict[str, Any], str]:
+    """Verify the signature, and return the payload and its text."""
     unverified = decode(token)
     algorithm, key = keys.find(unverified.algorithm, unverified.kid)
     if not algorithm.verify(clean(token).rpartition(".")[0].encode(), key, unverified.signature):
@@ -214,25 +217,25 @@ def _check(payload: dict[str, Any], json: str, rules: Rules) -> Claims:
         role=role,
         subject=subject if isinstance(subject, str) else None,
         expires_at=float(payload["exp"]),
-        # The text that was signed: encoding it again would round long decimals.
+        # The signed text itself, because encoding the payload again would round long decimals.
         json=json,
     )
 
 
 def clean(token: str) -> str:
-    """Percent-decoded and without white space, as everywhere a token is accepted. Raises: MalformedToken, if it is too long."""
+    """Percent-decode a token and remove white space, as everywhere a token is accepted. Raises: MalformedToken, if it is too long."""
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise MalformedToken
     return "".join(unquote(token).split())
 
 
 def sign(payload: dict[str, Any], secret: str) -> str:
-    """An HS256 token."""
+    """Sign a token with HS256."""
     return jwt.encode(payload, secret, algorithm="HS256")
 
 
 def api_key(role: str, secret: str, required: Mapping[str, Any] | None = None) -> str:
-    """The API key of a role: always the same for the same secret, so that nothing needs to store it. `required`: see `Rules`."""
+    """Make the API key of a role: always the same for the same secret, so that nothing needs to store it. `required`: see `Rules`."""
     return sign({"iss": "realtime-server", **(required or {}), "role": role, "exp": API_KEY_EXPIRES_AT}, secret)
 
 
@@ -246,7 +249,7 @@ def _prepared(secret: str) -> bytes:
 
 
 def _signing_key(jwk: object) -> tuple[str, tuple[str, ...], Any] | None:
-    """Key id, algorithms and key; none if this cannot verify signatures here."""
+    """Read a JWK as key id, algorithms and key; None if it cannot verify signatures here."""
     if not isinstance(jwk, dict) or not isinstance(jwk.get("kid"), str):
         return None
     operations = jwk.get("key_ops")
@@ -257,10 +260,10 @@ def _signing_key(jwk: object) -> tuple[str, tuple[str, ...], Any] | None:
         if "alg" in jwk:
             if jwk["alg"] not in algorithms:
                 return None
-            # "EdDSA" and the curve's own name mean the same algorithm: such a key may go by either.
+            # "EdDSA" and the curve's own name mean the same algorithm, so such a key is stored under both.
             algorithms = algorithms if jwk["kty"] == "OKP" else (jwk["alg"],)
         algorithm = _ALGORITHMS[algorithms[0]]
-        # Without its private members: nothing here signs, and a key pair would be loaded as a private key.
+        # Private members are left out: nothing here signs, and a key pair would be loaded as a private key.
         # `prepare_key` refuses an `oct` key that is a public key in disguise.
         key = algorithm.prepare_key(algorithm.from_jwk({name: jwk[name] for name in members}))
     except (jwt.InvalidKeyError, UnsupportedAlgorithm, ValueError, TypeError, KeyError):
@@ -273,7 +276,7 @@ def _signing_key(jwk: object) -> tuple[str, tuple[str, ...], Any] | None:
 
 
 def _is_same(value: object, required: object) -> bool:
-    """Equal as JSON. To Python, `true` is equal to 1."""
+    """Whether both are equal as JSON. In Python, `True == 1`."""
     if isinstance(value, dict) and isinstance(required, dict):
         return value.keys() == required.keys() and all(_is_same(value[name], required[name]) for name in value)
     if isinstance(value, list) and isinstance(required, list):

@@ -1,4 +1,4 @@
-"""The command `realtime-server`. Commands import what is heavy only when they run."""
+"""Implements the command `realtime-server`. Its commands import heavy modules only when they run."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ app = typer.Typer(
     help="A realtime server on plain PostgreSQL. Settings come from the environment, prefix REALTIME_.",
 )
 
-Public = Annotated[bool, typer.Option("--public", help="The public room of this name; without: the private one.")]
-Url = Annotated[str | None, typer.Option(help="The server's URL; without: the one of these settings.")]
-Key = Annotated[str | None, typer.Option(help="API key; without: the service key of these settings.")]
-Token = Annotated[str | None, typer.Option(help="Token of a user; without: the key decides who it is.")]
+Public = Annotated[bool, typer.Option("--public", help="Use the public room of this name, not the private one.")]
+Url = Annotated[str | None, typer.Option(help="The server's URL; by default that of these settings.")]
+Key = Annotated[str | None, typer.Option(help="API key; by default the service key of these settings.")]
+Token = Annotated[str | None, typer.Option(help="Token of a user; by default the API key is the identity.")]
 
 
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
-        # Where the terminal's encoding lacks a character, a question mark is better than no server.
+        # A character that the terminal's encoding lacks is printed as a question mark, instead of ending the server.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -69,11 +69,11 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def run() -> None:
-    """Serve. Without REALTIME_DATABASE_URL: on an embedded PostgreSQL, everything installed."""
+    """Run the server. Without REALTIME_DATABASE_URL it starts and migrates an embedded PostgreSQL."""
     from realtime_server import running, server
     from realtime_server.app import make_app
 
-    # uvicorn handles these signals while it serves and then raises them again; what is open here must still be closed.
+    # uvicorn handles these signals while it serves and then raises them again; the contexts open here must still be closed.
     signal.signal(signal.SIGTERM, _exit_quietly)
     signal.signal(signal.SIGINT, _exit_quietly)
     settings = config.load()
@@ -85,7 +85,7 @@ def run() -> None:
         secret = _secret(settings)
         anon_key, service_key = _api_keys(settings, secret)
         if service_key is not None and settings.database_url is not None:
-            # Only the embedded database is surely for who sits before it; what other servers print is kept in logs.
+            # Only the embedded database is surely used by the person at the terminal; other servers' output is kept in logs.
             service_key = "realtime-server keys prints it"
         port = listener.getsockname()[1]
         target = _target(settings, url)
@@ -95,7 +95,7 @@ def run() -> None:
         try:
             stack.enter_context(running.recorded(settings.data_dir, record))
         except OSError as error:
-            # Such as a read-only file system: the server does not need the record.
+            # The server does not need the record, for example on a read-only file system.
             log.info("server is not recorded in its data folder, commands need its settings", error=str(error))
 
         def announce(row_changes: str) -> None:
@@ -113,11 +113,11 @@ def migrate(
         bool,
         typer.Option(
             "--sql",
-            help="Print the script instead of running it: what is pending in the database, without a database everything.",
+            help="Print the script instead of running it: what is pending in the database, or without one, everything.",
         ),
     ] = False,
 ) -> None:
-    """Install or upgrade what the server keeps in the database of REALTIME_DATABASE_URL."""
+    """Install or upgrade the server's schema in the database of REALTIME_DATABASE_URL."""
     from realtime_server import schema
 
     unknown = set(samples or ()) - set(schema.SAMPLES)
@@ -144,9 +144,9 @@ def migrate(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is in the way of messages and row changes, or may be one day, and what to do about it. Exit code 1: there is a problem."""
+    """Report misconfigurations and risks for messages and row changes, each with its fix. Exit code 1: there is a problem."""
     from realtime_server.doctor import examine
     from realtime_server.embedded import EmbeddedPostgres
 
@@ -173,19 +173,19 @@ def psql(
         list[str] | None, typer.Argument(help="Options and arguments of psql.", metavar="[ARGS]...")
     ] = None,
 ) -> None:
-    """Run psql on the database of this server, on the embedded one as its administrator. "psql -?" prints psql's own options."""
+    """Run psql on the database of this server; on the embedded one, as its administrator. "psql -?" prints psql's own options."""
     settings, _ = _running_server()
     with _plain_database_errors():
         environment = _libpq_environment(_administrator_url(settings))
     program = _psql()
-    # Python ignores this signal, and the new program would inherit that.
+    # Python ignores this signal, and psql would inherit that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execve(program, [program, *(arguments or ())], environment)
 
 
 @app.command()
 def keys(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print URL, API keys, secret and database of this server."""
     settings, record = _running_server()
@@ -217,7 +217,7 @@ def token(
         str | None,
         typer.Option(
             metavar="TOKEN",
-            help="Instead: say what this token or key is and whether this server accepts it; - reads it from standard input.",
+            help="Check this token or key instead: print its contents and whether this server accepts it; - reads standard input.",
         ),
     ] = None,
 ) -> None:
@@ -261,7 +261,7 @@ def _check_token(token: str, settings: Settings, secret: str | None) -> None:
 
 
 async def _examine_token(token: str, tokens: Tokens) -> tuple[dict[str, object], AuthError | None]:
-    """What the token says about itself, verified or not, and why the server refuses it."""
+    """Return the token's contents, verified or not, and the error if the server refuses it."""
     refusal = role = None
     try:
         role = (await tokens.verify(token)).role
@@ -270,7 +270,7 @@ async def _examine_token(token: str, tokens: Tokens) -> tuple[dict[str, object],
     try:
         unverified = claims.decode(token)
     except MalformedToken:
-        # An opaque key says nothing about itself.
+        # An opaque key has no contents.
         return ({} if role is None else {"kind": "opaque API key", "role": role}), refusal
     facts = {
         "kind": "token",
@@ -283,7 +283,7 @@ async def _examine_token(token: str, tokens: Tokens) -> tuple[dict[str, object],
 
 
 def _instant(seconds: object) -> object:
-    """Seconds since 1970 in words; as they are where they are no time."""
+    """Format seconds since 1970 as a date; return them unchanged if they are not a valid time."""
     try:
         moment = datetime.fromtimestamp(seconds, UTC)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, OSError):
@@ -295,23 +295,21 @@ def _instant(seconds: object) -> object:
 @app.command()
 def listen(
     topic: str,
-    after: Annotated[
-        str | None, typer.Option(help="Begin behind this cursor, not with what comes from now on.")
-    ] = None,
+    after: Annotated[str | None, typer.Option(help="Begin after this cursor, not with new messages.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line; bytes as base64.")] = False,
     public: Public = False,
     url: Url = None,
     key: Key = None,
     token: Token = None,
     state: Annotated[
-        Path | None, typer.Option(help="File that keeps the place: the next run goes on from there, not from --after.")
+        Path | None, typer.Option(help="File that keeps the cursor: the next run continues there, not from --after.")
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="End after so many messages.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after this many messages.")] = None,
 ) -> None:
     """Print the messages of a topic, through restarts and lost connections.
 
-    At least once: a message is printed before its place is stored with --state. After a crash the last one may come again; none is missing.
-    Where the server no longer has messages that belong here, a line says that there is a gap.
+    Delivery is at least once: a message is printed before its cursor is stored with --state. After a crash the last one may be repeated;
+    none is missing. Where the server no longer has messages, a line reports the gap.
     """
     import asyncio
 
@@ -325,7 +323,7 @@ def listen(
         try:
             asyncio.run(_print_messages(client, topic, after, not public, as_json, state, count))
         except BrokenPipeError:
-            # Who read this has ended. Python would complain once more when it flushes standard output at exit.
+            # The reader of the pipe has ended. Without this, Python would report an error when it flushes standard output at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -339,7 +337,7 @@ def send(
     key: Key = None,
     token: Token = None,
 ) -> None:
-    """Send a message to those who listen to a topic now. It is not stored; realtime.send in the database does that."""
+    """Send a message to the current subscribers of a topic. It is not stored; realtime.send in the database stores messages."""
     import asyncio
 
     from realtime_server.protocol.messages import loads_object
@@ -383,7 +381,7 @@ async def _print_messages(
         _progress(f"listening to {topic}, the {'private' if private else 'public'} room of this name")
         stored = after
         if state is not None and stored is None and listener.cursor is not None:
-            # What comes after this run is not to be missed either, even if nothing comes during it.
+            # The cursor is stored even if no message comes during this run, so that the next run misses none.
             stored = listener.cursor
             _store(state, stored)
         try:
@@ -397,14 +395,14 @@ async def _print_messages(
                     if count == 0:
                         return
         except asyncio.CancelledError:
-            # All that came has been printed, and the position has moved on since.
+            # All received messages have been printed, and the cursor may have advanced since.
             if state is not None and listener.cursor is not None:
                 _store(state, listener.cursor)
             raise
 
 
 def _print_item(item: Message | Gap, *, as_json: bool) -> None:
-    """Print and flush."""
+    """Print a message or gap, and flush."""
     import base64
 
     from realtime_server.client import Gap
@@ -428,18 +426,18 @@ def _print_item(item: Message | Gap, *, as_json: bool) -> None:
 
 
 def _store(file: Path, cursor: str) -> None:
-    """Replace the file's contents at once: whoever looks, and whenever this process ends, it holds one cursor or the other."""
+    """Replace the file atomically: whenever it is read or this process ends, it contains either the old or the new cursor."""
     new = file.with_name(f".{file.name}.{os.getpid()}")
     with new.open("w") as stream:
         stream.write(f"{cursor}\n")
         stream.flush()
-        # Otherwise the name may reach the disk before the contents: an empty file after a power cut.
+        # Without this, the rename may reach the disk before the contents: the file would be empty after a power failure.
         os.fsync(stream.fileno())
     new.replace(file)
 
 
 def _running_server() -> tuple[Settings, Record | None]:
-    """The settings given here, completed by those of the server that runs with this data folder; and its record."""
+    """Return the settings, completed by those of the server that runs with this data folder, and its record."""
     from realtime_server import running
 
     settings = config.load()
@@ -456,11 +454,11 @@ def _administrator_url(settings: Settings) -> str:
 
 
 def _libpq_environment(url: str) -> dict[str, str]:
-    """This process's environment, in which libpq's variables name the database: command lines are public, environments are not."""
+    """Return the environment with libpq's variables set for the database: other users can see command lines, but not environments."""
     from psycopg import conninfo, pq
 
     facts = conninfo.conninfo_to_dict(url)
-    # A service named there would win over the variables that are set here.
+    # PGSERVICE would take precedence over the variables that are set here.
     environment = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
     for option in pq.Conninfo.get_defaults():
         value = facts.get(option.keyword.decode())
@@ -470,7 +468,7 @@ def _libpq_environment(url: str) -> dict[str, str]:
 
 
 def _psql() -> str:
-    """The psql that comes with the embedded PostgreSQL, else the one of PATH."""
+    """Find the psql of the embedded PostgreSQL, else that of PATH."""
     from realtime_server.embedded import bundled_bin
 
     with contextlib.suppress(EmbeddedError):
@@ -494,7 +492,7 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def _exit_quietly(number: int, frame: object) -> None:
-    # Once: a second signal must not keep the embedded PostgreSQL from being stopped.
+    # Further signals are ignored, so that they do not interrupt stopping the embedded PostgreSQL.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(0)
@@ -513,7 +511,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 @contextlib.contextmanager
 def _database(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The URL to serve and the one to show: started and migrated if it is ours, checked if it is not."""
+    """Provide the URL to serve and the one to show. The embedded database is started and migrated, any other only checked."""
     from realtime_server import schema
     from realtime_server.embedded import EmbeddedPostgres, lock_data_dir
 
@@ -541,7 +539,7 @@ def _check_schema(url: str) -> None:
 
 @contextlib.contextmanager
 def _plain_database_errors() -> Iterator[None]:
-    """PostgreSQL's own sentence instead of a traceback: no connection, no right, an object that is in the way."""
+    """Print PostgreSQL's own message instead of a traceback: no connection, no privilege, an object that already exists."""
     import psycopg
     from sqlalchemy.exc import DBAPIError
 
@@ -550,10 +548,10 @@ def _plain_database_errors() -> Iterator[None]:
     except psycopg.ProgrammingError as error:
         if error.sqlstate is not None:
             _fail(f"the database refused: {error}")
-        # libpq's sentence repeats the text, password included.
+        # libpq's message would repeat the URL, including the password.
         _fail("REALTIME_DATABASE_URL or DATABASE_URL is no address for libpq: postgresql://... or key=value words")
     except psycopg.Error as error:
-        # Only what a server said has a SQLSTATE.
+        # Only errors from a server have a SQLSTATE.
         is_away = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
         _fail(f"{'no connection to the database' if is_away else 'the database refused'}: {error}")
     except DBAPIError as error:
@@ -577,7 +575,7 @@ def _migrate(url: str, targets: list[str]) -> None:
 
 
 def _secret(settings: Settings, record: Record | None = None) -> str | None:
-    """The secret of the environment; for the embedded database, one made at the first run and kept in the data folder.
+    """Return the secret of the environment; for the embedded database, one that the first run makes and keeps in the data folder.
 
     Raises: SettingsError when there is none, or when the running server of the record has another one.
     """
@@ -614,7 +612,7 @@ def _given_secret(settings: Settings) -> str | None:
             new.write(secrets.token_urlsafe(48))
     secret = file.read_text().strip()
     if len(secret) < claims.MIN_SECRET_BYTES:
-        # Killed while it was written, or a full disk.
+        # The process was killed while it wrote the file, or the disk was full.
         raise SettingsError(f"the secret in {file} is not whole; remove the file, and a new one is made")
     return secret
 
@@ -624,7 +622,7 @@ def _private_opener(path: str, flags: int) -> int:
 
 
 def _api_keys(settings: Settings, secret: str | None) -> tuple[str | None, str | None]:
-    """The keys of roles anon and service_role; None where there is neither a key nor a secret to make one."""
+    """Return the API keys of roles anon and service_role; None where there is neither a key nor a secret to make one."""
 
     def key(role: str, given: SecretStr | None, opaque: tuple[SecretStr, ...]) -> str | None:
         if given is not None or opaque:
@@ -645,7 +643,7 @@ def _without_password(url: str) -> str:
 
 
 def _command() -> str:
-    """How this program was called, for commands that are to be typed in the same folder."""
+    """Return how this program was called, for printed commands that the user runs in the same folder."""
     program = Path(sys.argv[0])
     if program.name == "realtime-server":
         return "realtime-server" if shutil.which(program.name) == sys.argv[0] else shlex.quote(sys.argv[0])
@@ -653,7 +651,7 @@ def _command() -> str:
 
 
 def _configure_log(level: str, client_lines_per_second: float) -> None:
-    """One line an event on standard error: readable on a terminal, JSON elsewhere. Other libraries' records take the same way."""
+    """Log one line for each event to standard error: readable on a terminal, JSON elsewhere. Other libraries' records are included."""
     shared: list[structlog.types.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -664,7 +662,7 @@ def _configure_log(level: str, client_lines_per_second: float) -> None:
     )
     structlog.configure(
         processors=[
-            # Only what is written counts against the bound.
+            # Only lines that are written count against the limit.
             structlog.stdlib.filter_by_level,
             ClientLines(client_lines_per_second),
             *shared,
@@ -682,7 +680,7 @@ def _configure_log(level: str, client_lines_per_second: float) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    # uvicorn tells of every socket and of its own start and stop at INFO, migrations of every step.
+    # uvicorn logs every socket and its own start and stop at INFO, alembic every step.
     for chatty in ("uvicorn", "alembic", "psycopg.pool"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
 

@@ -1,14 +1,14 @@
-"""A client for workers that must miss nothing: it resumes behind the last message that it handed out, whatever happens in between.
+"""A client for workers that must miss nothing: after any failure it resumes after the last message that it returned.
 
     async with Client(url, key) as client:
         async for message in client.listen("orders", after=cursor):
             ...
 
-One socket for each `listen`, read only as fast as the caller takes messages: a slow caller makes the server wait or close (1013), never
-memory grow. Whatever goes wrong with a socket ends it; the next one joins behind the last message. There is no other way to recover, so
-there is no other way to be wrong. Messages that were never stored (broadcasts of other clients, REST) have no cursor and are not resumed.
+Each `listen` has its own socket, read only as fast as the caller takes messages: with a slow caller the server waits or closes (1013), and
+memory does not grow. Any error ends the socket; the next one joins after the last message. This is the only recovery path, so that it is
+always exercised. Messages that were never stored (broadcasts of other clients, REST) have no cursor and are not resumed.
 
-Logs through `logging`, not structlog: it runs in other people's programs, where structlog may be set up to print to standard output.
+It logs through `logging`, not structlog, because in other people's programs structlog may print to standard output.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from realtime_server.protocol.messages import Format, encode_text
 Token = str | None | Callable[[], Awaitable[str]]
 
 HEARTBEAT_S: Final = 25.0
-# How long an answer to a heartbeat may take.
+# How long the reply to a heartbeat may take.
 ANSWER_S: Final = 10.0
-# For token, connection and the reply to the join together; policies may take several seconds.
+# Limits token, connection and the reply to the join together; policies may take several seconds.
 JOIN_S: Final = 20.0
 CLOSE_S: Final = 1.0
-SHORTEST_BACKOFF_S: Final = 0.1
-LONGEST_BACKOFF_S: Final = 10.0
-# A token is renewed so long before it ends; one that lives shorter, after half of its life.
+MIN_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 10.0
+# A token is renewed this long before it expires, but not before half of its remaining lifetime.
 RENEWAL_S: Final = 60.0
-# After a resume the server may repeat what one transaction wrote, so this bounds a transaction; about 100 bytes each.
-MOST_SEEN: Final = 50_000
+# After a resume the server may repeat the messages of a transaction; up to this many are deduplicated. About 100 bytes each.
+MAX_SEEN_IDS: Final = 50_000
 
 JOIN_REF: Final = "1"
 
-# Join errors that stay as they are, and those that stay unless there is another token. JwtSignerError is in neither: an issuer whose keys
-# cannot be fetched comes back.
+# Permanent join errors, and those that are permanent without a new token. JwtSignerError is in neither: fetching the issuer's keys may
+# succeed later.
 FINAL: Final = frozenset({"Unauthorized", "TopicNameRequired", "unmatched topic", "PrivateOnly"})
 FINAL_FOR_TOKEN: Final = frozenset({"MalformedJWT", "InvalidJWTToken", "JwtSignatureError"})
 
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 
 class PermanentError(RealtimeError):
-    """The server says no, and will say so again. `reason` is its own sentence."""
+    """The server refuses, and would refuse again. `reason` is its own sentence."""
 
     code = "PermanentError"
 
@@ -75,9 +75,9 @@ class PermanentError(RealtimeError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`topic` without `realtime:`; `payload` is the parsed JSON object, or bytes; `cursor` is the place right behind this message.
+    """A received message. `topic` is without `realtime:`; `payload` is the parsed JSON object, or bytes; `cursor` is the position after it.
 
-    JSON that Python does not parse (numbers of thousands of digits, a thousand levels) comes as the bytes of its text.
+    JSON that Python does not parse (numbers of thousands of digits, a thousand levels) is passed as the bytes of its text.
 
     Messages that were never stored have no cursor, and an id only if their sender gave one.
     """
@@ -92,7 +92,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Messages are missing before what follows. `cursor` is where that begins."""
+    """Messages are missing before the next one. `cursor` is the position from which none are missing."""
 
     topic: str
     problem: str
@@ -102,8 +102,8 @@ class Gap:
 class Client:
     """Listens and sends with one API key, as the user of `token` where there is one.
 
-    `url` is the server's: http, https, ws or wss. A `token` that is a function is called before each join and before the old token ends;
-    what it raises is logged and tried again, except PermanentError. Leaving the context closes all that is open.
+    `url` is the server's: http, https, ws or wss. A `token` that is a function is called before each join and before the old token expires;
+    an exception in it is logged and retried, except PermanentError. Leaving the context closes all listeners.
     """
 
     def __init__(
@@ -144,18 +144,18 @@ class Client:
     def listen(
         self, topic: str, *, after: str | None = None, private: bool = True, events: Collection[str] | None = None
     ) -> Listener:
-        """Messages behind the cursor `after`, in order and each once, then live ones, for ever; without `after`, from the first join on.
+        """Return an endless iterator of messages, in order and each once: from the cursor `after` on, or without it from the first join on.
 
-        Connects when first waited for. With `events`, only those. Raises from the iterator: PermanentError.
+        It connects when first awaited. With `events`, it returns only those. Raises from the iterator: PermanentError.
         """
         listener = Listener(self, topic, after, private, None if events is None else frozenset(events))
         self._listeners.add(listener)
         return listener
 
     async def send(self, topic: str, event: str, payload: dict[str, Any] | bytes, *, private: bool = True) -> None:
-        """Send to those who listen now. It is not stored: what must not be missed is written in the database, with `realtime.send`.
+        """Send to current subscribers. The message is not stored: use `realtime.send` in the database for those that must not be missed.
 
-        Raises: PermanentError; ConnectionError when the server could not be asked, or its answer is not known.
+        Raises: PermanentError; ConnectionError when the server could not be reached, or did not answer.
         """
         body, media_type = (
             (payload, "application/octet-stream")
@@ -182,7 +182,7 @@ class Client:
 
 
 class Listener(AsyncIterator[Message | Gap]):
-    """What `Client.listen` returns; for one task at a time. A wait that is cancelled loses nothing: the next one goes on."""
+    """The iterator that `Client.listen` returns, for one task at a time. Cancelling a wait loses no message: the next wait returns it."""
 
     def __init__(
         self, client: Client, topic: str, after: str | None, private: bool, events: frozenset[str] | None
@@ -192,23 +192,23 @@ class Listener(AsyncIterator[Message | Gap]):
         self._cursor = after
         self._private = private
         self._events = events
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._seen_ids: OrderedDict[str, None] = OrderedDict()
         self._socket: _Socket | None = None
         self._failures = 0
-        self._complaint = ""
+        self._error_message = ""
         self._closed = asyncio.Event()
 
     @property
     def cursor(self) -> str | None:
-        """The place behind the last message, or that of the first join before there was any; None before that."""
+        """The position after the last message, or before any message, that of the first join; None before the join."""
         return self._cursor
 
     async def ready(self) -> None:
-        """Wait until joined: what is written from now on will come. Not needed in front of the first message. Raises: PermanentError."""
+        """Wait until joined: messages from now on will be returned. Optional: the iterator joins by itself. Raises: PermanentError."""
         await self._joined()
 
     async def aclose(self) -> None:
-        """Leave and close; a wait in another task ends. Harmless when closed already."""
+        """Leave the channel and close; a wait in another task ends. It may be called again."""
         self._closed.set()
         self._client._listeners.discard(self)
         if self._socket is not None:
@@ -219,18 +219,18 @@ class Listener(AsyncIterator[Message | Gap]):
 
     async def __anext__(self) -> Message | Gap:
         while (socket := await self._joined()) is not None:
-            # Between the arrival of a frame and the return nothing is awaited: a cancelled wait has not taken a message.
+            # Nothing is awaited between receiving a frame and returning it, so a cancelled wait has not consumed a message.
             try:
                 item = self._take(socket, await socket.recv())
             except ConnectionLost as problem:
-                self._lose(socket, str(problem))
+                self._abort_socket(socket, str(problem))
             else:
                 if item is not None:
                     return item
         raise StopAsyncIteration
 
     async def _joined(self) -> _Socket | None:
-        """The socket, a new one where there is none; None once closed. Raises: PermanentError."""
+        """Return the joined socket, and connect if there is none; None once closed. Raises: PermanentError."""
         while True:
             if self._socket is not None:
                 if not self._socket.is_over:
@@ -243,15 +243,15 @@ class Listener(AsyncIterator[Message | Gap]):
             try:
                 self._socket = await self._join()
             except ConnectionLost as problem:
-                self._lose(None, str(problem))
+                self._abort_socket(None, str(problem))
             else:
                 if self._closed.is_set():
-                    self._socket.drop()
+                    self._socket.abort()
 
-    def _lose(self, socket: _Socket | None, problem: str) -> None:
-        """Give a socket up. It does not wait: the next socket does."""
+    def _abort_socket(self, socket: _Socket | None, problem: str) -> None:
+        """Abort a socket and count the failure. The pause comes before the next join."""
         if socket is not None:
-            socket.drop()
+            socket.abort()
             if socket.has_served or socket.is_old:
                 self._failures = 0
         self._failures += 1
@@ -259,32 +259,32 @@ class Listener(AsyncIterator[Message | Gap]):
             log.warning("%s: %s; connecting again", self.topic, problem)
 
     async def _pause(self) -> None:
-        """Back off: twice as long after each failure in a row, and never the same for two clients."""
+        """Back off: twice as long after each failure in a row, with jitter."""
         if self._failures:
-            longest_s = min(SHORTEST_BACKOFF_S * 2.0 ** min(self._failures - 1, 20), LONGEST_BACKOFF_S)
+            backoff_s = min(MIN_BACKOFF_S * 2.0 ** min(self._failures - 1, 20), MAX_BACKOFF_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(longest_s * random.uniform(0.5, 1)):  # noqa: S311 -- spreads reconnects
+                async with asyncio.timeout(backoff_s * random.uniform(0.5, 1)):  # noqa: S311 -- spreads reconnects
                     await self._closed.wait()
 
     async def _join(self) -> _Socket:
-        """Connect and join behind the last message. Raises: PermanentError, ConnectionLost."""
+        """Connect and join after the last message. Raises: PermanentError, ConnectionLost."""
         client = self._client
         try:
             async with asyncio.timeout(JOIN_S):
-                token = await _ask_for_token(client)
+                token = await _fetch_token(client)
                 web = await connect(
                     client._websocket_url,
                     additional_headers={"x-api-key": client._key},
                     compression=None,
-                    # Half-open connections are found by heartbeats, which the server asks for anyway; pings would be left unanswered
-                    # while the caller is slow.
+                    # Heartbeats, which the server requires anyway, detect half-open connections; pings would time out while the caller is
+                    # slow.
                     ping_interval=None,
                     close_timeout=CLOSE_S,
-                    # With a bound, a client would stumble for ever at the one message beyond it.
+                    # With a limit, a client would fail again and again at a message beyond it.
                     max_size=None,
                 )
                 try:
-                    return await self._ask_to_join(web, token)
+                    return await self._send_join(web, token)
                 except BaseException:
                     web.transport.abort()
                     raise
@@ -300,7 +300,7 @@ class Listener(AsyncIterator[Message | Gap]):
         except (OSError, WebSocketException) as error:
             raise ConnectionLost(f"no connection: {error}") from error
 
-    async def _ask_to_join(self, web: ClientConnection, token: str | None) -> _Socket:
+    async def _send_join(self, web: ClientConnection, token: str | None) -> _Socket:
         broadcast: dict[str, object] = {"cursor": True}
         if self._cursor is not None:
             broadcast["replay"] = {"after": self._cursor}
@@ -311,7 +311,7 @@ class Listener(AsyncIterator[Message | Gap]):
         join = messages.Message(JOIN_REF, JOIN_REF, wire_topic, messages.JOIN, messages.dumps(payload))
         await _send(web, join)
         while True:
-            # Nothing of the channel comes before its reply.
+            # The reply is the channel's first message.
             reply = _decode(await web.recv())
             if isinstance(reply, messages.Message) and reply.event == messages.REPLY and reply.ref == JOIN_REF:
                 break
@@ -330,11 +330,11 @@ class Listener(AsyncIterator[Message | Gap]):
         if cursor is None or is_resumed != (self._cursor is not None):
             raise PermanentError("this server gives no cursors, so nothing could be resumed")
         self._cursor = cursor
-        self._complaint = ""
+        self._error_message = ""
         return _Socket(web, self._client, wire_topic, token)
 
     def _take(self, socket: _Socket, frame: str | bytes) -> Message | Gap | None:
-        """What the caller is given for a frame, None for nothing. Raises: ConnectionLost."""
+        """Process a frame, and return the item for the caller, or None. Raises: ConnectionLost."""
         message = _decode(frame)
         if isinstance(message, binary.UserBroadcast):
             meta = messages.loads_object(message.metadata) or {}
@@ -353,28 +353,28 @@ class Listener(AsyncIterator[Message | Gap]):
             case messages.SYSTEM:
                 content = messages.loads_object(message.payload) or {}
                 if content.get("status") == "gap" and content.get("extension") == messages.CLIENT_BROADCAST:
-                    # Nothing that is stored is missing, so the cursor stays.
+                    # No stored message is missing, so the cursor stays.
                     assert self._cursor is not None, "set by the join"
                     return Gap(self.topic, str(content.get("message")), self._cursor)
                 if content.get("status") == "gap":
                     return self._take_gap(socket, str(content.get("message")), content.get("cursor"))
                 if content.get("status") == "error":
-                    self._complaint = str(content.get("message"))
+                    self._error_message = str(content.get("message"))
             case messages.REPLY if message.topic == messages.PHOENIX:
                 response = (messages.loads_object(message.payload) or {}).get("response")
                 cursor = _text(response.get("cursor")) if isinstance(response, dict) else None
                 if cursor is not None:
-                    # All before it has been handed out, also while nothing comes for this topic.
+                    # All messages before this cursor have been returned. It advances also while this topic has no messages.
                     self._cursor = cursor
             case messages.CLOSE | messages.ERROR:
-                raise ConnectionLost(f"the server ended the channel: {self._complaint or message.event}")
+                raise ConnectionLost(f"the server ended the channel: {self._error_message or message.event}")
         return None
 
     def _take_broadcast(self, socket: _Socket, event: str, payload: Any, meta: dict[str, Any]) -> Message | None:
         id, cursor = _text(meta.get("id")), _text(meta.get("cursor"))
         socket.has_served = True
         if cursor is not None:
-            # Also behind what is not handed out: everything before it has been.
+            # The cursor advances also for messages that are not returned, because all before them have been.
             self._cursor = cursor
             if id is not None and not self._is_new(id):
                 return None
@@ -385,45 +385,45 @@ class Listener(AsyncIterator[Message | Gap]):
     def _take_gap(self, socket: _Socket, problem: str, oldest: object) -> Gap:
         if not isinstance(oldest, str):
             raise ConnectionLost(f"the server names no cursor behind a gap: {problem}")
-        # The server goes on live; a new join also brings what is still stored.
+        # The server would continue with live messages; a new join also replays those that are still stored.
         self._cursor = oldest
-        self._lose(socket, problem)
+        self._abort_socket(socket, problem)
         return Gap(self.topic, problem, oldest)
 
     def _is_new(self, id: str) -> bool:
-        if id in self._seen:
+        if id in self._seen_ids:
             return False
-        self._seen[id] = None
-        if len(self._seen) > MOST_SEEN:
-            self._seen.popitem(last=False)
+        self._seen_ids[id] = None
+        if len(self._seen_ids) > MAX_SEEN_IDS:
+            self._seen_ids.popitem(last=False)
         return True
 
 
 class ConnectionLost(Exception):
-    """This socket is of no use any more; the next one may be."""
+    """This socket is no longer usable; the listener connects again."""
 
 
 class _Socket:
-    """One that has joined, and the task that keeps it alive."""
+    """A socket that has joined, and its heartbeat task."""
 
     def __init__(self, web: ClientConnection, client: Client, wire_topic: str, token: str | None) -> None:
         self.is_over = False
-        # Has brought messages.
+        # Whether messages have been received.
         self.has_served = False
         self._web = web
         self._client = client
         self._wire_topic = wire_topic
         self._token = token
         self._joined_at = time.monotonic()
-        self._keeper = asyncio.create_task(self._heartbeat_loop())
+        self._heartbeat = asyncio.create_task(self._heartbeat_loop())
 
     @property
     def is_old(self) -> bool:
-        return time.monotonic() - self._joined_at > LONGEST_BACKOFF_S
+        return time.monotonic() - self._joined_at > MAX_BACKOFF_S
 
     async def recv(self) -> str | bytes:
-        """The next frame. Raises: ConnectionLost, also when nothing comes for longer than an answered heartbeat may take."""
-        # Counted only while somebody waits: a slow caller must not take its own slowness for a dead peer.
+        """Receive the next frame. Raises: ConnectionLost, also when no frame comes for longer than the reply to a heartbeat may take."""
+        # The time counts only during the wait, so that a slow caller does not mistake its own slowness for a dead peer.
         limit_s = self._client._heartbeat_s + self._client._answer_s
         try:
             async with asyncio.timeout(limit_s):
@@ -433,28 +433,28 @@ class _Socket:
         except ConnectionClosed as error:
             raise ConnectionLost(_how_closed(error)) from error
 
-    def drop(self) -> None:
-        """End it at once, without a word to a peer that may not be there."""
+    def abort(self) -> None:
+        """Abort the connection at once, without a closing handshake, because the peer may be gone."""
         self.is_over = True
-        self._keeper.cancel()
+        self._heartbeat.cancel()
         self._web.transport.abort()
 
     async def close(self) -> None:
-        """End it, politely where that is still possible, and wait until nothing is left of it."""
+        """Close, with a closing handshake unless aborted before, and wait until the task and the connection have ended."""
         is_over, self.is_over = self.is_over, True
-        self._keeper.cancel()
+        self._heartbeat.cancel()
         try:
-            await asyncio.wait([self._keeper])
+            await asyncio.wait([self._heartbeat])
             if not is_over:
                 await self._web.close()
         finally:
             self._web.transport.abort()
         await self._web.wait_closed()
-        if not self._keeper.cancelled() and (error := self._keeper.exception()) is not None:
+        if not self._heartbeat.cancelled() and (error := self._heartbeat.exception()) is not None:
             raise error
 
     async def _heartbeat_loop(self) -> None:
-        """Send heartbeats, and a new token before the old one ends, also while the caller is busy."""
+        """Send heartbeats, and a new token before the old one expires, also while the caller is busy."""
         last_beat_at = self._joined_at
         renew_at = _renewal(self._client, self._token)
         number = 1
@@ -470,12 +470,12 @@ class _Socket:
                     await _send(self._web, beat)
 
     async def _renew(self) -> float:
-        """Give the channel a new token; when to do so again."""
+        """Send the channel a new token, and return when to renew it again."""
         try:
             async with asyncio.timeout(JOIN_S):
-                token = await _ask_for_token(self._client)
+                token = await _fetch_token(self._client)
         except (ConnectionLost, PermanentError, TimeoutError):
-            # The server ends the channel when the token does; the join after that asks again, and tells the caller.
+            # The server ends the channel when the token expires; the next join fetches a token again, and raises if that fails.
             token = self._token
         if token is None or token == self._token:
             return time.monotonic() + self._client._heartbeat_s
@@ -489,19 +489,19 @@ async def _send(web: ClientConnection, message: messages.Message) -> None:
     await web.send(encode_text(message, Format.V2), text=True)
 
 
-async def _ask_for_token(client: Client) -> str | None:
-    """Raises: PermanentError, ConnectionLost."""
+async def _fetch_token(client: Client) -> str | None:
+    """Get the current token. Raises: PermanentError, ConnectionLost."""
     try:
         return await client._current_token()
     except PermanentError:
         raise
     except Exception as error:
-        log.exception("no token")
+        log.exception("token function failed")
         raise ConnectionLost(f"no token: {error}") from error
 
 
 def _renewal(client: Client, token: str | None) -> float:
-    """When to ask for the next token, by the monotonic clock; never without somebody to ask."""
+    """Return when to renew the token, by the monotonic clock; infinity if `token` is not a function."""
     expires_at = _expiry(token) if callable(client._token) and token is not None else None
     if expires_at is None:
         return float("inf")
@@ -510,7 +510,7 @@ def _renewal(client: Client, token: str | None) -> float:
 
 
 def _expiry(token: str) -> float | None:
-    """The `exp` of a JWT, unverified: only to know when to ask for the next one."""
+    """Read the `exp` of a JWT without verifying it: it only schedules the renewal."""
     try:
         text = token.split(".")[1]
         claims = msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
@@ -520,7 +520,7 @@ def _expiry(token: str) -> float | None:
 
 
 def _decode(frame: str | bytes) -> messages.Message | binary.UserBroadcast:
-    """Raises: ConnectionLost; to skip what cannot be read would be to lose it in silence."""
+    """Decode a frame. Raises: ConnectionLost, because skipping a malformed frame could lose a message silently."""
     try:
         return binary.decode_broadcast(frame) if isinstance(frame, bytes) else messages.decode_text(frame, Format.V2)
     except MalformedFrame as error:
@@ -528,7 +528,7 @@ def _decode(frame: str | bytes) -> messages.Message | binary.UserBroadcast:
 
 
 def _parse(text: bytes | msgspec.Raw) -> Any:
-    """The value of JSON text; where it cannot be parsed, the text itself: to lose it would be worse, or never to get past it."""
+    """Parse JSON text. If that fails, return the text, so that the message is neither lost nor stops the listener for ever."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -546,7 +546,7 @@ def _how_closed(error: ConnectionClosed) -> str:
 
 
 def _error_text(status: int, body: bytes | bytearray) -> str:
-    """The sentence in a refusing answer."""
+    """Format an HTTP error response as status and sentence."""
     content = messages.loads_object(bytes(body)) or {}
     sentence = content.get("message") or content.get("error") or content.get("errors")
     return f"status {status}" + (f": {sentence}" if sentence else "")

@@ -1,6 +1,6 @@
-"""Every setting: its environment variable (prefix `REALTIME_`), default, bound and unit. The server reads no other environment.
+"""Defines every setting: environment variable (prefix `REALTIME_`), default, bounds and unit. The server reads no other variables.
 
-Sizes are bytes, durations are seconds.
+Sizes are in bytes, durations in seconds.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     )
     strict_deletes: bool = Field(
         False,
-        description="where row-level security is on and a deleted row is not known (replica identity default, from the log),"
-        " tell nobody it binds of the DELETE; otherwise they are told the key",
+        description="withhold a DELETE from roles that row-level security binds if the deleted row is not known (replica identity default,"
+        " from the log); otherwise they get its key",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(4000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -75,14 +75,14 @@ class Settings(BaseSettings):
     )
     demo: bool = Field(
         False,
-        description="give the anon key to everybody who opens the start page, as with the embedded database; else people type it in",
+        description="give the anon key to everybody who opens the start page, as with the embedded database; else users enter it",
     )
     allowed_origins: TokenList = Field(("*",), description="origins that browsers may connect from, by comma")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="lowest level that is logged")
     max_client_log_lines_per_second: float = Field(
         50,
         ge=0,
-        description="log lines below level error about what clients did, ten times as many at once; more are counted only; 0: no limit",
+        description="log lines below level error that clients cause, ten times as many at once; more are only counted; 0: no limit",
     )
 
     max_frame_bytes: int = Field(5_000_000, ge=1_000, description="larger frames of a client close its socket (1009)")
@@ -101,8 +101,8 @@ class Settings(BaseSettings):
     max_unsent_bytes: int = Field(
         256_000_000,
         ge=1_000_000,
-        description="unsent bytes of all sockets and event streams, each frame once; beyond, the reader that holds most for longest is"
-        " closed (1013)",
+        description="unsent bytes of all sockets and event streams, each frame once; beyond, the reader with most unsent bytes for longest"
+        " is closed (1013)",
     )
     max_pending_messages: int = Field(
         1000, ge=1, description="messages of one channel that may wait for its join or its authorization"
@@ -112,12 +112,12 @@ class Settings(BaseSettings):
     message_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="a socket that has begun a message and does not complete it is closed after so long (1008)",
+        description="a socket that begins a message and does not complete it within this time is closed (1008)",
     )
     max_partial_bytes: int = Field(
         64_000_000,
         ge=1_000_000,
-        description="messages of all sockets that are not complete; beyond, the socket that holds most for longest is closed (1013)",
+        description="incomplete messages of all sockets; beyond, the socket with most such bytes for longest is closed (1013)",
     )
     max_messages_per_second: float = Field(
         1000,
@@ -153,39 +153,41 @@ class Settings(BaseSettings):
     max_sockets: int = Field(0, ge=0, description="sockets and event streams, more are refused (429); 0: no limit")
     max_users: int = Field(0, ge=0, description="sockets that have joined a channel, and event streams; 0: no limit")
     no_channel_timeout_s: float = Field(
-        600.0, gt=0, description="a socket without a channel for so long is closed (1000)"
+        600.0, gt=0, description="a socket without a channel for this long is closed (1000)"
     )
     max_idempotency_keys: int = Field(
         50_000, ge=1, description="REST requests with an Idempotency-Key that are remembered, about 300 bytes each"
     )
-    idempotency_s: float = Field(600.0, gt=0, description="a repeated Idempotency-Key is not sent again for so long")
+    idempotency_s: float = Field(
+        600.0, gt=0, description="a request with a repeated Idempotency-Key is not sent again for this long"
+    )
     ticket_s: float = Field(
-        3600.0, ge=1, description="a ticket of an event stream is good for so long, or until its token ends"
+        3600.0, ge=1, description="a ticket of an event stream is valid for this long, or until its token expires"
     )
     private_only: bool = Field(False, description="refuse joins of public topics")
     retention: timedelta = Field(timedelta(hours=72), description="how long messages are kept, in seconds or ISO 8601")
-    idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for so long is closed (1000)")
+    idle_timeout_s: float = Field(60.0, gt=0, description="a socket that sends nothing for this long is closed (1000)")
     drain_timeout_s: float = Field(5.0, gt=0, description="time for sockets to close when the server stops")
     policy_timeout_s: float = Field(
         5.0,
         gt=0,
-        description="longest evaluation of row-level security: for one topic of one client, or for row changes",
+        description="limit for evaluating row-level security: for one topic of one client, or for row changes",
     )
     filter_budget_s: float = Field(
         1.0,
         ge=0,
-        description="time that slow patterns in filters of one client may take in a minute, of all with its claims three times as"
-        " much; then further ones are refused; 0: no limit",
+        description="time that slow patterns in filters of one client may take in a minute; three times as much for all clients with its"
+        " claims; then further ones are refused; 0: no limit",
     )
     database_timeout_s: float = Field(
         5.0,
         gt=0,
-        description="longest wait for a database connection, also of joins during the start; twice as long for the relay's answers",
+        description="limit for getting a database connection, also for joins during the start; the relay's queries have twice as long",
     )
 
     @property
     def opaque_keys(self) -> dict[str, str]:
-        """Opaque API key → role. A key in both lists gets the lesser role."""
+        """Map each opaque API key to its role. A key in both lists gets the lesser role."""
         return {
             **{key.get_secret_value(): "service_role" for key in self.secret_keys},
             **{key.get_secret_value(): "anon" for key in self.publishable_keys},
@@ -240,7 +242,7 @@ class Settings(BaseSettings):
 
 
 def load() -> Settings:
-    """Settings from the environment and `.env`. Raises: SettingsError, one line a wrong setting, values not repeated."""
+    """Read the settings from the environment and `.env`. Raises: SettingsError that names each wrong setting, without its value."""
     try:
         return Settings()
     except ValidationError as error:
@@ -249,7 +251,7 @@ def load() -> Settings:
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """Variables of the environment and of `.env` that begin like settings and are none, each with the name it resembles most."""
+    """Return variables of the environment and `.env` that begin like settings but are none, each with the most similar setting."""
     given = {name.lower() for name in (*os.environ, *DotEnvSettingsSource(Settings).env_vars)}
     names = {name.removeprefix("realtime_") for name in given if name.startswith("realtime_")}
     known = list(Settings.model_fields)

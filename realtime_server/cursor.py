@@ -1,7 +1,7 @@
-"""Places in the stream of messages, as `sql/functions/50_cursor.sql` defines them. Pure.
+"""Positions in the stream of messages, and the cursors that encode them, as `sql/functions/50_cursor.sql` defines them. Pure.
 
-Clients hand cursors back as they came; only PostgreSQL takes them apart. This side writes them, because the relay knows for every
-message the place right behind it.
+Clients return cursors unchanged; only PostgreSQL parses them. This module writes them, because the relay knows the position after each
+message.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-MOST_IN_PROGRESS: Final = 1000
+MAX_IN_PROGRESS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A `pg_snapshot`: transactions below `xmin` had ended, none from `xmax` on, nor those `in_progress`. `text` is PostgreSQL's."""
+    """A `pg_snapshot`: all transactions below `xmin` had ended; those from `xmax` on, and those `in_progress`, had not. `text` is
+    PostgreSQL's."""
 
     text: str
     xmin: int
@@ -29,29 +30,32 @@ class Snapshot:
         )
 
     def sees(self, xid: int) -> bool:
-        """Whether a transaction that committed is visible."""
+        """Whether this transaction is visible, provided that it committed."""
         return xid < self.xmax and xid not in self.in_progress
 
-    def may_miss(self, dropped: int, now: Snapshot) -> bool:
-        """Whether, of all that was written up to this transaction id and is dropped by now, it may not have seen something."""
-        # Nothing was dropped of who still runs.
-        return self.xmax <= dropped or any(xid <= dropped and now.sees(xid) for xid in self.in_progress)
+    def may_miss(self, retention_horizon: int, now: Snapshot) -> bool:
+        """Whether rows that are no longer kept may not be visible in this snapshot."""
+        # No rows of transactions that are still running were dropped.
+        return self.xmax <= retention_horizon or any(
+            xid <= retention_horizon and now.sees(xid) for xid in self.in_progress
+        )
 
     def __lt__(self, other: Snapshot) -> bool:
-        """Whether it is the earlier one: of the same database, the later one sees all that it sees, and more."""
+        """Whether this snapshot is earlier: of two of the same database, the later one sees all that the earlier one sees."""
         return (self.xmin, self.xmax, -len(self.in_progress)) < (other.xmin, other.xmax, -len(other.in_progress))
 
     @property
     def in_cursor(self) -> str:
-        """As `realtime_internal.snapshot_text` writes it: what is beyond the bound is cut off, so that it counts as not seen."""
+        """The text that `realtime_internal.snapshot_text` writes. It ends before the first id beyond the bound, so that all from there on
+        count as not seen."""
         xids = sorted(self.in_progress)
-        xmax = xids[MOST_IN_PROGRESS] if len(xids) > MOST_IN_PROGRESS else self.xmax
-        return ".".join(map(str, [self.xmin, xmax, *xids[:MOST_IN_PROGRESS]]))
+        xmax = xids[MAX_IN_PROGRESS] if len(xids) > MAX_IN_PROGRESS else self.xmax
+        return ".".join(map(str, [self.xmin, xmax, *xids[:MAX_IN_PROGRESS]]))
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPosition:
-    """Behind all that `since` sees and, of what `until` sees as well, behind `seq`; `incarnation` names the database's life."""
+    """The position after all messages that `since` sees and, of those that only `until` sees, after the one numbered `seq`."""
 
     incarnation: str
     since: Snapshot

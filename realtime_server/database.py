@@ -1,7 +1,7 @@
-"""Connections to PostgreSQL, and the one place where its errors become ours.
+"""Connections to PostgreSQL, and the translation of its errors into those of this server.
 
-A statement in Python is one call of a function that lives in `sql/`. Every connection says who it is (`application_name`), speaks UTC and
-resolves names in pg_catalog alone: whoever may create operators or functions in another schema must not have them called by the server.
+A statement in Python is one call of a function in `sql/`. Every connection sets its `application_name`, uses UTC and resolves names in
+pg_catalog alone, so that the server calls no operators or functions that somebody has created in another schema.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ InvalidText = psycopg.DataError
 Error = psycopg.Error
 Database = AsyncConnection[tuple[Any, ...]]
 
-# Who stops does not wait for connections that are being made.
+# Closing a pool does not wait longer for connections that are being made.
 CLOSING_S: Final = 1.0
 
 # How soon a backend notices, in the middle of a statement, that its client's connection is closed.
@@ -34,19 +34,19 @@ CLIENT_CHECK_INTERVAL: Final = "2s"
 
 SEARCH_PATH: Final = "pg_catalog,pg_temp"
 
-# Of a stream: a quarter slower than all at once, where one by one takes twice as long.
+# Chunk size of a stream: a quarter slower than fetching all rows at once, where one row at a time takes twice as long.
 ROWS_AT_ONCE: Final = 10
 
-# SQLSTATE of realtime.read_cursor when messages behind a cursor are gone.
+# SQLSTATE of realtime.read_cursor when messages after a cursor are no longer kept.
 GAP: Final = "RT001"
-# The domain's constraint: what is no cursor at all.
+# The domain's constraint, which rejects texts that are no cursors.
 CURSOR_FORMAT: Final = "cursor_format"
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the database is. `is_pooled`: behind a transaction pooler, where no session is ours: nothing may be set for one, prepared in
-    one or listened to in one. `can_check_clients`: PostgreSQL runs on a system where backends can find out whether their client is gone."""
+    """The address of the database. `is_pooled`: it is behind a transaction pooler, so no session settings, prepared statements or LISTEN
+    can be used. `can_check_clients`: PostgreSQL runs on a system where backends can detect that their client is gone."""
 
     url: str
     is_pooled: bool = False
@@ -59,24 +59,24 @@ class Endpoint:
         timeout_s: float,
         statement_timeout_s: float | None = None,
     ) -> str:
-        """The URL with the settings of our connections. `name` shows in pg_stat_activity behind `realtime-server`."""
+        """Return the URL with the settings of this server's connections. `name` shows in pg_stat_activity after `realtime-server`."""
         settings: dict[str, Any] = {
             "application_name": f"realtime-server {name}",
             "connect_timeout": max(2, int(timeout_s)),
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
-            # What was said and is not acknowledged: by itself the kernel would go on for a quarter of an hour.
+            # Limits unacknowledged data: by default the kernel retransmits for a quarter of an hour.
             "tcp_user_timeout": int(2000 * timeout_s),
             "client_encoding": "UTF8",
         }
         if not self.is_pooled:
             own = conninfo.conninfo_to_dict(self.url).get("options") or ""
             options = f"{own} -c search_path={SEARCH_PATH} -c timezone=UTC -c idle_in_transaction_session_timeout=60s"
-            # Limits that the role or the database sets for everybody would end what waits on purpose: the relay, its place in a queue.
+            # Timeouts that are set for the role or the database would end sessions that wait on purpose: the relay, and its lock queue.
             options += f" -c statement_timeout={int((statement_timeout_s or 0) * 1000)} -c lock_timeout=0 -c idle_session_timeout=0"
             if self.can_check_clients:
-                # Otherwise a statement runs on when its connection was given up, and so does one of a server that was killed.
+                # Otherwise a statement keeps running after its connection was aborted or its server was killed.
                 options += f" -c client_connection_check_interval={CLIENT_CHECK_INTERVAL}"
             settings["options"] = options.strip()
         return conninfo.make_conninfo(self.url, **settings)
@@ -87,20 +87,20 @@ class Endpoint:
 
 
 def probe(url: str, *, timeout_s: float) -> Endpoint:
-    """Find out whether a pooler stands before the database, and what its system can do. Raises: DatabaseUnavailable."""
+    """Find out whether a pooler is in front of the database, and whether backends can check clients. Raises: DatabaseUnavailable."""
     return _examine(Endpoint(url), timeout_s)
 
 
 def _examine(direct: Endpoint, timeout_s: float) -> Endpoint:
     try:
-        with psycopg.connect(direct.parameters(name="look", timeout_s=timeout_s), autocommit=True) as db:
+        with psycopg.connect(direct.parameters(name="probe", timeout_s=timeout_s), autocommit=True) as db:
             db.execute("listen realtime")
             db.execute("select pg_catalog.pg_notify('realtime', '')")
-            # A pooler that lets our settings through gives LISTEN and NOTIFY to different sessions, or forgets the first.
-            hears = any(True for _ in db.notifies(timeout=1.0, stop_after=1))
-        return replace(direct, is_pooled=not hears)
+            # A pooler that lets the settings through sends LISTEN and NOTIFY to different sessions, or drops the LISTEN.
+            is_notified = any(True for _ in db.notifies(timeout=1.0, stop_after=1))
+        return replace(direct, is_pooled=not is_notified)
     except psycopg.errors.ReadOnlySqlTransaction:
-        # A standby, where nobody may listen. The relay waits for it to be promoted.
+        # It is a standby, which does not allow LISTEN. The relay waits for it to be promoted.
         return direct
     except psycopg.OperationalError as error:
         if "unsupported startup parameter" in str(error):
@@ -111,19 +111,19 @@ def _examine(direct: Endpoint, timeout_s: float) -> Endpoint:
 
 
 async def connect(target: Endpoint, *, name: str, timeout_s: float) -> Database:
-    """One connection of its own, in autocommit. Raises: DatabaseUnavailable."""
+    """Open one connection outside of any pool, in autocommit. Raises: DatabaseUnavailable."""
     with errors():
         parameters = target.parameters(name=name, timeout_s=timeout_s)
         return await AsyncConnection.connect(parameters, **target.connection_options)
 
 
 class Pool:
-    """Connections for short questions, each answered within `statement_timeout_s`.
+    """Connections for short queries, each of which PostgreSQL ends after `statement_timeout_s`.
 
-    `timeout_s`: how long it may take to connect, and how long a connection may be silent beyond the longest time that the database takes
-    for an answer. `acquire_timeout_s`: how long to wait for a connection that others use, by default no longer than that.
-    `runs_user_code`: policies and other code of users runs in the sessions. Prepared statements and session-level locks outlive a rollback,
-    so the server prepares none that could be replaced, and whatever is left behind is dropped before the next question.
+    `timeout_s` limits connecting, and how long the response may take beyond the statement timeout. `acquire_timeout_s` limits the wait for
+    a free connection; its default is `timeout_s`. `runs_user_code`: policies and other code of users runs in the sessions. Prepared
+    statements and session-level locks outlive a rollback, so the server prepares none that could be replaced, and resets the session
+    before the next query.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class Pool:
             max_size=size,
             timeout=timeout_s if acquire_timeout_s is None else acquire_timeout_s,
             check=self._check,
-            # Who asks begins anew; the pause between attempts would grow to minutes.
+            # The next query connects anew; otherwise the pause between attempts would grow to minutes.
             reconnect_timeout=timeout_s,
             open=False,
             name=name,
         )
 
     async def open(self) -> None:
-        """Does not wait: the server starts while the database is away."""
+        """Open the pool without waiting for connections: the server also starts while the database is unreachable."""
         await self._pool.open()
 
     async def close(self) -> None:
@@ -165,13 +165,13 @@ class Pool:
     async def fetch(
         self, query: LiteralString, arguments: Sequence[object] = (), *, limit_s: float | None = None
     ) -> list[tuple[Any, ...]]:
-        """The rows of one statement, which may take `limit_s`, or what is usual for the pool.
+        """Return the rows of one statement. `limit_s`: its statement timeout, by default that of the pool.
 
         Raises: DatabaseUnavailable, QueryCanceled, Gap, MalformedCursor.
         """
-        longest_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
+        response_timeout_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
         async with self._connection() as db:
-            with abort_after(db, longest_s):
+            with abort_after(db, response_timeout_s):
                 async with contextlib.nullcontext() if limit_s is None else _limited(db, limit_s):
                     cursor = await db.execute(query, arguments)
                     return await cursor.fetchall()
@@ -184,18 +184,18 @@ class Pool:
         limit_s: float | None = None,
         rows_at_once: int = ROWS_AT_ONCE,
     ) -> AsyncGenerator[tuple[Any, ...]]:
-        """The same rows, of which only `rows_at_once` are in memory; who closes the iterator gets no more of them.
+        """Yield the rows like `fetch`, with only `rows_at_once` of them in memory. Closing the iterator ends the statement.
 
-        A statement that fails has returned the rows from before, in whole portions of `rows_at_once`.
+        Before a statement fails, its earlier rows are yielded, in whole chunks of `rows_at_once`.
         """
-        longest_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
+        response_timeout_s = (self._statement_timeout_s if limit_s is None else limit_s) + self._timeout_s
         async with (
             self._connection() as db,
             contextlib.nullcontext() if limit_s is None else _limited(db, limit_s),
-            streaming(db, query, arguments, closing_s=longest_s, rows_at_once=rows_at_once) as rows,
+            streaming(db, query, arguments, closing_s=response_timeout_s, rows_at_once=rows_at_once) as rows,
         ):
             while True:
-                with abort_after(db, longest_s):
+                with abort_after(db, response_timeout_s):
                     row = await anext(rows, None)
                 if row is None:
                     return
@@ -208,7 +208,7 @@ class Pool:
             try:
                 async with db, contextlib.AsyncExitStack() as stack:
                     if self._is_pooled:
-                        # Settings of a session would be some other client's next.
+                        # Session settings would leak to another client of the pooler, so they are local to the transaction.
                         with abort_after(db, self._timeout_s):
                             await stack.enter_async_context(_limited(db, self._statement_timeout_s))
                             await db.execute("select pg_catalog.set_config('search_path', %s, true)", (SEARCH_PATH,))
@@ -216,34 +216,34 @@ class Pool:
                     with abort_after(db, self._timeout_s):
                         await stack.aclose()
             except psycopg.errors.FeatureNotSupported as error:
-                # Our tables with an unlogged part cannot be read on a standby, which may become the primary.
+                # Tables with an unlogged part cannot be read on a standby, which may become the primary.
                 if db.info.parameter_status("in_hot_standby") == "on":
                     raise DatabaseUnavailable from error
                 raise
             finally:
-                # Not the pool's own `connection`: it forgets one whose return is cancelled, as happens to clients that leave while others
-                # wait, until it has none to give.
+                # The pool's own `connection` is not used: it loses a connection whose return is cancelled, as happens when clients leave
+                # while others wait, until the pool is empty.
                 await asyncio.shield(self._pool.putconn(db))
 
     async def _reset(self, db: Database) -> None:
-        # In one round trip, and without DISCARD ALL, which would drop what the session knows of the catalog.
+        # One round trip, and not DISCARD ALL, which would drop what the session has cached of the catalog.
         with abort_after(db, self._timeout_s):
             await db.execute("deallocate all; reset all; select pg_catalog.pg_advisory_unlock_all()")
 
     async def _check(self, db: Database) -> None:
         try:
-            # Half of it, so that who waits for this one has time for another.
+            # Half of the timeout, so that the waiting query has time left for another connection.
             with abort_after(db, self._timeout_s / 2):
                 await AsyncConnectionPool.check_connection(db)
         except psycopg.Error:
-            # What silenced or ended one has as a rule done so to all: they are not waited for one after the other.
+            # If one connection is dead, usually all are: the pool replaces them instead of checking one after the other.
             await self._pool.drain()
             raise
 
 
 @contextlib.asynccontextmanager
 async def _limited(db: Database, limit_s: float) -> AsyncIterator[None]:
-    """A transaction in which a statement may take so long."""
+    """Open a transaction with this statement timeout."""
     async with db.transaction():
         await db.execute("select pg_catalog.set_config('statement_timeout', %s, true)", (str(int(limit_s * 1000)),))
         yield
@@ -251,7 +251,7 @@ async def _limited(db: Database, limit_s: float) -> AsyncIterator[None]:
 
 @contextlib.contextmanager
 def abort_after(db: Database, timeout_s: float) -> Iterator[None]:
-    """End the connection when this takes longer. To cancel would be to ask the server first, which takes long if it is away."""
+    """Abort the connection when the block takes longer. Cancelling instead would need the server, which may be unreachable."""
     timer = asyncio.get_running_loop().call_later(timeout_s, abort_connection, db)
     try:
         yield
@@ -260,8 +260,8 @@ def abort_after(db: Database, timeout_s: float) -> Iterator[None]:
 
 
 def abort_connection(db: Database) -> None:
-    """End the connection at once; who waits for its answer gets an error."""
-    # The other side, or libpq, may have closed it.
+    """Close the connection at once; a pending query on it raises an error."""
+    # The server, or libpq, may have closed it already.
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(db.pgconn.socket)) as line:
         line.shutdown(socket.SHUT_RDWR)
 
@@ -275,26 +275,26 @@ async def streaming(
     closing_s: float,
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> AsyncIterator[AsyncIterator[tuple[Any, ...]]]:
-    """The rows of one statement as they come, of which only `rows_at_once` are in memory. The rest is given up within `closing_s`."""
+    """Stream the rows of one statement, with only `rows_at_once` in memory. On exit the rest is discarded within `closing_s`."""
     async with db.cursor() as cursor:
         rows = cast(AsyncGenerator[tuple[Any, ...]], cursor.stream(query, arguments, size=rows_at_once))
         try:
             yield rows
         finally:
-            # Until it is closed the connection takes nothing else, not even its own end.
+            # Until the stream is closed, the connection accepts no other command and cannot be closed cleanly.
             with abort_after(db, closing_s):
                 await rows.aclose()
 
 
 def describe(error: psycopg.Error) -> str:
-    """`ERROR 22P02 (invalid_text_representation) message`, as clients are told of what they asked for themselves."""
+    """Format an error as `ERROR 22P02 (invalid_text_representation) message`, for the client that caused it."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(error).__name__).lower()
     return f"ERROR {error.sqlstate} ({name}) {error.diag.message_primary}"
 
 
 @contextlib.contextmanager
 def retry_on_ddl() -> Iterator[None]:
-    """For questions about tables that may be dropped or changed by others meanwhile: ask again later. Raises: DatabaseUnavailable."""
+    """Make errors retryable, for queries about tables that others may drop or change meanwhile. Raises: DatabaseUnavailable."""
     try:
         yield
     except psycopg.Error as error:
@@ -303,7 +303,7 @@ def retry_on_ddl() -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Turn what has a meaning of ours into our errors; let everything else through."""
+    """Translate errors of PostgreSQL into those of this server; others pass through."""
     try:
         yield
     except psycopg.errors.QueryCanceled as error:
@@ -314,7 +314,7 @@ def errors() -> Iterator[None]:
         PoolTimeout,
         psycopg.errors.ReadOnlySqlTransaction,
     ) as error:
-        # Read-only: a standby, which may become the primary, or maintenance.
+        # Read-only: it is a standby, which may become the primary, or under maintenance.
         raise DatabaseUnavailable from error
     except psycopg.Error as error:
         if error.sqlstate == GAP:

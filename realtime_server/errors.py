@@ -1,4 +1,4 @@
-"""Everything that can go wrong by somebody else's doing, in one tree.
+"""Defines the errors that clients, operators or the database cause, in one tree.
 
     RealtimeError
     ├── ProtocolError       MalformedFrame  TopicNameRequired  UnmatchedTopic  PrivateOnly  InvalidBinding  InvalidBroadcast
@@ -15,8 +15,8 @@
     └── EmbeddedError
 
 `code` is the stable name that clients see in replies (`<code>: <sentence>`, or the code alone); the sentence may change. `status` is the
-HTTP status of the same error on REST and at the handshake. Where a code or sentence is Supabase Realtime's own, it is kept to the letter,
-because clients compare it.
+HTTP status of the same error on REST and at the handshake. Codes and sentences of Supabase Realtime are kept verbatim, because clients
+compare them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class RealtimeError(Exception):
 
     @property
     def reason(self) -> str:
-        """The error as a reply carries it."""
+        """The error as replies contain it."""
         return f"{self.code}: {self}" if str(self) else self.code
 
     @property
     def response(self) -> dict[str, str]:
-        """The response of a reply with this error."""
+        """The `response` of a reply with this error."""
         return {"reason": self.reason}
 
 
@@ -44,7 +44,7 @@ class ProtocolError(RealtimeError):
 
 
 class MalformedFrame(ProtocolError):
-    """A frame that is no message of the protocol version. It is dropped and logged; the socket lives on."""
+    """A frame is not a message of the protocol version. It is dropped and logged; the socket stays open."""
 
     code = "MalformedWebSocketMessage"
 
@@ -59,13 +59,13 @@ class TopicNameRequired(ProtocolError):
 
 
 class UnmatchedTopic(ProtocolError):
-    """A message to a topic that this socket has not joined, or that is none of ours."""
+    """A message names a topic that this socket has not joined, or that does not start with `realtime:`."""
 
     code = "unmatched topic"
 
 
 class PrivateOnly(ProtocolError):
-    """A public topic was joined on a server that is set to private topics only."""
+    """A client joined a public topic, and the server allows only private ones (REALTIME_PRIVATE_ONLY)."""
 
     code = "PrivateOnly"
 
@@ -74,8 +74,8 @@ class PrivateOnly(ProtocolError):
 
 
 class InvalidBinding(ProtocolError):
-    """A subscription to row changes that cannot be: a `system` message with the sentence says why, and the channel stays joined. A join
-    that waits for the subscription is refused."""
+    """A subscription to row changes is invalid. A `system` message has the sentence, and the channel stays joined; a join that waits for
+    the subscription is refused."""
 
     code = "RealtimeDisabledForConfiguration"
 
@@ -84,13 +84,13 @@ class InvalidBinding(ProtocolError):
 
 
 class InvalidBroadcast(ProtocolError):
-    """A broadcast in a text frame is no object. It is dropped; clients that asked for `ack` are told."""
+    """A broadcast in a text frame is not an object. It is dropped; clients that asked for `ack` get an error reply."""
 
     code = "payload must be an object"
 
 
 class UnknownPresenceEvent(ProtocolError):
-    """A presence push is no object, or its event is neither `track` nor `untrack`. The response is `{}`, without the code."""
+    """A presence push is not an object, or its event is neither `track` nor `untrack`. The response is `{}`, without the code."""
 
     code = "UnknownPresenceEvent"
 
@@ -100,7 +100,7 @@ class UnknownPresenceEvent(ProtocolError):
 
 
 class InvalidTrack(ProtocolError):
-    """What a client tracks is no object."""
+    """The payload of a `track` is not an object."""
 
     code = "Presence track payload must be a map"
 
@@ -123,7 +123,7 @@ class AuthError(RealtimeError):
 
 
 class MissingKey(AuthError):
-    """The request or the handshake brings neither key nor token."""
+    """The request or the handshake has neither key nor token."""
 
     code = "MissingAPIKey"
 
@@ -132,8 +132,8 @@ class MissingKey(AuthError):
 
 
 class InvalidTicket(AuthError):
-    """The ticket of an event stream is older than REALTIME_TICKET_S, was made for another stream, or by a server with another secret:
-    ask for a new one."""
+    """The ticket of an event stream is older than REALTIME_TICKET_S, or was made for another stream, or by a server with another secret.
+    Request a new one."""
 
     code = "InvalidTicket"
 
@@ -142,7 +142,7 @@ class InvalidTicket(AuthError):
 
 
 class MalformedToken(AuthError):
-    """What was given as a token is none. Look for a cut-off or doubled one."""
+    """The token is not a JWT. Check whether it is truncated or pasted twice."""
 
     code = "MalformedJWT"
 
@@ -151,7 +151,7 @@ class MalformedToken(AuthError):
 
 
 class MissingClaims(AuthError):
-    """The token does not say which role it stands for, or when it ends."""
+    """The token has no `role` or no `exp`."""
 
     code = "InvalidJWTToken"
 
@@ -160,7 +160,7 @@ class MissingClaims(AuthError):
 
 
 class TokenExpired(AuthError):
-    """The token has ended. Get a new one, and give it to the channels that are joined before the old one ends."""
+    """The token has expired. Get a new one, and send it to joined channels before the old one expires."""
 
     code = "InvalidJWTToken"
 
@@ -186,7 +186,7 @@ class TokenNotYetValid(AuthError):
 
 
 class InvalidSignature(AuthError):
-    """The token was not signed with the secret or key of this server, or was changed since."""
+    """The token was not signed with a secret or key of this server, or was changed afterwards."""
 
     code = "JwtSignatureError"
 
@@ -195,7 +195,7 @@ class InvalidSignature(AuthError):
 
 
 class NoSigningKey(AuthError):
-    """No key of ours fits the token's algorithm (which is also the fate of `alg: none`) or key id."""
+    """The server has no key for the token's algorithm (such as `none`) or key id."""
 
     code = "JwtSignerError"
 
@@ -209,7 +209,7 @@ class NoSigningKey(AuthError):
 
 
 class InvalidClaims(AuthError):
-    """A claim of the wrong type, or a role that is not on the allow-list."""
+    """A claim has the wrong type or value, or the role is not in REALTIME_ROLES."""
 
     code = "InvalidJWTToken"
 
@@ -218,8 +218,8 @@ class InvalidClaims(AuthError):
 
 
 class Unauthorized(AuthError):
-    """No policy on realtime.messages lets this role and these claims receive on this private topic, or a policy raised an error: the
-    server's log says which."""
+    """No policy on realtime.messages lets this role and these claims receive on this private topic, or a policy raised an error, which the
+    server logs."""
 
     code = "Unauthorized"
     status = 403
@@ -233,7 +233,8 @@ class Unauthorized(AuthError):
 
 
 class SendDenied(AuthError):
-    """No policy on realtime.messages lets this role and these claims send on this private topic. Clients that asked for `ack` are told."""
+    """No policy on realtime.messages lets this role and these claims send on this private topic. Clients that asked for `ack` get this
+    reply."""
 
     code = "unauthorized"
     status = 403
@@ -252,7 +253,7 @@ class TrackDenied(AuthError):
 
 
 class CrossOrigin(AuthError):
-    """A page of another origin, or one under a host name that is not this machine's, asked for what only the server's own pages get."""
+    """A page of another origin, or under a host name that is not this machine's, requested data that only the server's own pages get."""
 
     code = "CrossOrigin"
     status = 403
@@ -266,7 +267,7 @@ class LimitError(RealtimeError):
 
 
 class TooManyChannels(LimitError):
-    """One socket has joined as many topics as one may. Leave some, or raise REALTIME_MAX_CHANNELS_PER_SOCKET."""
+    """The socket has joined the maximum number of topics. Leave some, or raise REALTIME_MAX_CHANNELS_PER_SOCKET."""
 
     code = "ChannelRateLimitReached"
 
@@ -275,7 +276,7 @@ class TooManyChannels(LimitError):
 
 
 class TooManyUsers(LimitError):
-    """As many sockets have joined topics, or are open at all, as the server allows. Come again later."""
+    """The server has its maximum of sockets, or of those that have joined topics. Retry later."""
 
     code = "ConnectionRateLimitReached"
 
@@ -284,7 +285,7 @@ class TooManyUsers(LimitError):
 
 
 class TooManyJoins(LimitError):
-    """More joins a second than the server allows. Come again later, after a pause that grows."""
+    """There are more joins a second than the server allows. Retry with increasing pauses."""
 
     code = "ClientJoinRateLimitReached"
 
@@ -310,8 +311,8 @@ class TooManyHeaders(LimitError):
 
 
 class PresenceTooLarge(LimitError):
-    """What is tracked is larger than REALTIME_MAX_PRESENCE_ENTRY_BYTES, or all entries of the socket or of the topic would be larger than
-    REALTIME_MAX_PRESENCE_BYTES_PER_SOCKET or REALTIME_MAX_PRESENCE_BYTES_PER_TOPIC. The channel keeps its former entry."""
+    """The entry is larger than REALTIME_MAX_PRESENCE_ENTRY_BYTES, or all entries of the socket or of the topic would be larger than
+    REALTIME_MAX_PRESENCE_BYTES_PER_SOCKET or REALTIME_MAX_PRESENCE_BYTES_PER_TOPIC. The channel keeps its previous entry."""
 
     code = "PresenceSizeExceeded"
     status = 413
@@ -326,7 +327,7 @@ class PresenceTooLarge(LimitError):
 
 
 class Restarting(RealtimeError):
-    """The server is stopping. Connect again: another one, or the same one after its restart, answers."""
+    """The server is stopping. Connect again, to another server or to this one after its restart."""
 
     code = "RealtimeRestarting"
     status = 503
@@ -336,7 +337,7 @@ class Restarting(RealtimeError):
 
 
 class DatabaseUnavailable(RealtimeError):
-    """What was asked needs the database, and there is none at the moment. Public topics and what clients send each other work on."""
+    """The request needs the database, which is unreachable at the moment. Public topics and broadcasts between clients still work."""
 
     code = "UnableToConnectToProject"
     status = 503
@@ -346,7 +347,7 @@ class DatabaseUnavailable(RealtimeError):
 
 
 class QueryCanceled(RealtimeError):
-    """A policy took longer than REALTIME_POLICY_TIMEOUT_S, or reading what was missed longer than half a minute."""
+    """A policy took longer than REALTIME_POLICY_TIMEOUT_S, or reading missed messages longer than 30 s."""
 
     code = "QueryCanceled"
     status = 422
@@ -356,7 +357,7 @@ class QueryCanceled(RealtimeError):
 
 
 class ChangesTimeout(RealtimeError):
-    """The subscription to row changes that a join waits for (`postgres_changes_options`) did not stand in time. Join again."""
+    """The subscription to row changes that a join waits for (`postgres_changes_options`) was not established in time. Join again."""
 
     code = "PostgresChangesSubscribeTimeout"
     status = 503
@@ -370,7 +371,7 @@ class ChangesTimeout(RealtimeError):
 
 
 class MalformedCursor(RealtimeError):
-    """What was given as a cursor is none."""
+    """The text is not a cursor."""
 
     code = "MalformedCursor"
     status = 400
@@ -380,7 +381,7 @@ class MalformedCursor(RealtimeError):
 
 
 class InvalidLimit(RealtimeError):
-    """The number of messages asked for is none, or too large."""
+    """The requested number of messages is not a number, or out of range."""
 
     code = "InvalidLimit"
     status = 400
@@ -394,7 +395,7 @@ class InvalidLimit(RealtimeError):
 
 
 class Gap(RealtimeError):
-    """Messages behind a cursor are gone. The answer has the first one that can be read from, as `cursor`."""
+    """Messages after a cursor are no longer kept. The response has the oldest cursor that can be read from, as `cursor`."""
 
     code = "Gap"
     status = 410
@@ -405,7 +406,7 @@ class Gap(RealtimeError):
 
 
 class UnableToReplay(RealtimeError):
-    """The replay that a join asked for is not allowed, not well formed, or could not be read."""
+    """The replay that a join requests is not allowed, malformed, or could not be read."""
 
     code = "UnableToReplayMessages"
     status = 422
@@ -427,7 +428,7 @@ class SchemaMismatch(RealtimeError):
 
 
 class FunctionsMismatch(RealtimeError):
-    """The tables are those of this server, the functions are not."""
+    """The database has the tables of this server, but other functions."""
 
     code = "FunctionsMismatch"
 
@@ -449,6 +450,6 @@ class SettingsError(RealtimeError):
 
 
 class EmbeddedError(RealtimeError):
-    """The PostgreSQL that comes along does not start or stop; the sentence ends with PostgreSQL's own words where there are some."""
+    """The embedded PostgreSQL does not start or stop; the sentence ends with PostgreSQL's own message if there is one."""
 
     code = "EmbeddedError"

@@ -1,4 +1,4 @@
-"""Stored messages of a topic, read from a place on, a page at a time. Who may read is decided before."""
+"""Reads stored messages of a topic from a position on, a page at a time. The caller has checked authorization."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stored(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Messages in order, the cursor behind the last of them, and whether that is the present."""
+    """Messages in order, the cursor after the last of them, and whether no later ones were stored."""
 
     messages: list[Stored]
     cursor: str
@@ -32,18 +32,18 @@ class Page(NamedTuple):
 
 
 class History:
-    """`page_bytes`: how much of large messages is read at once."""
+    """Reads pages of messages. `page_bytes`: the payload bytes after which a page ends."""
 
     def __init__(self, pool: Pool, *, page_bytes: int) -> None:
         self._pool = pool
         self._page_bytes = page_bytes
 
     async def after(self, room: Room, cursor: str, max_rows: int = PAGE_ROWS) -> Page:
-        """The next messages behind a cursor. Raises: Gap, MalformedCursor, DatabaseUnavailable, QueryCanceled."""
+        """Read the next messages after a cursor. Raises: Gap, MalformedCursor, DatabaseUnavailable, QueryCanceled."""
         if "\0" in cursor:
             raise MalformedCursor
         found = self._pool.stream(
-            # The last row is the place of the statement's beginning; the function reads later, so it has all that is before it.
+            # The last row is the position at the statement's start; the function reads later, so it returns all messages before it.
             "select id, event, payload::text, binary_payload, xid::text, cursor"
             " from realtime.messages_after(%s, %s, %s, %s)"
             " union all select null, null, null, null, null, realtime.cursor()",
@@ -63,7 +63,7 @@ class History:
         return Page(_messages(room, rows), (rows[-1] if rows else end)[-1], not is_cut and len(rows) < max_rows)
 
     async def newest(self, room: Room, since_ms: int, max_rows: int) -> list[Stored]:
-        """The newest messages since a time (milliseconds since 1970), oldest first; of large ones no more than a page, but one.
+        """Read the newest messages since a time (milliseconds since 1970), oldest first: at least one, and at most a page of large ones.
 
         Raises: DatabaseUnavailable, QueryCanceled.
         """
@@ -92,7 +92,7 @@ def _messages(room: Room, rows: Iterable[tuple[Any, ...]]) -> list[Stored]:
     stored = []
     for id, event, payload, binary, xid, cursor in rows:
         data = binary if payload is None else payload.encode()
-        # Rows that were not written by realtime.send may lack either; they are not delivered live either.
+        # Rows that realtime.send did not write may lack event or payload; they are not delivered live either.
         if event is not None and data is not None:
             message = Broadcast(
                 room.topic, event, data, is_json=payload is not None, id=str(id), cursor=cursor, replayed=True

@@ -1,6 +1,6 @@
-"""A bound on the log lines that clients cause: a client that is refused a thousand times a second must not fill the disk.
+"""Limits the rate of log lines that clients cause: a client that is refused a thousand times a second must not fill the disk.
 
-Errors are always written: what is a client's fault is logged at a lower level.
+Errors are always written: problems that clients cause are logged at a lower level.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import structlog
 
 from realtime_server.limits import Bucket
 
-# Modules whose lines tell what a client did, by the names of their loggers.
+# Names of the loggers of modules that log what clients did.
 CLIENT_MODULES: Final = (
     "realtime_server.session",
     "realtime_server.endpoints.",
@@ -22,16 +22,16 @@ CLIENT_MODULES: Final = (
 )
 BURST_S: Final = 10.0
 REPORT_S: Final = 1.0
-# Topics and problems have parts that clients chose.
+# Clients choose topics, and parts of problems.
 MAX_FIELD_CHARS: Final = 300
 
 log = structlog.get_logger()
 
 
 class ClientLines:
-    """A structlog processor: of the lines that clients cause, write so many a second, and say how many were suppressed.
+    """A structlog processor that writes a limited number of client lines a second, and reports how many were suppressed.
 
-    One bucket for the process. A rate of 0 suppresses nothing.
+    The process has one bucket. A rate of 0 suppresses nothing.
     """
 
     def __init__(self, lines_per_second: float, clock: Callable[[], float] = time.monotonic) -> None:

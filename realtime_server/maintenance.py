@@ -1,4 +1,4 @@
-"""Maintenance of realtime.messages: partitions for the days to come, and none older than the retention."""
+"""Maintains the partitions of realtime.messages: creates those of the next days, and drops those older than the retention."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from realtime_server.errors import RealtimeError
 
 INTERVAL_S: Final = 3600.0
 RETRY_S: Final = 60.0
-# Rows of the default partition, and of one that is in use for too long, are deleted one by one.
+# Allows for rows of the default partition, and of one that is in use for too long, which are deleted one by one.
 LIMIT_S: Final = 60.0
 
 log = structlog.get_logger()
 
 
 class Maintenance:
-    """Any server may do it; the database lets one at a time. `last_success`: in seconds since 1970, whichever server it was."""
+    """Runs the maintenance. Every server may; the database lets one at a time. `last_success`: of any server, in seconds since 1970."""
 
     def __init__(self, pool: Pool, retention: timedelta) -> None:
         self._pool = pool
@@ -35,14 +35,14 @@ class Maintenance:
                 query = "select partition, action from realtime.maintain(%s)"
                 for partition, action in await self._pool.fetch(query, (self._retention,), limit_s=LIMIT_S):
                     if action == "waiting":
-                        log.warning("partition is in use, maintenance tries again", partition=partition)
+                        log.warning("partition is in use, maintenance retries later", partition=partition)
                         pause_s = RETRY_S
                     else:
                         log.info(f"partition {action}", partition=partition)
                 ((last_success,),) = await self._pool.fetch("select realtime_internal.last_maintenance()")
                 self.last_success = last_success.timestamp()
             except (RealtimeError, database.Error) as error:
-                # Not the end of the server: the rows go to the default partition meanwhile.
-                log.error("partitions were not looked after", error=str(error.__cause__ or error))
+                # The server keeps running: rows go to the default partition meanwhile.
+                log.error("maintenance failed", error=str(error.__cause__ or error))
                 pause_s = RETRY_S
             await asyncio.sleep(pause_s)

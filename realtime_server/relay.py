@@ -1,23 +1,23 @@
-"""Out of the database: what became visible in an outbox since the last read, in order, none twice, none skipped.
+"""The relay reads newly committed rows of an outbox from the database and delivers each once, in order, without skipping any.
 
 There are two outboxes: `MESSAGES`, and `CHANGES`, which the capture triggers write to.
 
 **The position is a snapshot.** Each read returns the rows that were not visible in the last snapshot and are visible now, and the snapshot
-to go on from. Transactions that commit out of order, run for hours or roll back need no special care. Primary only: the snapshot of a
-standby does not list what is in progress.
+to continue from. Transactions that commit out of order, run for hours or roll back need no special care. It must be the primary: a
+standby's snapshot does not list the transactions in progress.
 
-**The bell is only a hint.** A relay that falls asleep takes the doorbell lock first, and then reads on until every transaction that was
-running at that moment has ended: a writer that found the lock free, and so kept silent, is among them. From then on every writer finds the
-lock taken and rings. What a bell that was lost would have told, the safety read every few seconds finds. Where several relays sleep, one
-holds the lock and the others stand in its queue; writers ring for either. Behind a transaction pooler nothing can be listened to: there the
-same loop looks again every few hundredths of a second.
+**The doorbell is only a hint.** Before a relay goes to sleep it takes the doorbell lock, then reads until every transaction that was
+running at that moment has ended: these include every writer that found the lock free and sent no NOTIFY. From then on every writer finds
+the lock taken and sends one. If a NOTIFY is lost, the safety read every few seconds finds the rows. Where several relays sleep, one holds
+the lock and the others queue for it; writers notify in both cases. Behind a transaction pooler LISTEN does not work, so the same loop polls
+every few hundredths of a second.
 
-**After a lost connection** the relay listens again and goes on from its last durable snapshot, because the database may have crashed. It
-then forgets transactions that left nothing on disk (rolled back, or with an id and no changes) and gives their ids to others, which a newer
-snapshot takes for seen. What was handed on already is dropped by its sequence number; so is what a read that broke off had handed on.
-Clients' cursors begin at the durable snapshot, too.
+**After a lost connection** the relay listens again and continues from its checkpoint, because the database may have crashed. A crash
+forgets transactions that left nothing on disk (rolled back, or with an id and no changes) and gives their ids to others, which a newer
+snapshot would count as seen. Rows that were delivered already, also by a read that failed halfway, are dropped by their sequence numbers.
+Clients' cursors begin at the checkpoint, too.
 
-**A line that is silent** looks like a database that has nothing to say, so nothing waits for an answer without a limit, and ready is who
+**A dead connection** looks like a database without new rows. Therefore every statement has a time limit, and a relay is ready only if it
 has read lately.
 """
 
@@ -41,30 +41,30 @@ from realtime_server.cursor import Snapshot, StreamPosition
 from realtime_server.database import Database, Endpoint
 from realtime_server.errors import DatabaseUnavailable, QueryCanceled, RealtimeError
 
-# Awake: the pause between reads is the latency under load. It grows while nothing comes, until the relay falls asleep.
-SHORTEST_PAUSE_S: Final = 0.004
-LONGEST_PAUSE_S: Final = 0.02
+# While awake: the pause between reads is the latency under load. It grows while no rows come, until the relay goes to sleep.
+MIN_PAUSE_S: Final = 0.004
+MAX_PAUSE_S: Final = 0.02
 IDLE_AFTER_S: Final = 0.25
-# Behind a transaction pooler, where there is no bell.
+# Behind a transaction pooler, where LISTEN does not work.
 POLL_INTERVAL_S: Final = 0.05
-# Falling asleep: a transaction older than the lock may still commit silently; this bounds how late its messages can be.
-LONGEST_DRAIN_PAUSE_S: Final = 0.1
+# A transaction older than the doorbell lock may still commit without a NOTIFY; this bounds how late its messages can be.
+MAX_DRAIN_PAUSE_S: Final = 0.1
 SAFETY_READ_S: Final = 5.0
-# A line that was silent for longer than an answer may take is given up. The next one gets twice as much time, as it may be the answer that
-# takes so long: that of a large read, or of a machine with too much to do.
+# A connection that does not respond within the response timeout is aborted. The next one gets twice as much time, because the response may
+# only be slow: after a large read, or on an overloaded machine.
 MAX_RESPONSE_TIMEOUT_S: Final = 300.0
 CHECKPOINT_INTERVAL_S: Final = 0.5
-SHORTEST_BACKOFF_S: Final = 0.1
-LONGEST_BACKOFF_S: Final = 5.0
-# What is handed on at once, and so how much is in memory: whatever comes first. The last row may be larger by itself.
-PIECE_ROWS: Final = 500
-PIECE_BYTES: Final = 4_000_000
+MIN_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 5.0
+# A batch, and so the memory it takes, ends at the limit that is reached first. Its last row may exceed the limit.
+BATCH_ROWS: Final = 500
+BATCH_BYTES: Final = 4_000_000
 
 log = structlog.get_logger()
 
 
 class Row(NamedTuple):
-    """One committed row of the outbox. `payload` is jsonb text as PostgreSQL wrote it, or `binary_payload` is set instead."""
+    """One committed row of `MESSAGES`. `payload` is jsonb text as PostgreSQL wrote it, or `binary_payload` is set instead."""
 
     seq: int
     id: UUID
@@ -77,7 +77,7 @@ class Row(NamedTuple):
 
 
 class ChangeRow(NamedTuple):
-    """One captured row change. `record` and `old_record` are texts of rows, of these `columns`; `changed_at` seconds since 1970."""
+    """One captured row change. `record` and `old_record` are texts of rows with these `columns`; `changed_at` is in seconds since 1970."""
 
     seq: int
     relation: int
@@ -94,9 +94,9 @@ R_contra = TypeVar("R_contra", contravariant=True)
 
 
 class Outbox(NamedTuple, Generic[R]):
-    """A table that transactions write to. `read` is the function that returns its rows; `begin` a statement that tells the life, the
-    snapshot, the highest sequence number, the oldest cursor and the highest transaction id that was dropped; `has` one that tells whether
-    a row is still there. `doorbell` is the key of the advisory lock, which the trigger `ring_doorbell` has as an argument."""
+    """A table that transactions write to. `read` is the function that returns its rows; `begin` selects the incarnation, the snapshot, the
+    highest sequence number, the oldest cursor and the retention horizon; `has` selects whether a row still exists. `doorbell` is the key
+    of the advisory lock, which the trigger `ring_doorbell` has as an argument."""
 
     row: type[R]
     listen: LiteralString
@@ -127,26 +127,26 @@ CHANGES: Final = Outbox(
 
 
 class Receiver(Protocol[R_contra]):
-    """What the relay hands on to; its methods must not raise."""
+    """The relay delivers to a receiver. Its methods must not raise."""
 
-    def row(self, row: R_contra, behind: StreamPosition) -> bool | None:
-        """One row, and the place right behind it. Must not wait. True when `ready` is to be awaited before the next row."""
+    def row(self, row: R_contra, position: StreamPosition, /) -> bool | None:
+        """Take one row, and the position after it. Must not block. Return True to have `ready` awaited before the next row."""
 
     async def ready(self) -> None:
-        """Wait until more may come. Asked after each piece of what was read, and wherever `row` asks for it."""
+        """Wait until more rows can be taken. Awaited after each batch, and after each `row` that returned True."""
 
     def gap(self, oldest: str) -> None:
-        """Rows are missing here: the database has begun another life, or was away for longer than rows are kept.
+        """Note that rows are missing here: the database is another incarnation, or was unreachable for longer than rows are kept.
 
         `oldest`: the first cursor that can be read from.
         """
 
 
 class IntervalSet:
-    """A set of whole numbers, of which most are neighbours and come in order: in memory are only the ends of each run of them."""
+    """A set of integers that mostly are consecutive and come in order: only the ends of each interval are in memory."""
 
     def __init__(self) -> None:
-        # Where a run begins, and behind its last number: by turns, in order.
+        # In order, alternately: the first number of an interval, and the number after its last.
         self._ends: list[int] = []
 
     def __contains__(self, number: int) -> bool:
@@ -164,12 +164,12 @@ class IntervalSet:
 
 
 class _Stopped(Exception):
-    """All that was to be read has been handed on."""
+    """The relay has reached the transaction that it was to stop at."""
 
 
 class Relay(Generic[R]):
-    """Reads one outbox for one process. `name` shows in pg_stat_activity; `timeout_s`: how long a connection may take, an answer twice as
-    long; `on_loss` is called when the connection is lost, before there is another one."""
+    """Reads one outbox for one process. `name` shows in pg_stat_activity. `timeout_s` limits connecting, twice that limits a response.
+    `on_loss` is called when the connection is lost, before the relay connects again."""
 
     def __init__(
         self,
@@ -187,45 +187,45 @@ class Relay(Generic[R]):
         self._timeout_s = timeout_s
         self._incarnation = ""
         self._snapshot: Snapshot | None = None
-        # The place right behind what was handed on last.
+        # The position after the row that was delivered last.
         self.position: StreamPosition | None = None
         self._has_position = asyncio.Event()
         self._running_since: float | None = None
-        # A position that a crash of the database cannot take back, and the sequence numbers handed on since.
+        # A snapshot that survives a crash of the database, and the sequence numbers delivered since.
         self._checkpoint: Snapshot | None = None
         self._delivered_seqs = IntervalSet()
-        # A later one, as soon as the log is on disk up to this place; and the sequence numbers handed on since that one.
+        # The next checkpoint, valid once WAL is flushed up to this LSN; and the sequence numbers delivered since that snapshot.
         self._pending_checkpoint: tuple[Snapshot, str] | None = None
         self._delivered_since_pending = IntervalSet()
         self._checkpoint_at = 0.0
         self._last_seq = 0
-        # The one with the highest sequence number among those.
+        # The delivered row with the highest sequence number.
         self._highest: R | None = None
         self._read_at: float | None = None
         self._min_response_timeout_s = self._response_timeout_s = 2 * timeout_s
-        # Of the answers since the last whole read.
-        self._slowest_answer_s = 0.0
-        self._backoff_s = SHORTEST_BACKOFF_S
-        # What was said to be wrong, in the log and to everybody.
+        # The longest since the last complete read.
+        self._max_observed_response_s = 0.0
+        self._backoff_s = MIN_BACKOFF_S
+        # The last problem as logged, and as `obstacle` reports it.
         self._problem = self._obstacle = ""
-        self._end: tuple[int, Callable[[Snapshot, str], None]] | None = None
-        self._is_over = False
+        self._stop: tuple[int, Callable[[Snapshot, str], None]] | None = None
+        self._is_stopped = False
         self.is_asleep = False
 
     @property
     def is_ready(self) -> bool:
-        """Whether what is committed is on its way: it was read lately, as it is even when nothing comes."""
+        """Whether committed rows are being delivered: the last read is recent. The relay reads regularly even when nothing is written."""
         return self._read_at is not None and time.monotonic() - self._read_at < SAFETY_READ_S + self._timeout_s
 
     @property
     def obstacle(self) -> str | None:
-        """Why it is not ready, in words for everybody; None when it is."""
+        """Return why the relay is not ready, in a sentence without secrets; None when it is ready."""
         return None if self.is_ready else self._obstacle or "the database has not answered yet"
 
     async def first_position(self) -> StreamPosition:
-        """The place; before there is one, wait for it as long as a connection may take.
+        """Return the position; before there is one, wait for it as long as a connection may take.
 
-        Raises: DatabaseUnavailable when that time has passed, and at once when the relay has run for longer without finding the database.
+        Raises: DatabaseUnavailable when that time has passed, and at once when the relay has failed to connect for longer than that.
         """
         if self.position is None:
             has_failed_for_long = (
@@ -238,20 +238,20 @@ class Relay(Generic[R]):
                     await self._has_position.wait()
             except TimeoutError:
                 raise DatabaseUnavailable from None
-        assert self.position is not None, "the event is set together with the place"
+        assert self.position is not None, "the event is set together with the position"
         return self.position
 
     def stop_at(self, xid: int, then: Callable[[Snapshot, str], None]) -> None:
-        """Let `run` end as soon as all transactions before this one have ended and were handed on; `then` is told what had been by then,
-        and a place in the log that all of it is before. It is on disk: no crash takes it back."""
-        self._end = (xid, then)
+        """Let `run` return once all transactions before `xid` have ended and are delivered. `then` gets the snapshot that was reached, and
+        an LSN that all its transactions are before. WAL is flushed up to there, so no crash undoes them."""
+        self._stop = (xid, then)
 
     def cancel_stop(self) -> None:
-        """Take that back."""
-        self._end = None
+        """Cancel `stop_at`."""
+        self._stop = None
 
     async def run(self, receiver: Receiver[R]) -> None:
-        """Relay until cancelled, or until the end that was asked for, through any loss of the database, and whatever it refuses."""
+        """Relay until cancelled or stopped, and connect again after any loss of the database or error of it."""
         self._receiver: Receiver[R] = receiver
         self._running_since = time.monotonic()
         while True:
@@ -265,54 +265,54 @@ class Relay(Generic[R]):
                 return
             except (RealtimeError, database.Error) as error:
                 task = asyncio.current_task()
-                # To let go of the queue failed as well, and that error took the place of what was to be.
+                # Leaving the queue of the doorbell lock failed, and that error replaced CancelledError or _Stopped.
                 if task is not None and task.cancelling():
                     raise asyncio.CancelledError from error
-                if self._is_over:
+                if self._is_stopped:
                     return
                 self._read_at, self.is_asleep = None, False
                 self._on_loss()
-                self._complain(error)
+                self._report(error)
                 await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1))  # noqa: S311 -- spreads reconnects
-                self._backoff_s = min(self._backoff_s * 2, LONGEST_BACKOFF_S)
+                self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
 
-    def _complain(self, error: RealtimeError | database.Error) -> None:
-        """Say what is wrong, once until it is something else."""
+    def _report(self, error: RealtimeError | database.Error) -> None:
+        """Log the problem, once until it changes."""
         cause = error.__cause__ or error
-        # Without position and context, which differ from one statement to the next.
+        # Position and context are left out, because they differ from one statement to the next.
         problem = database.describe(cause) if isinstance(cause, database.Error) and cause.sqlstate else str(cause)
         if problem == self._problem:
             return
         self._problem = self._obstacle = problem
         # Canceled: somebody called pg_cancel_backend.
         if isinstance(error, (DatabaseUnavailable, QueryCanceled)):
-            log.warning("relay has no database, trying again", relay=self._name, error=problem)
+            log.warning("relay cannot reach the database, retrying", relay=self._name, error=problem)
             if isinstance(cause, database.Error):
-                # It may name hosts and users.
+                # The error may name hosts and users.
                 self._obstacle = "the database is away"
         else:
-            log.error("relay cannot read this database, trying again", relay=self._name, error=problem)
+            log.error("relay cannot read this database, retrying", relay=self._name, error=problem)
 
     async def _begin(self, reader: Database) -> None:
-        """Listen, and only then take up the position: between the two nothing can pass unheard."""
+        """Listen, and only then take the position, so that no NOTIFY between the two is lost."""
         if await self._scalar(reader, "select pg_is_in_recovery()"):
             raise DatabaseUnavailable from RuntimeError("it is a standby, and messages are relayed from the primary")
         if not self._target.is_pooled:
             with self._abort_after(reader):
                 await reader.execute(self._outbox.listen)
-                # The read is always by the index on xid, so one plan serves for ever, however the table grows. To plan it costs four times
-                # what it takes.
+                # The read always uses the index on xid, so one plan fits however the table grows. Planning takes four times as long as
+                # executing it.
                 await reader.execute("set enable_seqscan = off")
                 await reader.execute("set plan_cache_mode = force_generic_plan")
                 await reader.execute(f"prepare read (pg_snapshot) as select * from {self._outbox.read}($1)")  # noqa: S608 -- of ours
-        incarnation, snapshot, seq, oldest, dropped_xid = await self._row(reader, self._outbox.begin)
+        incarnation, snapshot, seq, oldest, retention_horizon = await self._row(reader, self._outbox.begin)
         self._pending_checkpoint = None
         now = Snapshot.parse(snapshot)
-        # A copy of its files, put in place of them, is the same life, but behind what was durable.
+        # An older copy of the database's files has the same incarnation, but is behind the checkpoint.
         is_same = (
             incarnation == self._incarnation and self._checkpoint is not None and self._checkpoint.xmax <= now.xmax
         )
-        if is_same and self._snapshot is not None and not self._snapshot.may_miss(dropped_xid, now):
+        if is_same and self._snapshot is not None and not self._snapshot.may_miss(retention_horizon, now):
             self._snapshot = self._checkpoint
             if not await self._has_kept_all(reader):
                 self._delivered_seqs, self._last_seq, self._highest = IntervalSet(), 0, None
@@ -331,8 +331,8 @@ class Relay(Generic[R]):
             self._receiver.gap(oldest)
 
     async def _has_kept_all(self, reader: Database) -> bool:
-        """Whether the sequence numbers of what was handed on are still taken. Who commits with synchronous_commit = off may be forgotten by
-        a crash, and so may be that the numbers from there on were given out: then it has forgotten the highest, too."""
+        """Whether the sequence numbers of the delivered rows are still taken. A crash may lose commits with synchronous_commit = off, and
+        with them that the numbers from there on were assigned: then the row with the highest number is lost, too."""
         if self._highest is None:
             return True
         with self._abort_after(reader):
@@ -352,18 +352,18 @@ class Relay(Generic[R]):
             self.is_asleep = False
 
     async def _read_until_idle(self, reader: Database) -> None:
-        """Read again and again, until nothing has come for a while."""
-        pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
-        while time.monotonic() - quiet_since < IDLE_AFTER_S:
+        """Read repeatedly until no rows have come for `IDLE_AFTER_S`."""
+        pause_s, idle_since = MIN_PAUSE_S, time.monotonic()
+        while time.monotonic() - idle_since < IDLE_AFTER_S:
             if await self._read(reader):
-                pause_s, quiet_since = SHORTEST_PAUSE_S, time.monotonic()
+                pause_s, idle_since = MIN_PAUSE_S, time.monotonic()
             else:
-                pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+                pause_s = min(pause_s * 1.5, MAX_PAUSE_S)
             await self._advance_checkpoint(reader)
             await asyncio.sleep(pause_s)
 
     async def _poll(self, reader: Database) -> None:
-        """Where no bell can be heard: look now and then, until something has come."""
+        """Read every `POLL_INTERVAL_S` until rows have come: for poolers, where LISTEN does not work."""
         self.is_asleep = True
         while not await self._read(reader):
             await self._advance_checkpoint(reader)
@@ -372,10 +372,10 @@ class Relay(Generic[R]):
 
     @contextlib.asynccontextmanager
     async def _doorbell(self, reader: Database) -> AsyncIterator[None]:
-        """Hold the doorbell lock; where another relay sleeps with it, stand in the queue for it on a connection of its own."""
+        """Hold the doorbell lock; where another sleeping relay holds it, queue for it on a separate connection."""
         key = self._outbox.doorbell
         if await self._scalar(reader, f"select pg_try_advisory_lock({key})"):
-            # On the listening connection, so that neither is lost without the other; after an error both go.
+            # The listening connection holds the lock, so that LISTEN and lock are lost together; after an error the connection is closed.
             yield
             await self._scalar(reader, f"select pg_advisory_unlock({key})")
             return
@@ -388,10 +388,10 @@ class Relay(Generic[R]):
                 ):
                     if waiting.done():
                         await waiting
-                    await asyncio.sleep(SHORTEST_PAUSE_S)
+                    await asyncio.sleep(MIN_PAUSE_S)
                 yield
             finally:
-                # A backend in a queue does not notice that its client is gone: it must be told.
+                # A backend that waits for a lock does not notice that its client is gone, so the statement is cancelled.
                 try:
                     with database.abort_after(queue, self._timeout_s), contextlib.suppress(database.Canceled):
                         if not waiting.done():
@@ -399,42 +399,42 @@ class Relay(Generic[R]):
                                 await queue.cancel_safe(timeout=self._timeout_s)
                         await waiting
                 except asyncio.CancelledError:
-                    # There is no more time for that.
+                    # There is no time left for a clean cancel.
                     database.abort_connection(queue)
                     with contextlib.suppress(database.Error):
                         await waiting
                     raise
 
     async def _is_drained(self, reader: Database) -> bool:
-        """Read until every transaction that may have kept silent has ended; False as soon as messages come meanwhile."""
-        # A transaction id of our own, drawn now, is above that of every silent writer. The xmax of a snapshot would not do: it is one
-        # past the highest *completed* id, so the one writer that is running may be at it.
+        """Read until every transaction that may have sent no NOTIFY has ended; False as soon as rows come meanwhile."""
+        # A transaction id assigned to us now is above that of every writer that sent no NOTIFY. The xmax of a snapshot would not do: it is
+        # one past the highest *completed* id, so a running writer may have it.
         fence = int(await self._scalar(reader, "select pg_current_xact_id()::text"))
-        pause_s = SHORTEST_PAUSE_S
+        pause_s = MIN_PAUSE_S
         while not await self._read(reader):
             assert self._snapshot is not None, "a read leaves a position"
             if self._snapshot.xmin >= fence:
                 return True
-            await self._bell_rang(reader, pause_s)
-            pause_s = min(pause_s * 2, LONGEST_DRAIN_PAUSE_S)
+            await self._was_notified(reader, pause_s)
+            pause_s = min(pause_s * 2, MAX_DRAIN_PAUSE_S)
         return False
 
     async def _sleep(self, reader: Database) -> None:
-        """Wait for the bell; now and then look whether one was lost."""
-        while not await self._bell_rang(reader, SAFETY_READ_S):
+        """Wait for a NOTIFY; every `SAFETY_READ_S` read whether one was lost."""
+        while not await self._was_notified(reader, SAFETY_READ_S):
             await self._advance_checkpoint(reader)
             if await self._read(reader):
-                log.warning("rows came without a bell; is the trigger ring_doorbell enabled?", relay=self._name)
+                log.warning("rows came without a NOTIFY; is the trigger ring_doorbell enabled?", relay=self._name)
                 return
 
     async def _advance_checkpoint(self, reader: Database) -> None:
-        """Now and then: move the durable position to where the relay was the time before, once that is on disk."""
+        """Every `CHECKPOINT_INTERVAL_S`: move the checkpoint to the snapshot of the previous call, once its WAL is flushed."""
         now = time.monotonic()
         if now - self._checkpoint_at < CHECKPOINT_INTERVAL_S or self._snapshot is None:
             return
         self._checkpoint_at = now
         snapshot = self._snapshot
-        # All that had ended in the position's snapshot is in the log before this place.
+        # WAL has every transaction that had ended in the snapshot before this LSN.
         is_flushed, lsn = await self._row(
             reader,
             "select pg_current_wal_flush_lsn() >= %s::pg_lsn, pg_current_wal_insert_lsn()::text",
@@ -446,38 +446,38 @@ class Relay(Generic[R]):
             self._checkpoint, self._delivered_seqs = self._pending_checkpoint[0], self._delivered_since_pending
         self._pending_checkpoint, self._delivered_since_pending = (snapshot, lsn), IntervalSet()
 
-    async def _bell_rang(self, reader: Database, timeout_s: float) -> bool:
-        rang = False
+    async def _was_notified(self, reader: Database, timeout_s: float) -> bool:
+        notified = False
         async for _ in reader.notifies(timeout=timeout_s, stop_after=1):
-            rang = True
-        return rang
+            notified = True
+        return notified
 
     async def _read(self, reader: Database) -> int:
-        """Hand on what became visible since the position, piece by piece, and move it; how many rows."""
+        """Deliver the rows that became visible since the position, batch by batch, advance it, and return how many there were."""
         assert self._snapshot is not None, "the position is set when connected"
         count, until = 0, self._snapshot
-        async with contextlib.aclosing(self._pieces(reader, until)) as pieces:
-            async for rows in pieces:
+        async with contextlib.aclosing(self._batches(reader, until)) as batches:
+            async for rows in batches:
                 if rows[0][-1] is not None:
                     until = Snapshot.parse(rows.pop(0)[-1])
-                await self._take(rows, until)
+                await self._deliver_batch(rows, until)
                 count += len(rows)
                 await self._wait_for_receiver()
         self._advance_position(until)
         await self._stop_if_reached(reader, until)
         return count
 
-    async def _pieces(self, reader: Database, since: Snapshot) -> AsyncGenerator[list[tuple[Any, ...]]]:
-        """What a statement that is not read to its end sees keeps PostgreSQL from removing dead rows. So what is more than a piece is
-        kept by a cursor that has no snapshot, for as long as the receiver takes."""
+    async def _batches(self, reader: Database, since: Snapshot) -> AsyncGenerator[list[tuple[Any, ...]]]:
+        """Read the rows in batches. The snapshot of a statement that is not read to its end keeps VACUUM from removing dead rows. So more
+        than one batch is read through a cursor WITH HOLD, which has no snapshot, for as long as the receiver takes."""
         direct = sql.SQL(f"select * from {self._outbox.read}({{}})").format(since.text)  # noqa: S608 -- of ours
         query = direct if self._target.is_pooled else sql.SQL("execute read({})").format(since.text)
         async with database.streaming(reader, query, closing_s=self._timeout_s) as stream:
-            rows, is_all = await self._piece(reader, stream)
-            if is_all or self._target.is_pooled:
+            rows, is_last = await self._batch(reader, stream)
+            if is_last or self._target.is_pooled:
                 yield rows
-                while not is_all:
-                    rows, is_all = await self._piece(reader, stream)
+                while not is_last:
+                    rows, is_last = await self._batch(reader, stream)
                     if rows:
                         yield rows
                 return
@@ -485,36 +485,36 @@ class Relay(Generic[R]):
             async with reader.transaction():
                 await reader.execute(sql.SQL("declare rest no scroll cursor with hold for {}").format(direct))
         async with database.streaming(reader, "fetch all from rest", closing_s=self._timeout_s) as stream:
-            is_all = False
-            while not is_all:
-                rows, is_all = await self._piece(reader, stream)
+            is_last = False
+            while not is_last:
+                rows, is_last = await self._batch(reader, stream)
                 if rows:
                     yield rows
         with self._abort_after(reader):
             await reader.execute("close rest")
 
-    async def _piece(
+    async def _batch(
         self, reader: Database, stream: AsyncIterator[tuple[Any, ...]]
     ) -> tuple[list[tuple[Any, ...]], bool]:
-        """The next rows, and whether these are all there are."""
-        rows, size, is_all = [], 0, True
+        """Return the next rows, and whether these are the last."""
+        rows, size, is_last = [], 0, True
         with self._abort_after(reader):
             async for row in stream:
                 rows.append(row)
                 size += sum(len(field) for field in row if isinstance(field, str | bytes))
-                if len(rows) > PIECE_ROWS or size >= PIECE_BYTES:
-                    is_all = False
+                if len(rows) > BATCH_ROWS or size >= BATCH_BYTES:
+                    is_last = False
                     break
         self._read_at = time.monotonic()
-        return rows, is_all
+        return rows, is_last
 
     async def _wait_for_receiver(self) -> None:
-        # Meanwhile nothing is asked, so nothing is unanswered.
+        # No response of the database is pending meanwhile, so the relay counts as ready.
         self._read_at = math.inf
         await self._receiver.ready()
         self._read_at = time.monotonic()
 
-    async def _take(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
+    async def _deliver_batch(self, rows: list[tuple[Any, ...]], until: Snapshot) -> None:
         assert self._checkpoint is not None, "set together with the position"
         for fields in rows:
             row = self._outbox.row(*fields[:-1])
@@ -527,37 +527,37 @@ class Relay(Generic[R]):
         assert self._checkpoint is not None, "set together with the position"
         self._snapshot = until
         self.position = StreamPosition(self._incarnation, self._checkpoint, until, self._last_seq)
-        # Who has just been as slow as that may well be so once more.
+        # The next read may well be as slow as this one.
         self._response_timeout_s = max(
-            self._min_response_timeout_s, min(2 * self._slowest_answer_s, MAX_RESPONSE_TIMEOUT_S)
+            self._min_response_timeout_s, min(2 * self._max_observed_response_s, MAX_RESPONSE_TIMEOUT_S)
         )
-        self._slowest_answer_s, self._backoff_s = 0.0, SHORTEST_BACKOFF_S
+        self._max_observed_response_s, self._backoff_s = 0.0, MIN_BACKOFF_S
         if self._problem:
             self._problem = self._obstacle = ""
-            log.info("relay reads again", relay=self._name)
+            log.info("relay has recovered", relay=self._name)
 
     async def _stop_if_reached(self, reader: Database, until: Snapshot) -> None:
-        end = self._end
-        if end is None or until.xmin < end[0]:
+        stop = self._stop
+        if stop is None or until.xmin < stop[0]:
             return
-        # On the connection that has read: if that is there afterwards, the database did not crash meanwhile.
+        # The connection that has read is used: if it survives, the database did not crash meanwhile.
         lsn = await self._scalar(reader, "select pg_current_wal_insert_lsn()::text")
         while not await self._scalar(reader, "select pg_current_wal_flush_lsn() >= %s::pg_lsn", lsn):
-            await asyncio.sleep(SHORTEST_PAUSE_S)
-        # It may have been taken back.
-        if self._end is end:
-            self._is_over = True
-            end[1](until, lsn)
+            await asyncio.sleep(MIN_PAUSE_S)
+        # `cancel_stop` may have been called meanwhile.
+        if self._stop is stop:
+            self._is_stopped = True
+            stop[1](until, lsn)
             raise _Stopped
 
-    def _deliver(self, row: R, behind: StreamPosition) -> bool | None:
+    def _deliver(self, row: R, position: StreamPosition) -> bool | None:
         self._delivered_seqs.add(row.seq)
         self._delivered_since_pending.add(row.seq)
         self._last_seq = max(self._last_seq, row.seq)
         if self._highest is None or row.seq > self._highest.seq:
             self._highest = row
-        self.position = behind
-        return self._receiver.row(row, behind)
+        self.position = position
+        return self._receiver.row(row, position)
 
     async def _scalar(self, db: Database, query: LiteralString, *arguments: object) -> Any:
         (value,) = await self._row(db, query, *arguments)
@@ -572,7 +572,7 @@ class Relay(Generic[R]):
 
     @contextlib.contextmanager
     def _abort_after(self, db: Database) -> Iterator[None]:
-        """Give the line up where it is silent for too long, and be more patient with the next one."""
+        """Abort the connection when the response takes too long, and double the timeout for the next one."""
         begun = time.monotonic()
         try:
             with database.abort_after(db, self._response_timeout_s):
@@ -580,7 +580,7 @@ class Relay(Generic[R]):
         except database.Error:
             if time.monotonic() - begun < self._response_timeout_s:
                 raise
-            silence = TimeoutError(f"no answer within {self._response_timeout_s:g} s")
+            timeout = TimeoutError(f"no answer within {self._response_timeout_s:g} s")
             self._response_timeout_s = min(2 * self._response_timeout_s, MAX_RESPONSE_TIMEOUT_S)
-            raise DatabaseUnavailable from silence
-        self._slowest_answer_s = max(self._slowest_answer_s, time.monotonic() - begun)
+            raise DatabaseUnavailable from timeout
+        self._max_observed_response_s = max(self._max_observed_response_s, time.monotonic() - begun)

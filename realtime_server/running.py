@@ -1,7 +1,7 @@
-"""The record of the running server in its data folder, `server.json`, from which commands learn where it listens and what it serves.
+"""Keeps the record of the running server in its data folder, `server.json`, from which commands read its address and settings.
 
-The record holds no secret: neither passwords of database addresses nor what signs tokens. The server holds a lock on the file while it
-runs. The kernel releases the lock however the server ends, so a record that nobody locks is stale.
+The record contains no secret: neither passwords of database URLs nor secrets that sign tokens. The server holds a lock on the file while it
+runs. The kernel releases the lock however the server ends, so a record that is not locked is stale.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ NOT_RECORDED: Final = frozenset(
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """`database`: the address without its password, None for the embedded PostgreSQL. `anon_key`: the public key that the server's secret
-    signs, which tells whether another process has the same secret; None without a secret. `settings`: all others that were set."""
+    """`database`: the URL without its password, None for the embedded PostgreSQL. `anon_key`: the public key that the server's secret
+    signs, by which another process checks that it has the same secret; None without a secret. `settings`: all others that were set."""
 
     pid: int
     host: str
@@ -63,7 +63,7 @@ def record_of(settings: Settings, *, port: int, anon_key: str | None) -> Record:
 
 @contextlib.contextmanager
 def recorded(data_dir: Path, record: Record) -> Iterator[None]:
-    """Keep the record in the data folder while the block runs. Of several servers with one data folder the last one to start is found.
+    """Keep the record in the data folder while the block runs. Of several servers with one data folder, `find` returns the last started.
 
     Raises: OSError, when the record cannot be written.
     """
@@ -72,7 +72,7 @@ def recorded(data_dir: Path, record: Record) -> Iterator[None]:
     new = data_dir / f".{FILE}.{os.getpid()}"
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-        # Locked and written before it has its name: readers meet a whole record of a server that runs.
+        # The file is locked and written before it gets its name, so that readers only see complete records of running servers.
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened.write(msgspec.json.format(msgspec.json.encode(record)))
         opened.flush()
@@ -86,7 +86,7 @@ def recorded(data_dir: Path, record: Record) -> Iterator[None]:
 
 
 def find(data_dir: Path) -> Record | None:
-    """The record of the server that runs; None when there is none, or none that this user may read."""
+    """Return the record of the running server; None when there is none, or none that this user may read."""
     try:
         opened = (data_dir / FILE).open("rb")
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -100,9 +100,9 @@ def find(data_dir: Path) -> Record | None:
 
 
 def adopt(settings: Settings) -> tuple[Settings, Record | None]:
-    """These settings, and those of the server that runs with this data folder where they are not set here.
+    """Complete these settings by those of the server that runs with this data folder, and return them with its record.
 
-    Without the record when none runs, or when the one that runs serves another database than the one given here.
+    The record is None when no server runs, or when it serves another database than the one given here.
     """
     record = find(settings.data_dir)
     if record is None:

@@ -1,10 +1,10 @@
-"""The server's part of the database: tables by the revisions in `alembic/`, functions by the files in `sql/functions`.
+"""Installs and checks the server's schema: tables by the revisions in `alembic/`, functions by the files in `sql/functions`.
 
-Revisions are frozen history. Functions, triggers, policies and views have none: the files of a branch are applied as a whole at the end of
-every upgrade that finds a branch at its head and other files than these in it. (`sql/structure` shows what the revisions come to; tests
-compare the two.)
+Revisions are frozen history. Functions, triggers, policies and views have none: at the end of an upgrade, all files of a branch are applied
+if the branch is at its head and the database has other versions of them. (`sql/structure` shows the result of the revisions; tests compare
+the two.)
 
-In the repository both are folders beside the package, in an installed wheel they lie inside it.
+In the repository both are folders beside the package; in an installed wheel they are inside it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _folder(name: str) -> Path:
 
 
 def alembic_config(url: str | None = None) -> Config:
-    """Alembic's configuration for this package's history. `url`: any form that libpq takes; None: from the environment."""
+    """Return Alembic's configuration for this package's revisions. `url`: any form that libpq takes; None: from the environment."""
     config = Config()
     config.set_main_option("script_location", str(_folder("alembic")))
     config.set_main_option("version_locations", str(_folder("alembic") / "versions"))
@@ -49,12 +49,13 @@ def alembic_config(url: str | None = None) -> Config:
 
 
 def upgrade(url: str | None, target: str) -> None:
-    """Run the history up to `target` (`core@head`, `chat@head`, `heads`)."""
+    """Apply the revisions up to `target` (`core@head`, `chat@head`, `heads`)."""
     command.upgrade(alembic_config(url), target)
 
 
 def print_script(url: str | None, targets: list[str]) -> bool:
-    """Print what upgrades to all these targets would run: what is pending in the database, without one everything. False: nothing is."""
+    """Print the script of an upgrade to these targets: what is pending in the database, or without one, everything. Return False if
+    nothing is pending."""
     config = alembic_config()
     script = ScriptDirectory.from_config(config)
     heads = () if url is None else _heads(url)
@@ -80,20 +81,20 @@ def print_script(url: str | None, targets: list[str]) -> bool:
 
 @contextlib.contextmanager
 def _connect(url: str) -> Iterator[psycopg.Connection]:
-    """One transaction, for which names are resolved in pg_catalog: behind a transaction pooler nothing may be set for a session."""
+    """Open a connection for one transaction that resolves names in pg_catalog. The setting is local, for transaction poolers."""
     with psycopg.connect(url) as db:
         db.execute("set local search_path = pg_catalog, pg_temp")
         yield db
 
 
 def revisions(url: str) -> list[str]:
-    """The revisions that the database is at, one a branch; empty when nothing was ever installed."""
+    """Return the current revisions of the database, one for each branch; empty when nothing was ever installed."""
     script = ScriptDirectory.from_config(alembic_config())
     return sorted(revision.revision for revision in script.get_all_current(_heads(url)))
 
 
 def functions(branch: str) -> str:
-    """The SQL files of a branch: functions, triggers, policies and views. They may be applied any number of times."""
+    """Return the SQL files of a branch: functions, triggers, policies and views. They are idempotent."""
     root = _folder("sql")
     files = (
         sorted((root / "functions").glob("*.sql")) if branch == CORE else [root / "samples" / branch / "functions.sql"]
@@ -106,10 +107,10 @@ def digest(branch: str) -> str:
 
 
 def pending_functions(heads: Collection[str], digests: Mapping[str, str]) -> dict[str, str]:
-    """What is to be applied, by branch, in order, where the database is at these revisions and has functions with these digests.
+    """Return the scripts to apply, by branch, in order, to a database at these revisions that has functions with these digests.
 
-    A branch that is not at its head is left out: its functions may need tables that are still to come. So are the samples then, which call
-    the functions of the core.
+    A branch that is not at its head is left out, because its functions may need tables of later revisions. If it is the core, the samples
+    are left out, too, because they call its functions.
     """
     script = ScriptDirectory.from_config(alembic_config())
     current = {revision.revision for revision in script.get_all_current(tuple(heads))}
@@ -143,7 +144,7 @@ def _digests(url: str) -> dict[str, str]:
 
 
 def _heads(url: str) -> tuple[str, ...]:
-    """What the version table names: only the revisions that no other installed one depends on."""
+    """Read the version table: it names only the revisions that no other installed one depends on."""
     with _connect(url) as db:
         if db.execute("select to_regclass('realtime.alembic_version')").fetchone() == (None,):
             return ()
@@ -151,7 +152,7 @@ def _heads(url: str) -> tuple[str, ...]:
 
 
 def check(url: str) -> None:
-    """Compare what the database has with what this server needs. Raises: SchemaMismatch, FunctionsMismatch."""
+    """Check that the database has the schema that this server needs. Raises: SchemaMismatch, FunctionsMismatch."""
     needed = ScriptDirectory.from_config(alembic_config()).get_revision(f"{CORE}@head").revision
     found = [revision for revision in revisions(url) if revision.startswith(f"{CORE}_")]
     if needed not in found:
@@ -161,9 +162,9 @@ def check(url: str) -> None:
 
 
 def run_sql_file(script: str) -> None:
-    """For revisions: run the `.sql` file beside the revision file `script`, or print it when offline.
+    """Run the `.sql` file beside the revision file `script`, or print it when offline.
 
-    The text goes to PostgreSQL as it is: through SQLAlchemy, `:name` and `%` in it would be read as parameters.
+    The text is sent to PostgreSQL unchanged: SQLAlchemy would read `:name` and `%` in it as parameters.
     """
     text = Path(script).with_suffix(".sql").read_text(encoding="utf-8")
     context = op.get_context()
@@ -176,7 +177,8 @@ def run_sql_file(script: str) -> None:
 
 
 def role_statements(login: str, server_version: int) -> list[str]:
-    """What an administrator runs where `login` may not create roles. Each statement may run again. `server_version` as 150018, 180004."""
+    """Return the statements that an administrator runs if `login` may not create roles. They are idempotent. `server_version` is like
+    180004."""
     statements = []
     for role in ("anon", "authenticated", "service_role"):
         bypass = " bypassrls" if role == "service_role" else ""
@@ -190,9 +192,10 @@ def role_statements(login: str, server_version: int) -> list[str]:
 
 
 def missing_role_statements(url: str) -> list[str]:
-    """The same, if this database needs an administrator for it; empty when the migration can do it alone or all is there."""
+    """Return these statements if this database needs an administrator for them; empty when the roles exist or the migration can create
+    them."""
     with _connect(url) as db:
-        # Until PostgreSQL 15 CREATEROLE hands out every ordinary role; since 16 only those it has the ADMIN option of.
+        # Until PostgreSQL 15, CREATEROLE may grant every ordinary role; since 16, only those it has the ADMIN option of.
         row = db.execute(
             """
             select

@@ -1,8 +1,8 @@
-"""Tokens at the edge: opaque API keys, claims that are known already, and the issuer's keys, fetched and kept fresh.
+"""Verifies tokens and opaque API keys, caches verified claims, and fetches the issuer's keys and keeps them fresh.
 
-A token that a key at hand fits is verified without waiting, however slow or broken the issuer is. Only a token with an unknown key id
-waits, for one fetch that all such tokens share; further unknown key ids cause none before `PAUSE_S` is over. When fetching fails, the keys
-at hand stay good until `STALE_LIMIT_S` after they were last confirmed.
+A token whose key is loaded is verified without waiting, however slow or broken the issuer is. Only a token with an unknown key id waits,
+for one fetch that all such tokens share; unknown key ids cause no further fetch before `FETCH_INTERVAL_S` is over. When fetching fails, the
+loaded keys stay valid until `STALE_LIMIT_S` after they were last confirmed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from realtime_server.claims import API_KEY_EXPIRES_AT, Claims, Keys, Rules, clea
 from realtime_server.config import Settings
 from realtime_server.errors import NoSigningKey, SettingsError
 
-# How long keys are good if the issuer does not say, and the bounds of what it may say (`Cache-Control: max-age`).
+# How long keys are valid without `Cache-Control: max-age` of the issuer, and the bounds of that.
 LIFETIME_S: Final = 600.0
 MIN_LIFETIME_S: Final = 60.0
 MAX_LIFETIME_S: Final = 3600.0
 STALE_LIMIT_S: Final = 4 * 3600.0
-PAUSE_S: Final = 30.0
+FETCH_INTERVAL_S: Final = 30.0
 FETCH_TIMEOUT_S: Final = 5.0
 MAX_REDIRECTS: Final = 3
 # About 200 RSA keys, which take 10 ms to load.
@@ -38,9 +38,9 @@ log = structlog.get_logger()
 
 
 class Tokens:
-    """Verifies whatever a client may present. `opaque_keys`: key → role. `clock` tells the time of tokens, `steady` that of fetches.
+    """Verifies tokens and opaque API keys. `opaque_keys`: key → role. `clock` is the time for tokens, `steady` that for fetches.
 
-    `run` must be running if there is a `jwks_url`: without it keys are only fetched for unknown key ids.
+    `run` must be running if there is a `jwks_url`: otherwise keys are only fetched for unknown key ids.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Tokens:
         self._cache: dict[bytes, Claims] = {}
         self._clock, self._steady, self._wait = clock, steady, wait
         self._url = None if jwks_url is None else httpx2.URL(jwks_url)
-        # Made here, because it reads the authorities' certificates from disk. Over http it has no use: redirects to https are refused.
+        # Made once, because it reads the CA certificates from disk. Over http it has no use: redirects to https are refused.
         self._tls = httpx2.create_ssl_context() if self._url is not None and self._url.scheme == "https" else False
         self._body = b""
         self._failures = 0
-        self._asked_at = self._fetched_at = -float("inf")
+        self._requested_at = self._fetched_at = -float("inf")
         self._due_at = self._steady()
-        self._flight: asyncio.Task[None] | None = None
+        self._in_flight: asyncio.Task[None] | None = None
 
     @classmethod
     def of(cls, settings: Settings, secret: str | None) -> Self:
@@ -107,35 +107,35 @@ class Tokens:
                 while (left_s := self._due_at - self._steady()) > 0:
                     await self._wait(left_s)
         finally:
-            if self._flight is not None:
-                self._flight.cancel()
-                await asyncio.wait([self._flight])
+            if self._in_flight is not None:
+                self._in_flight.cancel()
+                await asyncio.wait([self._in_flight])
 
     async def refresh(self) -> None:
-        """Fetch the issuer's keys now, or wait for the fetch that is on its way. A failure is logged, not raised."""
-        if self._flight is None or self._flight.done():
-            # A task of its own, because the client whose token started it may go away while others wait for the same answer.
-            self._asked_at = self._steady()
-            self._flight = asyncio.create_task(self._fetch())
-        flight = self._flight
-        await asyncio.wait([flight])
-        if not flight.cancelled():
-            flight.result()
+        """Fetch the issuer's keys now, or wait for the fetch in flight. A failure is logged, not raised."""
+        if self._in_flight is None or self._in_flight.done():
+            # The fetch is a separate task, because the client whose token started it may go away while others wait for it.
+            self._requested_at = self._steady()
+            self._in_flight = asyncio.create_task(self._fetch())
+        in_flight = self._in_flight
+        await asyncio.wait([in_flight])
+        if not in_flight.cancelled():
+            in_flight.result()
 
     async def _verify(self, token: str) -> Claims:
         try:
             return verify(token, self._keys, self._rules, self._clock())
         except NoSigningKey as error:
-            is_on_its_way = self._flight is not None and not self._flight.done()
-            may_ask = is_on_its_way or self._steady() - self._asked_at >= PAUSE_S
-            if self._url is None or error.kid is None or not may_ask:
+            is_in_flight = self._in_flight is not None and not self._in_flight.done()
+            may_refresh = is_in_flight or self._steady() - self._requested_at >= FETCH_INTERVAL_S
+            if self._url is None or error.kid is None or not may_refresh:
                 raise
         await self.refresh()
         return verify(token, self._keys, self._rules, self._clock())
 
     def _opaque(self, key: bytes) -> Claims | None:
         found = None
-        # All are compared, and each in constant time, so that the time taken tells nothing.
+        # All keys are compared, each in constant time, so that the time taken reveals nothing.
         for known, claims in self._opaque_keys:
             if hmac.compare_digest(key, known):
                 found = claims
@@ -147,7 +147,7 @@ class Tokens:
             self._use(Keys.load(self._secret), b"")
 
     def _use(self, keys: Keys, body: bytes) -> None:
-        # Claims that a key now withdrawn has signed must not outlive it.
+        # Cached claims must not outlive the key that signed them.
         self._keys, self._body = keys, body
         self._cache.clear()
 
@@ -160,7 +160,7 @@ class Tokens:
                 log.info("signing keys changed", issuer=self._issuer, keys=sorted({kid for kid, _ in self._keys.by_id}))
         except (HttpError, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
             self._failures += 1
-            self._due_at = self._steady() + min(PAUSE_S, 2.0 ** min(self._failures - 1, 10))
+            self._due_at = self._steady() + min(FETCH_INTERVAL_S, 2.0 ** min(self._failures - 1, 10))
             log.warning("signing keys not fetched", issuer=self._issuer, error=f"{type(error).__name__}: {error}")
             return
         self._failures = 0
@@ -168,8 +168,8 @@ class Tokens:
         self._due_at = self._fetched_at + lifetime_s
 
     async def _download(self) -> tuple[bytes, float]:
-        """The key set and how long it is good. Its caller limits the time."""
-        assert self._url is not None, "only called with an address"
+        """Download the key set, and return it with its lifetime. The caller limits the time."""
+        assert self._url is not None, "only called with a URL"
         async with (
             httpx2.AsyncClient(
                 verify=self._tls,
@@ -177,7 +177,7 @@ class Tokens:
                 follow_redirects=True,
                 max_redirects=MAX_REDIRECTS,
                 event_hooks={"request": [self._check_scheme]},
-                # As it is, so that its size is known before anything is unpacked.
+                # Uncompressed, so that the size can be limited before anything is unpacked.
                 headers={"Accept": "application/json", "Accept-Encoding": "identity"},
             ) as client,
             client.stream("GET", self._url) as response,
@@ -197,12 +197,12 @@ class Tokens:
 
     @property
     def _issuer(self) -> str | None:
-        # No more of the address: it may hold a password.
+        # The host alone, because the rest of the URL may contain a password.
         return None if self._url is None else self._url.host
 
 
 class HttpError(Exception):
-    """An answer of the issuer that is no JWK set."""
+    """The issuer's response is not a JWK set."""
 
 
 def _opaque_claims(role: str) -> Claims:

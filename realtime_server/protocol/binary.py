@@ -1,4 +1,4 @@
-"""The binary frames of version 2.0.0: a kind byte, one byte for each length, the fields, and the payload to the end of the frame.
+"""Encodes and decodes the binary frames of version 2.0.0: a kind byte, one byte for each length, the fields, and the payload.
 
     kind 0   push                   both ways; carries bytes to any event
     kind 1   reply                  server to client, to a push of kind 0
@@ -6,7 +6,7 @@
     kind 3   user broadcast push    client to server; how the JavaScript client sends every broadcast
     kind 4   user broadcast         server to client; the only kind that client reads
 
-This server takes kinds 0 and 3 and sends kind 4 alone, because the JavaScript client throws at others; it answers in text.
+This server accepts kinds 0 and 3 and sends only kind 4, because the JavaScript client throws at others; it replies in text.
 
 Source: Supabase Realtime `RealtimeWeb.Socket.V2Serializer`, realtime-js `src/lib/serializer.ts`.
 """
@@ -29,7 +29,7 @@ JSON: Final = 1
 
 
 class UserBroadcast(NamedTuple):
-    """A broadcast as it reaches a client. `metadata` is JSON text or empty; `payload` is JSON text if `is_json`, else any bytes."""
+    """A broadcast as a client receives it. `metadata` is JSON text or empty; `payload` is JSON text if `is_json`, else any bytes."""
 
     topic: str
     event: str
@@ -39,7 +39,7 @@ class UserBroadcast(NamedTuple):
 
 
 class ServerFrame(NamedTuple):
-    """A server's frame of kind 0, 1 or 2. Fields that the kind lacks are None; `status` is a reply's."""
+    """A server's frame of kind 0, 1 or 2. Fields that the kind lacks are None; only replies have a `status`."""
 
     kind: int
     join_ref: str | None

@@ -1,7 +1,7 @@
-"""What one element of a join's `postgres_changes` asks for, and the sentences that tell a client why it does not get it.
+"""Parses the elements of a join's `postgres_changes` as bindings, and words the errors of bindings for clients.
 
-More is accepted than Supabase Realtime accepts: null counts as absent, a table with a filter needs no schema. Names are compared exactly,
-where Supabase Realtime takes `_` and `%` for wildcards. Source: Supabase Realtime `Extensions.PostgresCdcRls.Subscriptions`.
+It accepts more than Supabase Realtime: null counts as absent, a table with a filter needs no schema. Names are compared exactly, where
+Supabase Realtime treats `_` and `%` as wildcards. Source: Supabase Realtime `Extensions.PostgresCdcRls.Subscriptions`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Event = Literal["*", "INSERT", "UPDATE", "DELETE"]
 ANY: Final = "*"
 # PostgreSQL has no table with more columns.
 MAX_SELECT: Final = 1600
-# Of all bindings of a channel: conditions, which take time to read and to check, and conditions and selected columns together.
+# For all bindings of a channel: conditions, which take time to parse and to evaluate, and conditions and selected columns together.
 MAX_CONDITIONS: Final = 500
 MAX_TERMS: Final = 2000
 
@@ -31,9 +31,9 @@ _EVENTS: Final[dict[str, Event]] = {"INSERT": "INSERT", "UPDATE": "UPDATE", "DEL
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """`schema` and `table` are None where any will do, `select` is empty where all columns are wanted.
+    """A subscription to row changes. `schema` and `table` are None for any, `select` is empty for all columns.
 
-    `leaves` asks for a message with the key alone when an UPDATE takes a row out of what the binding matches: this server's own.
+    `leaves`, an extension of this server, requests a message with only the key when an updated row no longer matches the binding.
     """
 
     event: Event
@@ -45,13 +45,13 @@ class Binding:
 
 
 def parse_all(elements: Iterable[bytes]) -> list[tuple[int, Binding]]:
-    """Read the bindings of one channel, each with the id that the client knows it by. Raises: InvalidBinding."""
+    """Parse the bindings of one channel, each with the id that the client knows it by. Raises: InvalidBinding."""
     parsed: list[tuple[int, Binding]] = []
     characters = conditions = terms = 0
     for id, element in enumerate(elements, start=1):
         params = msgspec.json.decode(element)
         characters += len(params["filter"]) if isinstance(params.get("filter"), str) else 0
-        # Before it is parsed, which takes time in proportion to its length.
+        # The length is checked first, because parsing takes time in proportion to it.
         if characters > filters.MAX_CHARS:
             raise InvalidBinding(f"All filters of a channel have at most {filters.MAX_CHARS} characters")
         binding = parse(params)
@@ -66,7 +66,7 @@ def parse_all(elements: Iterable[bytes]) -> list[tuple[int, Binding]]:
 
 
 def parse(params: dict[str, Any]) -> Binding:
-    """Read a binding as the client sent it. Raises: InvalidBinding, with the sentence for the client."""
+    """Parse a binding as the client sent it. Raises: InvalidBinding, with the sentence for the client."""
     select = _select(params.get("select"))
     match params.get("schema"), params.get("table"), params.get("filter"):
         case (str() | None as schema, str(table), str() | None as filter):
@@ -95,7 +95,7 @@ def parse(params: dict[str, Any]) -> Binding:
 
 
 def not_published(binding: Binding) -> str:
-    """The sentence for a binding that no table of the publication fits."""
+    """Return the sentence for a binding that matches no table of the publication."""
     return (
         "Unable to subscribe to changes with given parameters. "
         f"Please check Realtime is enabled for the given connect parameters: [{_shown(binding)}]"
@@ -103,7 +103,7 @@ def not_published(binding: Binding) -> str:
 
 
 def rejected(binding: Binding, problem: str) -> str:
-    """The sentence for a binding that the database rejected with `problem`: `ERROR <sqlstate> (<its name>) <message>`."""
+    """Return the sentence for a binding that the database rejected with `problem`: `ERROR <sqlstate> (<its name>) <message>`."""
     return (
         "Unable to subscribe to changes with given parameters. "
         f"An exception happened so please check your connect parameters: [{_shown(binding)}]. Exception: {printable(problem)}"
@@ -124,7 +124,7 @@ def _select(value: object) -> tuple[str, ...]:
 
 
 def event_of(value: object) -> Event:
-    """What is none of the three events counts as all of them."""
+    """Parse an event. Anything but the three events counts as all of them."""
     return _EVENTS.get(value.upper(), "*") if isinstance(value, str) else "*"
 
 
@@ -133,12 +133,12 @@ def _flag(value: object) -> bool:
 
 
 def _is_text(binding: Binding) -> bool:
-    """Whether PostgreSQL can take all of it as text: neither NUL nor half of a surrogate pair."""
-    words = [binding.schema or "", binding.table or "", *binding.select]
+    """Whether PostgreSQL accepts all strings of a binding as text: they contain neither NUL nor half of a surrogate pair."""
+    strings = [binding.schema or "", binding.table or "", *binding.select]
     for condition in binding.conditions:
-        words += (condition.column, condition.value)
+        strings += (condition.column, condition.value)
     try:
-        return b"\0" not in "".join(words).encode()
+        return b"\0" not in "".join(strings).encode()
     except UnicodeEncodeError:
         return False
 

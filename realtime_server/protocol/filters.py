@@ -1,11 +1,11 @@
-"""What a client's `filter` on row changes says: conditions on columns, all of which must hold.
+"""Parses a client's `filter` on row changes as conditions on columns, all of which must hold.
 
     filter    = blank | condition *( "," condition )
     condition = column "=" [ "not." ] operator "." value
 
 Commas inside parentheses and double quotes do not split. A quote opens only directly after `.`, `(` or a comma of a list; anywhere else it
-is text, as in `height=eq.5" tall`. Which columns there are, what their types can do and how long a list for `in` may be is for the
-database to judge. Source: Supabase Realtime `Extensions.PostgresCdcRls.Subscriptions` (filter grammar).
+is text, as in `height=eq.5" tall`. The database checks columns, the operators of their types, and the length of a list for `in`.
+Source: Supabase Realtime `Extensions.PostgresCdcRls.Subscriptions` (filter grammar).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Operator(StrEnum):
     ISDISTINCT = "isdistinct"
 
 
-# These take as long as the pattern and the row make them; all others compare.
+# The time of these depends on the pattern and the row; all others only compare.
 PATTERNS: Final = frozenset({Operator.LIKE, Operator.ILIKE, Operator.MATCH, Operator.IMATCH})
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """`value` is text that PostgreSQL casts to the column's type; for `in` an array literal, `{...}`."""
+    """A condition on a column. `value` is text that PostgreSQL casts to the column's type; for `in` an array literal, `{...}`."""
 
     column: str
     operator: Operator
@@ -57,7 +57,7 @@ class Condition:
 
 
 def parse(text: str) -> tuple[Condition, ...]:
-    """Read a filter; a blank one has no conditions. Takes time in proportion to its length. Raises: InvalidBinding."""
+    """Parse a filter; a blank one has no conditions. It takes time in proportion to the length. Raises: InvalidBinding."""
     if len(text) > MAX_CHARS:
         raise _problem(f"expected at most {MAX_CHARS} characters, got {len(text)}")
     text = text.strip()
@@ -71,9 +71,9 @@ def parse(text: str) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
-# Parentheses in runs: a filter may consist of nothing else.
+# Parentheses match in runs, because a filter may consist of nothing else.
 _MARK: Final = re.compile(r'\(+|\)+|[,"]')
-# Up to the closing quote, or to the end where there is none; a backslash takes the next character with it.
+# Matches up to the closing quote, or to the end if there is none; a backslash escapes the next character.
 _QUOTED: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _WHOLLY_QUOTED: Final = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 _ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)

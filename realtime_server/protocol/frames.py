@@ -1,4 +1,4 @@
-"""Finished frames, and what one message looks like in each encoding."""
+"""Encodes messages as frames, in each encoding."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from realtime_server.protocol.messages import (
 
 
 class Encoding(NamedTuple):
-    """What subscribers must have in common to be handed the same frame."""
+    """The options of a subscriber that determine its frames: subscribers with equal ones share a frame."""
 
     format: Format
     with_cursor: bool = False
 
 
 class Frame:
-    """One frame for any number of clients. `wire` is made once, however many sockets it is written to. `holders`: for how many it waits."""
+    """One frame for any number of clients. `wire` is encoded once for all sockets. `holders`: how many buffers it is unsent in."""
 
     __slots__ = ("_wire", "data", "holders", "is_text")
 
@@ -56,9 +56,9 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """A message for all members of a topic. `payload` is JSON text if `is_json`, else bytes.
+    """A message for all subscribers of a topic. `payload` is JSON text if `is_json`, else bytes.
 
-    `id` is the sender's or the row's; `cursor`, which only messages of the database have, is the place right behind this one.
+    `id` is the sender's or the row's; `cursor`, which only messages of the database have, is the position after this one.
     """
 
     topic: str
@@ -70,15 +70,15 @@ class Broadcast:
     replayed: bool = False
 
     def encode(self, encoding: Encoding) -> Frame | None:
-        """As kind 4 in version 2, unless a name is too long for it; as JSON in version 1, which cannot carry bytes."""
+        """Encode as kind 4 in version 2, unless a name is too long for it; as JSON in version 1, which cannot carry bytes."""
         if encoding.format is Format.SSE:
             return self._encode_event()
         meta = self._meta(with_cursor=encoding.with_cursor)
         if len(meta) > 255 and not self.is_json:
-            # Bytes have no other frame: better a message without its place than none. The next one has a place behind both.
+            # Bytes need this kind of frame, so the cursor is left out. The cursor of the next message is after both.
             meta = self._meta(with_cursor=False)
         fits = len(self.topic.encode()) <= 255 and len(self.event.encode()) <= 255 and len(meta) <= 255
-        # Replayed messages go as text, as upstream sends them, unless they are bytes.
+        # Replayed messages are sent as text, like Supabase Realtime does, unless they are bytes.
         if encoding.format is Format.V2 and fits and not (self.replayed and self.is_json):
             kind = binary.JSON if self.is_json else binary.BINARY
             data = binary.encode_broadcast(self.topic, self.event, self.payload, encoding=kind, metadata=meta)
@@ -102,11 +102,11 @@ class Broadcast:
         return b'{"type":"broadcast","event":%b,"payload":%b%b}' % (dumps(self.event), self.payload, meta)
 
     def _encode_event(self) -> Frame:
-        """As an unnamed event, which `EventSource.onmessage` sees."""
+        """Encode as an unnamed event, which `EventSource.onmessage` receives."""
         return event_frame(self.to_json(), id=self.cursor)
 
     def to_json(self, *, with_cursor: bool = False) -> bytes:
-        """The whole message as one JSON object on one line; bytes as base64, marked so."""
+        """Encode the whole message as one JSON object on one line; bytes as base64, with `encoding`."""
         payload, mark = self.payload, b""
         if not self.is_json:
             payload, mark = dumps(base64.b64encode(self.payload).decode()), b',"encoding":"base64"'
@@ -125,15 +125,15 @@ class Broadcast:
 _LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
-# Keys of an envelope that only the server writes: `meta` carries cursors, and official clients take `ids` for the mark of a row change.
+# Keys of an envelope that only the server writes: `meta` has cursors, and official clients take any message with `ids` for a row change.
 _SERVER_KEYS: Final = ("meta", "ids")
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardedBroadcast:
-    """A broadcast that a client pushed as text. `envelope` is rebuilt from the parsed push: each key once, none of the server's own.
+    """A broadcast that a client pushed as text. `envelope` is rebuilt from the parsed push: each key once, without the server's keys.
 
-    `event` is None where the push names none, `payload` is the JSON text of the push's inner payload.
+    `event` is None where the push has none, `payload` is the JSON text of the push's inner payload.
     """
 
     topic: str
@@ -145,7 +145,7 @@ class ForwardedBroadcast:
 
     @classmethod
     def parse(cls, topic: str, push: bytes) -> ForwardedBroadcast:
-        """Read the payload of a push. Raises: InvalidBroadcast."""
+        """Parse the payload of a push. Raises: InvalidBroadcast."""
         fields = loads_fields(push)
         if fields is None:
             raise InvalidBroadcast
@@ -155,7 +155,7 @@ class ForwardedBroadcast:
 
     def encode(self, encoding: Encoding) -> Frame | None:
         if encoding.format is Format.SSE:
-            # Not the envelope: a key of the sender's own could name another topic.
+            # The envelope is not sent, because the sender could have put another `topic` in it.
             return event_frame(Broadcast(self.topic, self.event or "", bytes(self.payload)).to_json())
         return encode(Message(None, None, self.topic, BROADCAST, self.envelope), encoding.format)
 
@@ -172,7 +172,7 @@ def _text(value: msgspec.Raw | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class PresenceDiff:
-    """A change of presence for those who watch the topic. `payload` is JSON text."""
+    """A presence diff for the subscribers of a topic. `payload` is JSON text."""
 
     topic: str
     payload: bytes
@@ -183,7 +183,7 @@ class PresenceDiff:
 
 @dataclass(frozen=True, slots=True)
 class RowChange:
-    """A change of a row for one channel. `ids` are the bindings that it fits, `data` is JSON text."""
+    """A row change for one channel. `ids` are the bindings that it matches, `data` is JSON text."""
 
     topic: str
     event: str
@@ -200,14 +200,14 @@ class RowChange:
 
 
 def event_frame(data: bytes, *, event: str | None = None, id: str | None = None) -> Frame:
-    """A Server-Sent Event; `data` is one line. Source: WHATWG HTML, "Server-sent events"."""
+    """Encode a Server-Sent Event; `data` is one line. Source: WHATWG HTML, "Server-sent events"."""
     name = b"" if event is None else b"event: %b\n" % event.encode()
     last = b"" if id is None else b"id: %b\n" % id.encode()
     return Frame(b"%b%bdata: %b\n\n" % (name, last, data))
 
 
 def decode(frame: str | bytes, format: Format) -> Message | BroadcastPush:
-    """Decode any frame of a socket. A binary frame on a version 1 socket is read as text. Raises: MalformedFrame."""
+    """Decode any frame of a socket. A binary frame on a version 1 socket is decoded as text. Raises: MalformedFrame."""
     if isinstance(frame, str):
         return decode_text(frame, format)
     if format is Format.V2:

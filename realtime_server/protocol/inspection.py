@@ -1,7 +1,7 @@
-"""Values from clients as Elixir's `inspect` shows them: sentences of Supabase Realtime contain them, and applications compare sentences.
+"""Formats values from clients like Elixir's `inspect`: Supabase Realtime's sentences contain them, and applications compare sentences.
 
-What comes out can be sent as JSON and logged, whatever went in: characters that cannot be printed are escaped, and the length is bounded.
-Numbers are shown as Python shows them. Source: Elixir, protocol Inspect (BitString, List, Map, Tuple).
+Any result can be sent as JSON and logged: characters that cannot be printed are escaped, and the length is limited. Numbers are formatted
+like in Python. Source: Elixir, protocol Inspect (BitString, List, Map, Tuple).
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ _NAMED: Final = {
 
 
 def inspect(value: object) -> str:
-    """`value` (None, boolean, number, string, list, tuple, mapping) in at most MAX_CHARS characters, and `...` where more would follow."""
+    """Format `value` (None, boolean, number, string, list, tuple, mapping) in at most MAX_CHARS characters, and `...` if it is cut off."""
     text = ""
-    for piece in _pieces(value, 0):
-        text += piece
+    for part in _parts(value, 0):
+        text += part
         if len(text) > MAX_CHARS:
             return text[:MAX_CHARS] + "..."
     return text
 
 
 def printable(text: str) -> str:
-    """`text` without quotes; what cannot be printed is escaped, and what is too long cut off."""
+    """Return `text` without quotes around it, with unprintable characters escaped, and cut off if it is too long."""
     shown = _escaped(text[: MAX_CHARS + 1])
     return shown if len(shown) <= MAX_CHARS else shown[:MAX_CHARS] + "..."
 
 
-def _pieces(value: object, depth: int) -> Iterator[str]:
+def _parts(value: object, depth: int) -> Iterator[str]:
     match value:
         case None:
             yield "nil"
         case bool():
             yield "true" if value else "false"
         case str():
-            # What is cut off here would be cut off by the bound of the whole.
+            # The limit of the whole text would cut off the rest anyway.
             yield '"' + _escaped(_SPECIAL.sub(r"\\\g<0>", value[: MAX_CHARS + 1])) + '"'
         case int() if value.bit_length() > _MAX_INTEGER_BITS:
             yield "..."
@@ -65,15 +65,15 @@ def _pieces(value: object, depth: int) -> Iterator[str]:
             yield opening
             for position, item in enumerate(value):
                 yield ", " if position else ""
-                yield from _pieces(item, depth + 1)
+                yield from _parts(item, depth + 1)
             yield closing
         case dict():
             yield "%{"
             for position, key in enumerate(sorted(value)):
                 yield ", " if position else ""
-                yield from _pieces(key, depth + 1)
+                yield from _parts(key, depth + 1)
                 yield " => "
-                yield from _pieces(value[key], depth + 1)
+                yield from _parts(value[key], depth + 1)
             yield "}"
         case _:
             yield "..."

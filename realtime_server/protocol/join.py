@@ -1,7 +1,7 @@
-"""The payload of `phx_join`: what a client may ask for, read with the looseness that clients rely on.
+"""Parses the payload of `phx_join`, as tolerantly as clients rely on.
 
-A field of the wrong type never fails a join: it takes its default and is named in `problems`, for the log; its siblings still apply.
-What is too large does fail it: `loads` checks sizes and counts before it parses.
+A field of the wrong type never fails a join: it gets its default and is named in `problems`, for the log; its siblings still apply.
+Fields that are too large do fail it: `loads` checks sizes and counts before it parses.
 
 Source: Supabase Realtime `Realtime.Channels.Join` (schema and casts).
 """
@@ -18,13 +18,13 @@ from realtime_server.errors import InvalidBinding, PayloadTooLarge
 from realtime_server.protocol.messages import Format, dumps
 
 DEFAULT_WAIT_MS: Final = 15_000
-LONGEST_WAIT_MS: Final = 20_000
+MAX_WAIT_MS: Final = 20_000
 
 MAX_BINDINGS: Final = 100
-# Of each field that is no string.
+# For each field that is not a string.
 MAX_FIELD_BYTES: Final = 65_536
 MAX_KEY_BYTES: Final = 255
-# The JavaScript client throws at these: it takes an object with the key `ids` for a row change, and finds the others in every object.
+# The JavaScript client throws at these: it takes an object with the key `ids` for a row change, and every object has the others.
 _UNUSABLE_KEYS: Final = frozenset(
     {
         "ids",
@@ -48,11 +48,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """`presence_key` is None where the server is to make one up. `replay` is what the client sent under that key, unread.
+    """The options of a join. `presence_key` is None where the server generates one. `replay` is the client's object, not parsed further.
 
     `bindings` are the elements of `postgres_changes`, each as encoded JSON.
 
-    `wait_ms`: for how long the reply may wait until row changes are subscribed to; None where it does not wait.
+    `wait_ms`: how long the reply may wait for the subscription to row changes; None where it does not wait.
     """
 
     private: bool = False
@@ -72,13 +72,13 @@ class Join:
 
     @property
     def token(self) -> str | None:
-        """The token that identifies the channel; None: the connection's API key does."""
+        """The token that identifies the channel; None if the connection's API key does."""
         if (self.access_token or self.user_token or "").startswith("sb_"):
             return None
         return self.user_token if self.user_token is not None else self.access_token
 
     def settled(self) -> Join:
-        """What is needed of it once the channel is joined."""
+        """Return a copy with only the fields that are needed after the join."""
         return replace(self, replay={}, bindings=(), access_token=None, user_token=None, problems=())
 
 
@@ -100,7 +100,7 @@ class _Config(msgspec.Struct):
 
 
 def loads(text: bytes) -> dict[str, Any] | None:
-    """The fields of a join payload that `parse` reads; None where it cannot be read. Raises: InvalidBinding, PayloadTooLarge."""
+    """Decode the fields of a join payload that `parse` needs; None if it is not JSON. Raises: InvalidBinding, PayloadTooLarge."""
     try:
         payload = msgspec.json.decode(text, type=_Payload)
         fields = _values(payload)
@@ -112,7 +112,7 @@ def loads(text: bytes) -> dict[str, Any] | None:
 
 
 def _values(fields: _Payload | _Config) -> dict[str, Any]:
-    """Each field that is no object of known fields, parsed, once its size is known to be bounded."""
+    """Decode each field, except an object `config`, after checking its size."""
     values: dict[str, Any] = {}
     for name in fields.__struct_fields__:
         text = bytes(getattr(fields, name))
@@ -134,14 +134,14 @@ def _check_bindings(text: bytes) -> None:
 
 
 def parse(payload: dict[str, Any] | None, format: Format) -> Join:
-    """Read a join payload; None (not an object) counts as empty."""
+    """Parse a join payload; None (not an object) counts as empty."""
     reader = _Reader()
     payload = payload or {}
     config = reader.mapping(payload, "config")
     broadcast = reader.mapping(config, "broadcast")
     presence = reader.mapping(config, "presence")
     changes = reader.mapping(config, "postgres_changes_options")
-    wait_ms = min(reader.positive(changes, "timeout", DEFAULT_WAIT_MS), LONGEST_WAIT_MS)
+    wait_ms = min(reader.positive(changes, "timeout", DEFAULT_WAIT_MS), MAX_WAIT_MS)
     return Join(
         private=reader.flag(config, "private"),
         ack=reader.flag(broadcast, "ack"),
@@ -150,7 +150,7 @@ def parse(payload: dict[str, Any] | None, format: Format) -> Join:
         replication_ready=reader.flag(broadcast, "replication_ready"),
         has_replay=broadcast.get("replay") is not None,
         replay=reader.mapping(broadcast, "replay"),
-        # Clients of version 1.0.0 that know no `enabled` always want presence; they send the object with a key alone.
+        # Clients of version 1.0.0 that do not know `enabled` always want presence; they send the object with only a key.
         presence_enabled=reader.flag(presence, "enabled")
         or (format is Format.V1 and "key" in presence and "enabled" not in presence),
         presence_key=reader.key(presence),
@@ -166,7 +166,7 @@ _DIGITS: Final = re.compile(r"[0-9]{1,18}")
 
 
 class _Reader:
-    """Takes fields out of client objects and remembers which had the wrong type."""
+    """Reads fields of client objects, and records those of the wrong type."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []

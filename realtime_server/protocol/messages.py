@@ -1,7 +1,7 @@
-"""The vocabulary of the wire, and the text frames of both protocol versions.
+"""Defines the events and messages of the protocol, and encodes and decodes the text frames of both versions.
 
 A text frame is a JSON object in version 1.0.0 and an array in version 2.0.0. Payloads stay JSON text: the server carries most of them
-without reading them.
+without parsing them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ SYSTEM: Final = "system"
 PRESENCE_STATE: Final = "presence_state"
 PRESENCE_DIFF: Final = "presence_diff"
 POSTGRES_CHANGES: Final = "postgres_changes"
-# What a gap may be of, besides `broadcast` and `postgres_changes`: broadcasts of clients and of REST, which are not stored.
+# The `extension` of gaps in broadcasts of clients and of REST, which are not stored; others are `broadcast` and `postgres_changes`.
 CLIENT_BROADCAST: Final = "client_broadcast"
 
-# Opaque to the server: chosen by the client, echoed as it came.
+# Chosen by the client; the server echoes it unchanged.
 Ref = str | int | None
 
 
 class Format(Enum):
-    """What frames of a client look like: the serializer that `vsn` chose at the handshake, or Server-Sent Events."""
+    """The format of a client's frames: the serializer that `vsn` chose at the handshake, or Server-Sent Events."""
 
     V1 = "1.0.0"
     V2 = "2.0.0"
@@ -63,7 +63,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastPush:
-    """A broadcast that came as a binary frame (kind 3). `payload` is JSON text if `is_json`, else any bytes."""
+    """A broadcast that a client pushed as a binary frame (kind 0 or 3). `payload` is JSON text if `is_json`, else any bytes."""
 
     join_ref: Ref
     ref: Ref
@@ -74,7 +74,7 @@ class BroadcastPush:
 
 
 def socket_format(vsn: str | None) -> Format | None:
-    """The format that a `vsn` parameter asks for, 1.0.0 when absent; None when there is no such version."""
+    """Return the format that a `vsn` parameter requests, 1.0.0 when absent; None when there is no such version."""
     parts = (vsn or "1.0.0").split(".")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts) or parts[1] != "0":
         return None
@@ -82,7 +82,7 @@ def socket_format(vsn: str | None) -> Format | None:
 
 
 def sub_topic(topic: str) -> str:
-    """What follows `realtime:`. Raises: UnmatchedTopic, TopicNameRequired."""
+    """Return the topic without `realtime:`. Raises: UnmatchedTopic, TopicNameRequired."""
     if not topic.startswith(TOPIC_PREFIX):
         raise UnmatchedTopic
     if topic == TOPIC_PREFIX:
@@ -114,7 +114,7 @@ _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class PresencePush(msgspec.Struct):
-    """The payload of a presence push; `payload` is what is tracked, as JSON text."""
+    """The payload of a presence push; `payload` is the presence entry, as JSON text."""
 
     event: str | None = None
     payload: msgspec.Raw = msgspec.Raw(b"null")
@@ -143,13 +143,13 @@ def encode_text(message: Message, format: Format) -> bytes:
 
 
 def reply(push: Message | BroadcastPush, join_ref: Ref, response: object, *, ok: bool = True) -> Message:
-    """The `phx_reply` to a push. `response` is an object: the Python client cannot parse others."""
+    """Make the `phx_reply` to a push. `response` is an object: the Python client cannot parse others."""
     payload = dumps({"status": "ok" if ok else "error", "response": response})
     return Message(join_ref, push.ref, push.topic, REPLY, payload)
 
 
 def system(topic: str, join_ref: Ref, message: str, *, ok: bool, extension: str = "system") -> Message:
-    """A `system` message. All four keys are always there: the Python client drops others."""
+    """Make a `system` message. It always has all four keys: the Python client drops others."""
     payload = {
         "extension": extension,
         "status": "ok" if ok else "error",
@@ -160,9 +160,9 @@ def system(topic: str, join_ref: Ref, message: str, *, ok: bool, extension: str 
 
 
 def gap(topic: str, join_ref: Ref, problem: str, oldest: str | None, extension: str = BROADCAST) -> Message:
-    """A `system` message with status `gap`, which other clients' servers do not know: messages are missing before what follows.
+    """Make a `system` message with status `gap`, an extension of this server: messages are missing before the next one.
 
-    `cursor` is where what follows begins, or what is still stored; null where there is none to name.
+    `cursor` is the position where the next messages, or those still stored, begin; null where there is none.
     """
     payload = {
         "extension": extension,
@@ -175,12 +175,12 @@ def gap(topic: str, join_ref: Ref, problem: str, oldest: str | None, extension: 
 
 
 def closed(topic: str, join_ref: Ref) -> Message:
-    """The `phx_close` of a channel; clients compare its ref with their join ref, in both versions."""
+    """Make the `phx_close` of a channel; clients compare its ref with their join ref, in both versions."""
     return Message(join_ref, join_ref, topic, CLOSE, b"{}")
 
 
 def crashed(topic: str, join_ref: Ref) -> Message:
-    """The `phx_error` of a channel: clients join again."""
+    """Make the `phx_error` of a channel: clients join again."""
     return Message(join_ref, join_ref, topic, ERROR, b'{"reason":"channel_crash"}')
 
 
@@ -189,7 +189,7 @@ def dumps(value: object) -> bytes:
 
 
 def loads_object(text: bytes) -> dict[str, Any] | None:
-    """The JSON object in `text`; None when it holds anything else."""
+    """Decode the JSON object in `text`; None when it is anything else."""
     try:
         return _object.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -197,7 +197,7 @@ def loads_object(text: bytes) -> dict[str, Any] | None:
 
 
 def loads_fields(text: bytes) -> dict[str, msgspec.Raw] | None:
-    """The fields of the JSON object in `text`, each unparsed, the last one where a key is repeated; None when it holds anything else."""
+    """Decode the JSON object in `text` without parsing its fields; of repeated keys the last counts. None when it is anything else."""
     try:
         return _fields.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -205,7 +205,7 @@ def loads_fields(text: bytes) -> dict[str, msgspec.Raw] | None:
 
 
 def loads_presence(text: bytes) -> PresencePush | None:
-    """The presence push in `text`; None when it holds anything else."""
+    """Decode the presence push in `text`; None when it is anything else."""
     try:
         return _presence.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -215,7 +215,7 @@ def loads_presence(text: bytes) -> PresencePush | None:
 def is_json(text: bytes) -> bool:
     """Whether `text` is one JSON document in UTF-8."""
     try:
-        # As str: in bytes, what stands inside of strings would go unchecked.
+        # It is decoded from str, because from bytes the UTF-8 inside of strings would not be checked.
         _raw.decode(text.decode())
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return False
@@ -223,11 +223,11 @@ def is_json(text: bytes) -> bool:
 
 
 def is_deeper_than(text: bytes, limit: int) -> bool:
-    """Whether the JSON document nests more than `limit` arrays and objects in each other. It takes 30 ns for each bracket, 100 ns for each
-    string, and little for what is in strings: 5 MB of escapes take 0.1 s."""
+    """Whether the JSON document nests arrays and objects deeper than `limit`. It takes 30 ns for each bracket, 100 ns for each string, and
+    little for the contents of strings: 5 MB of escapes take 0.1 s."""
     if text.count(b"[") + text.count(b"{") <= limit:
         return False
-    # Pairs of backslashes first: what is left of them escapes the character behind it.
+    # Pairs of backslashes are removed first, so that any other backslash escapes the next character.
     text = text.replace(rb"\\", b"").replace(rb"\"", b"")
     steps = _STRING.sub(b"", text).translate(_STEPS, _NO_BRACKET)
     return max(accumulate(memoryview(steps).cast("b")), default=0) > limit
@@ -235,5 +235,5 @@ def is_deeper_than(text: bytes, limit: int) -> bool:
 
 _STRING: Final = re.compile(rb'"[^"]*"')
 _NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))
-# As signed bytes: one level up, one level down.
+# Signed bytes: 1 for an opening bracket, -1 for a closing one.
 _STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from realtime_server.cursor import MOST_IN_PROGRESS, Snapshot, StreamPosition
+from realtime_server.cursor import MAX_IN_PROGRESS, Snapshot, StreamPosition
 from tests.fix_database import Cluster
 
 LIFE = "0123456789ab"
-MANY = MOST_IN_PROGRESS + 1
+MANY = MAX_IN_PROGRESS + 1
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def is_possible(snapshot: Snapshot) -> bool:
 @st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
     xmin = draw(st.integers(3, 2**62))
-    count = draw(st.integers(0, 20) | st.integers(MOST_IN_PROGRESS - 2, MOST_IN_PROGRESS + 20))
+    count = draw(st.integers(0, 20) | st.integers(MAX_IN_PROGRESS - 2, MAX_IN_PROGRESS + 20))
     steps = st.integers(1, 3)
     in_progress = [xmin]
     for step in draw(st.lists(steps, min_size=count, max_size=count)) if count <= 20 else [draw(steps)] * count:
@@ -55,7 +55,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 
 @settings(max_examples=100, deadline=None)
 @given(snapshots().filter(is_possible))
-@example(snapshot(10, list(range(10, 10 + MOST_IN_PROGRESS)), 5))
+@example(snapshot(10, list(range(10, 10 + MAX_IN_PROGRESS)), 5))
 @example(snapshot(10, list(range(10, 10 + MANY)), 5))
 @example(snapshot(10, list(range(10, 10 + 3 * MANY, 3)), 0))
 def test_both_sides_write_a_snapshot_alike_and_what_is_cut_off_counts_as_not_seen(
@@ -65,11 +65,11 @@ def test_both_sides_write_a_snapshot_alike_and_what_is_cut_off_counts_as_not_see
     assert whole.in_cursor == text
     read = Snapshot.parse(value(db, "select realtime_internal.snapshot_from_text(%s)::text", text))
     in_progress = sorted(whole.in_progress)
-    if len(in_progress) <= MOST_IN_PROGRESS:
+    if len(in_progress) <= MAX_IN_PROGRESS:
         assert read == whole
         return
-    assert len(read.in_progress) == MOST_IN_PROGRESS
-    first_cut = in_progress[MOST_IN_PROGRESS]
+    assert len(read.in_progress) == MAX_IN_PROGRESS
+    first_cut = in_progress[MAX_IN_PROGRESS]
     for xid in range(whole.xmin - 1, whole.xmax + 2):
         assert read.sees(xid) == (whole.sees(xid) and xid < first_cut), xid
 
@@ -117,7 +117,7 @@ def running(count: int, *, from_: int = 10**14) -> str:
         text_of("3.3"),
         text_of("3.9.4.5", "12.12"),
         # As long as one can become, with more transactions behind it than any database has had.
-        text_of(running(MOST_IN_PROGRESS), running(MOST_IN_PROGRESS), seq="9" * 18),
+        text_of(running(MAX_IN_PROGRESS), running(MAX_IN_PROGRESS), seq="9" * 18),
     ],
     ids=["shortest", "two snapshots", "longest"],
 )
@@ -142,8 +142,8 @@ BAD = {
     "with a space": text_of("3.3") + " ",
     "with a line feed": text_of("3.3") + "\n",
     "with digits of another script": text_of("3.٣"),
-    "too many transactions": text_of(running(MOST_IN_PROGRESS, from_=100), running(MOST_IN_PROGRESS + 1, from_=100)),
-    "too long": text_of(running(MOST_IN_PROGRESS, from_=10**18), running(MOST_IN_PROGRESS, from_=10**18)),
+    "too many transactions": text_of(running(MAX_IN_PROGRESS, from_=100), running(MAX_IN_PROGRESS + 1, from_=100)),
+    "too long": text_of(running(MAX_IN_PROGRESS, from_=10**18), running(MAX_IN_PROGRESS, from_=10**18)),
 }
 
 

@@ -22,7 +22,7 @@ from psycopg import conninfo, sql
 from realtime_server.cursor import StreamPosition
 from realtime_server.database import Endpoint
 from realtime_server.embedded import EmbeddedPostgres
-from realtime_server.relay import MESSAGES, PIECE_BYTES, Relay, Row
+from realtime_server.relay import BATCH_BYTES, MESSAGES, Relay, Row
 from tests.fix_database import Cluster, TestDatabase
 from tests.fix_postgres import FAST, open_folder
 from tests.fix_proxy import Proxy, ProxyFactory
@@ -433,7 +433,7 @@ async def test_large_messages_are_handed_on_in_pieces_of_bounded_size(ledger: Le
         )
         await until(lambda: len(received.rows) == 760, "all of them")
     assert [row.event for row in received.rows] == ["small"] * 700 + ["text"] * 30 + ["bytes"] * 30
-    assert max(received.pieces) < PIECE_BYTES + 600_000
+    assert max(received.pieces) < BATCH_BYTES + 600_000
     assert sum(received.pieces) > 30_000_000
 
 

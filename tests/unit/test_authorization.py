@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from realtime_server.authorization import ALONE_AT_ONCE, QUESTIONS_AT_ONCE, Authorization, Policy, PolicyHeaders
+from realtime_server.authorization import ALONE_AT_ONCE, BATCH_REQUESTS, Authorization, Policy, PolicyHeaders
 from realtime_server.claims import Claims
 from realtime_server.database import Pool
 from realtime_server.errors import QueryCanceled
@@ -92,7 +92,7 @@ async def test_who_asks_much_does_not_keep_others_waiting(stage: Stage, sockets:
         await stage.settle()
     assert [other.result() for other in others] == [READ_ONLY] * 3
     assert stage.pool.asked[1][:6] == ["flood:50", "other:0", "other:1", "other:2", "flood:51", "flood:52"]
-    assert len(stage.pool.asked[1]) == QUESTIONS_AT_ONCE
+    assert len(stage.pool.asked[1]) == BATCH_REQUESTS
     for task in flood:
         task.cancel()
 

@@ -31,7 +31,7 @@ from realtime_server.errors import (
     SettingsError,
     TokenExpired,
 )
-from realtime_server.tokens import MAX_LIFETIME_S, MIN_LIFETIME_S, PAUSE_S, STALE_LIMIT_S, Tokens
+from realtime_server.tokens import FETCH_INTERVAL_S, MAX_LIFETIME_S, MIN_LIFETIME_S, STALE_LIMIT_S, Tokens
 from tests.fix_server import SECRET as SERVER_SECRET
 from tests.fix_server import Server, ServerFactory, make_token
 from tests.fix_wire import WireFactory
@@ -157,7 +157,7 @@ async def test_unknown_key_ids_do_not_hammer_the_issuer(issuer: Issuer, clock: C
 
     await knock()
     assert issuer.requests == 1
-    clock.now += PAUSE_S - 1
+    clock.now += FETCH_INTERVAL_S - 1
     await knock()
     assert issuer.requests == 1
     clock.now += 1
@@ -197,7 +197,7 @@ async def test_rotation_brings_the_new_key_and_ends_the_old_one_at_once(issuer: 
     old, new = signed("ES256"), signed("rotated")
     assert await subject.verify(old)
     issuer.keys = [jwk("rotated")]
-    clock.now += PAUSE_S
+    clock.now += FETCH_INTERVAL_S
     assert (await subject.verify(new)).role == "authenticated"
     # Its claims were remembered, but they go with their key.
     with pytest.raises(NoSigningKey, match='"ES256"'):
@@ -216,7 +216,7 @@ async def test_keys_outlive_a_failing_issuer_up_to_a_limit(issuer: Issuer, clock
         await subject.verify(signed("ES256", sub="alice"))
     assert await subject.verify(claims.sign({"role": "anon", "exp": NOW + 1e6}, SECRET))
     issuer.status = "200 OK"
-    clock.now += PAUSE_S
+    clock.now += FETCH_INTERVAL_S
     assert (await subject.verify(signed("ES256", sub="alice"))).subject == "alice"
 
 
@@ -234,7 +234,7 @@ async def test_keys_that_the_issuer_confirms_do_not_grow_old(issuer: Issuer, clo
 async def test_slow_issuer_does_not_hold_up_tokens_of_known_keys(issuer: Issuer, clock: Clock) -> None:
     subject = make(issuer, clock)
     await subject.verify(signed("ES256"))
-    clock.now += PAUSE_S
+    clock.now += FETCH_INTERVAL_S
     issuer.gate.clear()
     issuer.asked.clear()
     async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
@@ -292,7 +292,7 @@ async def test_bad_answer_changes_no_keys_and_is_logged_once_without_the_token(
 ) -> None:
     subject = make(issuer, clock)
     await subject.verify(signed("ES256"))
-    clock.now += PAUSE_S
+    clock.now += FETCH_INTERVAL_S
     for name, value in BAD_ANSWERS[case].items():
         setattr(issuer, name, value)
     unknown = signed("rotated")
@@ -470,7 +470,7 @@ async def test_refusal_is_not_remembered(issuer: Issuer, clock: Clock) -> None:
     with pytest.raises(NoSigningKey):
         await subject.verify(token)
     issuer.keys.append(jwk("rotated"))
-    clock.now += PAUSE_S
+    clock.now += FETCH_INTERVAL_S
     assert await subject.verify(token)
 
 
