@@ -390,7 +390,7 @@ def test_event_of_a_broadcast_is_read_once_for_all_streams() -> None:
 
 @pytest.mark.parametrize("has_topic", [True, False])
 async def test_stream_of_row_changes_alone_is_told_no_gap_of_messages(has_topic: bool) -> None:
-    services = cast(Any, SimpleNamespace(place=lambda: None))
+    services = cast(Any, SimpleNamespace(position=lambda: None))
     wish = StreamRequest(
         (Room("realtime:t", False),) if has_topic else (), (bindings.parse({"table": "t"}),), frozenset(), None
     )

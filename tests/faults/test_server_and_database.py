@@ -264,7 +264,9 @@ async def test_database_that_refuses_the_read(steady_server: Server, oracle_of: 
             # Time to try several times.
             await asyncio.sleep(1)
         finally:
-            oracle.database.execute("alter function realtime.messages_hidden(pg_snapshot) rename to messages_since")
+            oracle.database.execute(
+                "alter function realtime_internal.messages_hidden(pg_snapshot) rename to messages_since"
+            )
         await turns(steady_server, ready=True)
         assert steady_server.log.count("relay cannot read this database") == said + 1
     await oracle.verdict()

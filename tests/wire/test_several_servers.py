@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -21,7 +22,19 @@ from realtime_server.changes import sources, upkeep
 sources.SLOT_GRACE_S, sources.MIN_PAUSE_S, sources.MAX_PAUSE_S, sources.RECONNECT_GRACE_S = 0.2, 0.2, 0.2, 0.2
 upkeep.CHECK_INTERVAL_S = 0.5
 """
-Start = Callable[[str], Awaitable[Server]]
+# While the file is there, no policy is evaluated. One that waited in the database would keep a slot from being created.
+HELD = """
+import asyncio
+from pathlib import Path
+from realtime_server.changes.judge import Judge
+evaluate = Judge.visible_rows
+async def wait(*arguments):
+    while Path({file!r}).exists():
+        await asyncio.sleep(0.02)
+    return await evaluate(*arguments)
+Judge.visible_rows = wait
+"""
+Start = Callable[..., Awaitable[Server]]
 
 
 @pytest.fixture
@@ -35,8 +48,8 @@ async def start(shared: TestDatabase) -> AsyncIterator[Start]:
     """`await start("auto")`: a server more."""
     servers: list[Server] = []
 
-    async def start(changes: str) -> Server:
-        servers.append(Server(shared, prelude=IMPATIENT, changes=changes, policy_timeout_s="300"))
+    async def start(changes: str, prelude: str = "") -> Server:
+        servers.append(Server(shared, prelude=IMPATIENT + prelude, changes=changes, policy_timeout_s="30"))
         return await servers[-1].start()
 
     yield start
@@ -140,18 +153,19 @@ async def test_log_is_read_as_soon_as_it_may_be(start: Start, wire: WireFactory,
 
 
 async def test_what_triggers_told_is_not_told_again_when_the_log_breaks_off_just_then(
-    start: Start, wire: WireFactory, shared: TestDatabase
+    start: Start, wire: WireFactory, shared: TestDatabase, tmp_path: Path
 ) -> None:
     many = 5_000
+    held = tmp_path / "held"
     with psycopg.connect(shared.administrator_url, autocommit=True) as administrator:
         administrator.execute(f"alter role {OWNER} noreplication")
-        server = await start("auto")
+        server = await start("auto", HELD.format(file=str(held)))
         with tables_on(server) as tables:
             tables.create("todos", "id bigint primary key, title text", "alter table todos enable row level security")
-            tables.execute("create policy slow on todos using (id <> 1 or pg_advisory_xact_lock_shared(7) is not null)")
+            tables.execute("create policy everybody on todos using (true)")
             socket = await wire(server.websocket_url, server.anon_key)
             await subscribe(socket, "rows", tables.binding(select=["id"]))
-            administrator.execute("select pg_advisory_lock(7)")
+            held.touch()
             tables.execute("insert into todos values (1)")
             administrator.execute(f"alter role {OWNER} replication")
             await until(lambda: "row changes come from the log" in server.log)
@@ -165,7 +179,7 @@ async def test_what_triggers_told_is_not_told_again_when_the_log_breaks_off_just
                 "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots"
                 " where database = current_database() and active"
             )
-            administrator.execute("select pg_advisory_unlock(7)")
+            held.unlink()
             assert await hear_until(socket, many) == list(range(1, many + 1))
             await until(lambda: server.log.count("row changes come from the log") == 2)
             tables.execute("insert into todos values (0)")
