@@ -93,7 +93,7 @@ def test_client_encoding_is_ours(database: TestDatabase, monkeypatch: pytest.Mon
 async def test_server_outlives_a_canceled_read(server: Server) -> None:
     with psycopg.connect(server.database.administrator_url, autocommit=True) as db:
         async with asyncio.timeout(20):
-            while "relay has no database" not in server.log:
+            while "relay cannot reach the database" not in server.log:
                 db.execute("select realtime.send('{}', 'event', 'topic', false)")
                 db.execute(
                     "select pg_cancel_backend(pid) from pg_stat_activity"

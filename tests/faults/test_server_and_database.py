@@ -197,7 +197,7 @@ async def given_up(server: Server) -> None:
 
     def has_no_line() -> bool:
         said = [line for line in server.log.splitlines() if '"relay": "relay"' in line]
-        return bool(said) and "relay has no database" in said[-1]
+        return bool(said) and "relay cannot reach the database" in said[-1]
 
     await until(has_no_line, "the relay to give its line up")
 
@@ -565,7 +565,7 @@ async def test_connection_slots_exhausted(fault_server: ServerOf, oracle_of: Ora
                     writer.execute("select oracle_write(%s, %s)", (name, private))
                     await asyncio.sleep(0.02)
                 await refused_again(refused)
-                assert "relay has no database" in server.log
+                assert "relay cannot reach the database" in server.log
             await oracle.write(transactions=3)
     await oracle.verdict()
 
