@@ -17,7 +17,7 @@ from sqlalchemy import Connection, create_engine, pool, text
 from alembic import context, util
 from realtime_server import config
 from realtime_server.errors import SettingsError
-from realtime_server.schema import CORE, VERSION_TABLE, pending_functions, read_digests
+from realtime_server.schema import CORE, VERSION_TABLE, pending_functions, raw_connection, read_digests
 
 MIGRATION_LOCK = 7885631  # key of the advisory lock of migrators; any fixed number
 LOCK_TIMEOUT_S = 60
@@ -95,9 +95,7 @@ def run_online() -> None:
 
 
 def apply_functions(connection: Connection) -> None:
-    # The text is executed by psycopg, because SQLAlchemy would read `:name` and `%` in it as parameters.
-    db = connection.connection.dbapi_connection
-    assert isinstance(db, psycopg.Connection), "revisions run through psycopg"
+    db = raw_connection(connection)
     heads = context.get_context().get_current_heads()
     # SQLAlchemy began a transaction to read the heads.
     connection.commit()

@@ -512,7 +512,6 @@ def _listen(settings: Settings) -> socket.socket:
 @contextlib.contextmanager
 def _database(settings: Settings) -> Iterator[tuple[str, str]]:
     """Provide the URL to serve and the one to show. The embedded database is started and migrated, any other only checked."""
-    from realtime_server import schema
     from realtime_server.embedded import EmbeddedPostgres, lock_data_dir
 
     if settings.database_url is not None:
@@ -526,7 +525,7 @@ def _database(settings: Settings) -> Iterator[tuple[str, str]]:
             if postgres.location.parent != postgres.data_dir:
                 _progress(f"its data is in {postgres.location}, because its user may not enter {settings.data_dir}")
             _progress("migrating ...")
-            _migrate(postgres.url, [f"{schema.CORE}@head", "heads"])
+            _migrate(postgres.url, ["heads"])
             yield postgres.url, postgres.administrator_url
 
 

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Final, LiteralString, cast
+from typing import Final
 
 import psycopg
 from alembic.config import Config
@@ -21,6 +21,7 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import RevisionStep
 from alembic.script import ScriptDirectory
 from psycopg import sql
+from sqlalchemy import Connection
 
 from alembic import command, op
 from realtime_server.errors import FunctionsMismatch, SchemaMismatch
@@ -58,8 +59,7 @@ def print_script(url: str | None, targets: list[str]) -> bool:
     nothing is pending."""
     config = alembic_config()
     script = ScriptDirectory.from_config(config)
-    heads = () if url is None else _heads(url)
-    digests = {} if url is None else _digests(url)
+    heads, digests = ((), {}) if url is None else _installed(url)
     config.attributes["digests"] = digests
 
     def pending(heads: tuple[str, ...], context: object) -> Iterator[RevisionStep]:
@@ -90,7 +90,7 @@ def _connect(url: str) -> Iterator[psycopg.Connection]:
 def revisions(url: str) -> list[str]:
     """Return the current revisions of the database, one for each branch; empty when nothing was ever installed."""
     script = ScriptDirectory.from_config(alembic_config())
-    return sorted(revision.revision for revision in script.get_all_current(_heads(url)))
+    return sorted(revision.revision for revision in script.get_all_current(_installed(url)[0]))
 
 
 def functions(branch: str) -> str:
@@ -100,10 +100,6 @@ def functions(branch: str) -> str:
         sorted((root / "functions").glob("*.sql")) if branch == CORE else [root / "samples" / branch / "functions.sql"]
     )
     return "".join(file.read_text(encoding="utf-8") for file in files)
-
-
-def digest(branch: str) -> str:
-    return hashlib.sha256(functions(branch).encode()).hexdigest()
 
 
 def pending_functions(heads: Collection[str], digests: Mapping[str, str]) -> dict[str, str]:
@@ -119,17 +115,18 @@ def pending_functions(heads: Collection[str], digests: Mapping[str, str]) -> dic
         if script.get_revision(f"{branch}@head").revision not in current:
             if branch == CORE:
                 break
-        elif digests.get(branch) != digest(branch):
-            scripts[branch] = f"{functions(branch)}{_record(branch)}"
+            continue
+        text = functions(branch)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digests.get(branch) != digest:
+            scripts[branch] = text + _RECORD.format(branch, digest).as_string()
     return scripts
 
 
-def _record(branch: str) -> str:
-    record = sql.SQL(
-        "insert into realtime_internal.applied_functions (branch, digest) values ({}, {})"
-        " on conflict (branch) do update set digest = excluded.digest, applied_at = now();\n"
-    )
-    return record.format(branch, digest(branch)).as_string()
+_RECORD: Final = sql.SQL(
+    "insert into realtime_internal.applied_functions (branch, digest) values ({}, {})"
+    " on conflict (branch) do update set digest = excluded.digest, applied_at = now();\n"
+)
 
 
 def read_digests(db: psycopg.Connection) -> dict[str, str]:
@@ -138,42 +135,44 @@ def read_digests(db: psycopg.Connection) -> dict[str, str]:
     return dict(db.execute("select branch, digest from realtime_internal.applied_functions"))
 
 
-def _digests(url: str) -> dict[str, str]:
-    with _connect(url) as db:
-        return read_digests(db)
-
-
-def _heads(url: str) -> tuple[str, ...]:
-    """Read the version table: it names only the revisions that no other installed one depends on."""
+def _installed(url: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Read what a database has: the version table, which names only the revisions that no other installed one depends on, and the digests
+    of functions."""
     with _connect(url) as db:
         if db.execute("select to_regclass('realtime.alembic_version')").fetchone() == (None,):
-            return ()
-        return tuple(name for (name,) in db.execute("select version_num from realtime.alembic_version order by 1"))
+            return (), {}
+        heads = db.execute("select version_num from realtime.alembic_version order by 1")
+        return tuple(name for (name,) in heads), read_digests(db)
 
 
 def check(url: str) -> None:
     """Check that the database has the schema that this server needs. Raises: SchemaMismatch, FunctionsMismatch."""
-    needed = ScriptDirectory.from_config(alembic_config()).get_revision(f"{CORE}@head").revision
-    found = [revision for revision in revisions(url) if revision.startswith(f"{CORE}_")]
+    heads, digests = _installed(url)
+    script = ScriptDirectory.from_config(alembic_config())
+    needed = script.get_revision(f"{CORE}@head").revision
+    current = sorted(revision.revision for revision in script.get_all_current(heads))
+    found = [revision for revision in current if revision.startswith(f"{CORE}_")]
     if needed not in found:
         raise SchemaMismatch(found[-1] if found else None, needed)
-    if pending := pending_functions(_heads(url), _digests(url)):
+    if pending := pending_functions(heads, digests):
         raise FunctionsMismatch(list(pending))
 
 
 def run_sql_file(script: str) -> None:
-    """Run the `.sql` file beside the revision file `script`, or print it when offline.
-
-    The text is sent to PostgreSQL unchanged: SQLAlchemy would read `:name` and `%` in it as parameters.
-    """
+    """Run the `.sql` file beside the revision file `script`, or print it when offline."""
     text = Path(script).with_suffix(".sql").read_text(encoding="utf-8")
     context = op.get_context()
     if context.as_sql:
         context.impl.static_output(text)
         return
-    connection = op.get_bind().connection.dbapi_connection
-    assert isinstance(connection, psycopg.Connection), "revisions run through psycopg"
-    connection.execute(cast(LiteralString, text))
+    raw_connection(op.get_bind()).execute(text.encode())
+
+
+def raw_connection(connection: Connection) -> psycopg.Connection:
+    """Return psycopg's connection. SQLAlchemy would read `:name` and `%` in SQL as parameters."""
+    db = connection.connection.dbapi_connection
+    assert isinstance(db, psycopg.Connection), "revisions run through psycopg"
+    return db
 
 
 def role_statements(login: str, server_version: int) -> list[str]:
