@@ -72,12 +72,24 @@ class Bucket:
 
     def take(self, now: float, n: float = 1.0) -> float:
         """Take `n` tokens if available, and return 0.0; else take none, and return how many seconds to wait."""
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
-        self._at = now
+        self._refill(now)
         if self._tokens >= n:
             self._tokens -= n
             return 0.0
         return (n - self._tokens) / self._rate
+
+    def charge(self, now: float, n: float) -> None:
+        """Take `n` tokens, available or not; those that were not are made up for first."""
+        self._refill(now)
+        self._tokens -= n
+
+    def is_empty(self, now: float) -> bool:
+        self._refill(now)
+        return self._tokens <= 0
+
+    def _refill(self, now: float) -> None:
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
 
 
 class FrameLimit:

@@ -12,6 +12,7 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from realtime_server.changes.judge import Identity
+from realtime_server.limits import Bucket
 from realtime_server.protocol.filters import PATTERNS, Condition
 
 # A spent budget is full again after so long.
@@ -22,48 +23,30 @@ REFUSED_S: Final = 600.0
 MAX_KEPT: Final = 10_000
 
 
-class _Account:
-    """Seconds that were spent; they are forgiven at a constant rate."""
-
-    def __init__(self) -> None:
-        self._spent_s = 0.0
-        self._at = 0.0
-
-    def spent_s(self, rate: float) -> float:
-        now = time.monotonic()
-        self._spent_s = max(0.0, self._spent_s - (now - self._at) * rate)
-        self._at = now
-        return self._spent_s
-
-    def spend(self, seconds: float, rate: float) -> None:
-        self._spent_s = self.spent_s(rate) + seconds
-
-
 class Budget:
     """Budgets of clients and identities. `client_s`: seconds a minute of one client; 0: no limit."""
 
     def __init__(self, client_s: float) -> None:
         self._client_s = client_s
-        self._clients: WeakKeyDictionary[Hashable, _Account] = WeakKeyDictionary()
-        self._identities: dict[Identity, _Account] = {}
+        self._clients: WeakKeyDictionary[Hashable, Bucket] = WeakKeyDictionary()
+        self._identities: dict[Identity, Bucket] = {}
         self._refused: dict[tuple[int, Condition], float] = {}
 
     def spend(self, client: Hashable, identity: Identity, seconds: float) -> None:
         if self._client_s:
-            self._clients.setdefault(client, _Account()).spend(seconds, self._client_s / WINDOW_S)
-            account = self._identities.pop(identity, None) or _Account()
-            account.spend(seconds, CLIENTS_WORTH * self._client_s / WINDOW_S)
+            now = time.monotonic()
+            self._clients.setdefault(client, _bucket(self._client_s, now)).charge(now, seconds)
+            bucket = self._identities.pop(identity, None) or _bucket(CLIENTS_WORTH * self._client_s, now)
+            bucket.charge(now, seconds)
             # The latest spender goes to the end, so that the oldest is removed first.
-            self._identities[identity] = account
+            self._identities[identity] = bucket
             while len(self._identities) > MAX_KEPT:
                 self._identities.pop(next(iter(self._identities)))
 
     def is_spent(self, client: Hashable, identity: Identity) -> bool:
-        accounts = (
-            (self._clients.get(client), self._client_s),
-            (self._identities.get(identity), CLIENTS_WORTH * self._client_s),
-        )
-        return any(account is not None and account.spent_s(most / WINDOW_S) >= most for account, most in accounts)
+        now = time.monotonic()
+        buckets = (self._clients.get(client), self._identities.get(identity))
+        return any(bucket is not None and bucket.is_empty(now) for bucket in buckets)
 
     def refuse(self, relation: int, conditions: Iterable[Condition]) -> None:
         """Refuse these patterns on the table for a while, because they took too long on a row of it."""
@@ -77,3 +60,7 @@ class Budget:
     def is_refused(self, relation: int, conditions: Iterable[Condition]) -> bool:
         now = time.monotonic()
         return any(self._refused.get((relation, condition), 0.0) > now for condition in conditions)
+
+
+def _bucket(seconds: float, now: float) -> Bucket:
+    return Bucket(seconds / WINDOW_S, seconds, now)
