@@ -1,4 +1,4 @@
-"""What clients cost the server in memory and CPU: strangers without a key, sockets, and clients that go up to their bounds.
+"""What clients cost the server in memory and CPU: clients without a key, sockets, and clients at their limits.
 
 Each case runs against a server of its own, with the defaults unless it says so. Memory is the growth of the process's resident set, CPU the
 time of the process, both as Linux says in /proc.
@@ -127,8 +127,8 @@ async def reading_nothing(server: Server, count: int, stack: contextlib.AsyncExi
 
 
 CASES = [
-    Case("stranger: a request's head of 60 KB that does not end", half_a_head, 500),
-    Case("stranger: 7,500 requests at once, no answer read", pipelined, 50),
+    Case("without a key: a request's head of 60 KB that does not end", half_a_head, 500),
+    Case("without a key: 7,500 requests at once, no answer read", pipelined, 50),
     Case("socket without a channel", idle, 500),
     Case("socket in one channel", in_one_channel, 500),
     Case("socket in 100 channels", in_all_channels, 50),

@@ -86,9 +86,6 @@ class Visibility(NamedTuple):
     problem: str | None = None
 
 
-NOTHING_VISIBLE: Final = Visibility(frozenset())
-
-
 class Judge:
     """Evaluates filters and policies in PostgreSQL.
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -110,7 +111,7 @@ async def keep_asking(honest: Wire, stop: asyncio.Event) -> int:
     return count
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")  # noqa: PTH110
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 async def test_damaged_requests_harm_nobody(start_server: ServerFactory, wire: WireFactory) -> None:
     chance = random.Random(seed())
     nonsense = Nonsense(chance.randrange(2**32))
